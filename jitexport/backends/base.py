@@ -1,0 +1,107 @@
+"""The contract of a backend, and the input checks that every engine has in front of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from jitexport.errors import InputError
+from jitexport.specs import DTYPE_NAMES, DTYPES, EngineSpec, TensorSpec
+
+#: Runs on tensors that match the engine's input specs; returns outputs in the order of the output specs.
+RawEngine = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+class Backend(ABC):
+    """Builds and loads engines. Weights stay outside: one copy serves all engines of a bundle."""
+
+    name: str
+    #: One line for `jitexport doctor`.
+    summary: str
+    #: Fields of the host fingerprint that an engine depends on; a bundle is refused where one of them differs.
+    host_fields: Sequence[str] = ()
+
+    @abstractmethod
+    def missing(self, device: torch.device) -> str | None:
+        """Why this machine cannot use the backend on the device and what would help; None when it can."""
+
+    @abstractmethod
+    def build(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor], directory: Path) -> None:
+        """Compile a module for exactly the shapes of `spec` and write the artifact into an empty directory.
+
+        Raises:
+            CompileError: exporting or compiling failed.
+        """
+
+    @abstractmethod
+    def load(
+        self,
+        spec: EngineSpec,
+        directory: Path,
+        weights: Mapping[str, Tensor],
+        module: Callable[[], nn.Module],
+        device: torch.device,
+    ) -> RawEngine:
+        """Open an engine on the given weights without copying them.
+
+        Args:
+            weights: every parameter and buffer of the model on `device`, by full name.
+            module: makes the engine's module without weights, for backends that run modules.
+
+        Raises:
+            BackendError: the artifact cannot be opened.
+        """
+
+
+class Engine:
+    """An engine with its specification: refuses tensors that it was not built for, which native code would not.
+
+    Raises:
+        InputError: on a call with a wrong number, dtype, shape or device of inputs.
+    """
+
+    def __init__(self, spec: EngineSpec, run: RawEngine, device: torch.device) -> None:
+        self.spec = spec
+        self.device = device
+        self._run = run
+        self._expected = [(s.shape, DTYPES[s.dtype]) for s in spec.inputs]
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        if len(inputs) != len(self._expected):
+            raise InputError(
+                f"engine {self.spec.name} takes {len(self._expected)} inputs",
+                found=len(inputs),
+                expected=", ".join(map(str, self.spec.inputs)),
+            )
+        for tensor, (shape, dtype), spec in zip(inputs, self._expected, self.spec.inputs, strict=True):
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != self.device.type:
+                raise InputError(
+                    f"engine {self.spec.name} was built for another input",
+                    found=f"{describe(spec.name, tensor)} on {tensor.device}",
+                    expected=f"{spec} on {self.device}",
+                    remedy="pass tensors of the engine's shape, or build a bundle for the shape you need",
+                )
+        # Compiled code reads memory by the strides that it was built for.
+        return self._run([t.contiguous() for t in inputs])
+
+
+def describe(name: str, tensor: Tensor) -> TensorSpec:
+    """A tensor in the words of a specification."""
+    return TensorSpec(name, tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))
+
+
+def assign_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Point a module's parameters and buffers at tensors by full name, without copying."""
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        parent, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        if weights[name] is not parameter:
+            owner._parameters[leaf] = nn.Parameter(weights[name], requires_grad=False)
+    for name, _ in list(module.named_buffers(remove_duplicate=False)):
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent)._buffers[leaf] = weights[name]
+    return module

@@ -1,0 +1,318 @@
+"""Building a bundle: adapter -> stage modules -> engines -> verification -> files -> manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tokenizers import Tokenizer as FastTokenizer
+from torch import Tensor
+
+from jitexport import registry
+from jitexport._version import __version__
+from jitexport.backends.base import Engine
+from jitexport.backends.eager import as_engine
+from jitexport.bundle import BundleWriter, Manifest
+from jitexport.bundle.host import fingerprint
+from jitexport.bundle.manifest import (
+    FORMAT_VERSION,
+    EngineEntry,
+    GeometryEntry,
+    MethodEntry,
+    ModelEntry,
+    ScheduleEntry,
+    StageEntry,
+    TensorEntry,
+    TokenizerEntry,
+)
+from jitexport.errors import BackendUnavailableError, InputError, VerificationError
+from jitexport.models.base import ModelAdapter
+from jitexport.models.sources import ModelSource, find_source, load_adapter
+from jitexport.plan import CustomSchedule, Plan, plan
+from jitexport.runtime import Pipeline
+from jitexport.specs import DTYPES, EngineSpec
+
+#: Largest ||engine - eager|| / ||eager|| that a build accepts. bf16 keeps 8 bits, and compilers may keep more of them
+#: between operations than eager does, so the two differ by a few rounding errors.
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+
+PROBE_PROMPT = "a red apple on a white background"
+
+
+class Progress(Protocol):
+    """What a build reports to; see `jitexport.cli`."""
+
+    def begin(self, steps: Sequence[str]) -> None:
+        """All steps, in order, before the first."""
+
+    def step(self, name: str) -> None:
+        """A step begins."""
+
+
+class Silent:
+    """Reports nothing."""
+
+    def begin(self, steps: Sequence[str]) -> None:
+        """Ignored."""
+
+    def step(self, name: str) -> None:
+        """Ignored."""
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """The bundle's place, its manifest and the seconds it took."""
+
+    path: Path
+    manifest: Manifest
+    seconds: float
+
+
+def eager_pipeline(adapter: ModelAdapter, made: Plan, batch: int, dtype: str, device: torch.device) -> Pipeline:
+    """The adapter's modules as a pipeline, without compiling anything: the reference for every backend."""
+    specs = adapter.specs(made.schedule, batch, dtype)
+    for component in adapter.components.values():
+        component.to(device)
+    return Pipeline(
+        engines={s.name: Engine(s, as_engine(adapter.module(s.name)), device) for s in specs},
+        method=registry.method(made.method)(adapter.geometry.grid, made.options),
+        schedule=made.schedule,
+        geometry=adapter.geometry,
+        defaults=adapter.defaults,
+        tokenizers=[FastTokenizer.from_str(t.json) for t in adapter.tokenizers()],
+        batch_size=batch,
+        dtype=DTYPES[dtype],
+        device=device,
+    )
+
+
+def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]]:
+    """Inputs for every engine of a pipeline as a call would give them: a real prompt, unit-variance tokens."""
+    generator = torch.Generator().manual_seed(0)
+    batch, device = pipeline.batch_size, pipeline.device
+    geometry = pipeline.geometry
+
+    def noise(tokens: int) -> Tensor:
+        return torch.randn((batch, tokens, geometry.channels), generator=generator).to(device)
+
+    def ready(name: str, values: Sequence[Tensor]) -> tuple[EngineSpec, list[Tensor]]:
+        return pipeline.engines[name].spec, [v.clone() for v in values]
+
+    ids = pipeline.tokenize([PROBE_PROMPT] * batch)
+    yield ready("text", ids)
+    text = pipeline.engines["text"]
+    known = dict(zip([s.name for s in text.spec.outputs], text(*ids), strict=True))
+    known["sigmas"] = torch.tensor(pipeline.schedule.sigmas[:-1], device=device)
+    known["guidance"] = torch.full((batch,), float(pipeline.defaults.guidance_scale or 0), device=device)
+    spec = pipeline.engines["condition"].spec
+    yield ready("condition", [known[s.name] for s in spec.inputs])
+    condition = pipeline.encode([PROBE_PROMPT] * batch, pipeline.defaults.guidance_scale)
+    for stage in pipeline.schedule.stages:
+        positions = geometry.grid.coordinates(device)[: stage.tokens].expand(batch, -1, -1)
+        cos, sin = geometry.rotary.tables(positions)
+        step = pipeline.schedule.steps_of(stage)[0]
+        known |= {"tokens": noise(stage.tokens).to(pipeline.dtype), "cos": cos, "sin": sin}
+        known |= {"modulation": condition.modulation[step], **condition.static}
+        yield ready(stage.name, [known[s.name] for s in pipeline.engines[stage.name].spec.inputs])
+    yield ready("decode", [noise(geometry.grid.tokens)])
+
+
+def compare(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> tuple[float, float]:
+    """Relative error ||a - b|| / ||b|| over all outputs together, and the largest absolute difference."""
+    pairs = [(a.double(), b.double()) for a, b in zip(outputs, reference, strict=True)]
+    squared = sum(((a - b) ** 2).sum().item() for a, b in pairs)
+    norm = sum((b**2).sum().item() for _, b in pairs)
+    return (squared / max(norm, 1e-30)) ** 0.5, max((a - b).abs().max().item() for a, b in pairs)
+
+
+def verify_engine(
+    spec: EngineSpec, engine: Engine, reference: Engine, inputs: Sequence[Tensor], dtype: str
+) -> tuple[float, float]:
+    """Run engine and eager module on the same inputs; relative and largest error.
+
+    Raises:
+        VerificationError: the error exceeds the dtype's tolerance, or an output is not finite or of another shape.
+    """
+    outputs, expected = engine(*inputs), reference(*inputs)
+    for tensor, wanted in zip(outputs, spec.outputs, strict=True):
+        if tuple(tensor.shape) != wanted.shape or tensor.dtype != DTYPES[wanted.dtype]:
+            raise VerificationError(
+                f"engine {spec.name} gives another output", found=f"{tuple(tensor.shape)}, {tensor.dtype}",
+                expected=wanted,
+            )
+    relative, largest = compare(outputs, expected)
+    if not relative <= TOLERANCE[dtype]:  # also catches NaN
+        raise VerificationError(
+            f"engine {spec.name} disagrees with the eager module",
+            found=f"relative error {relative:.3g}, largest {largest:.3g}",
+            expected=f"relative error of at most {TOLERANCE[dtype]:g} in {dtype}",
+        )
+    return relative, largest
+
+
+def config_digest(configs: dict[str, Any]) -> str:
+    """sha256 of a model's configurations, over sorted JSON."""
+    return hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def build(
+    model: str | ModelSource = "demo",
+    *,
+    output: str | Path | None = None,
+    speedup: float | None = 4.0,
+    custom: CustomSchedule | None = None,
+    method: str = "jit",
+    preset: str | None = None,
+    backend: str = "aoti",
+    dtype: str = "bf16",
+    batch: int = 1,
+    device: str = "cpu",
+    settings: dict[str, Any] | None = None,
+    replace: bool = False,
+    command: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> BuildResult:
+    """Turn a model into an engine bundle.
+
+    Args:
+        model: a registered name, a diffusers folder or a hub id.
+        output: the bundle's directory; engines/<model>-<speed-up>x by default.
+        speedup, custom, method, preset: see `jitexport.plan.plan`.
+        backend: a registered backend.
+        dtype: "bf16" or "fp32", of weights and engines; the sampler's state is fp32 in any case.
+        batch: images per engine run, 1 or more.
+        device: "cpu" or "cuda".
+        settings: of the model family, for example height and width.
+        replace: replace an existing bundle.
+        command: what the user typed, for the manifest.
+        progress: told about the steps.
+
+    Raises:
+        JitExportError: see `jitexport.errors`; nothing is left at `output` then.
+    """
+    started = datetime.now(UTC)
+    progress = progress or Silent()
+    if dtype not in TOLERANCE:
+        raise InputError("unknown dtype", found=dtype, expected=" or ".join(TOLERANCE))
+    if batch < 1:
+        raise InputError("batch must be at least 1", found=batch)
+    target_device = torch.device(device)
+    engine_backend = registry.backend(backend)
+    if reason := engine_backend.missing(target_device):
+        raise BackendUnavailableError(f"backend {backend} cannot build for {device} here", found=reason)
+    source = model if isinstance(model, ModelSource) else find_source(model)
+    label = f"{speedup:g}x" if custom is None else "custom"
+    target = Path(output) if output is not None else Path("engines") / f"{source.name}-{label}"
+
+    with BundleWriter(target, replace=replace) as writer, torch.inference_mode(False), torch.no_grad():
+        progress.begin(["read the model"])
+        progress.step("read the model")
+        adapter = load_adapter(source, DTYPES[dtype], settings)
+        made = plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset, dtype=dtype)
+        specs = adapter.specs(made.schedule, batch, dtype)
+        progress.begin(["read the model", "weights", *(f"engine {s.name}" for s in specs), "digests"])
+
+        reference = eager_pipeline(adapter, made, batch, dtype, target_device)
+        progress.step("weights")
+        weights = dict(adapter.tensors())
+        stored, tied = write_weights(writer, weights)
+        tokenizers = [
+            TokenizerEntry(
+                name=t.name, path=writer.write_text(f"tokenizers/{t.name}.json", t.json), length=t.length
+            )
+            for t in adapter.tokenizers()
+        ]
+        entries = []
+        for spec, inputs in probe_inputs(reference):
+            progress.step(f"engine {spec.name}")
+            name = f"engines/{spec.name}"
+            directory = writer.directory(name)
+            engine_backend.build(spec, adapter.module(spec.name), inputs, directory)
+            raw = engine_backend.load(spec, directory, weights, partial(adapter.module, spec.name), target_device)
+            engine = Engine(spec, raw, target_device)
+            relative, largest = verify_engine(spec, engine, reference.engines[spec.name], inputs, dtype)
+            entries.append(
+                EngineEntry(
+                    name=spec.name, directory=name,
+                    inputs=tuple(TensorEntry(**asdict(s)) for s in spec.inputs),
+                    outputs=tuple(TensorEntry(**asdict(s)) for s in spec.outputs),
+                    relative_error=relative, max_error=largest,
+                )
+            )
+        progress.step("digests")
+        configs = json.loads(json.dumps(adapter.configs, default=str))  # as plain JSON, the manifest's types
+        manifest = writer.publish(
+            lambda files: Manifest(
+                format_version=FORMAT_VERSION,
+                jitexport_version=__version__,
+                created=started.isoformat(timespec="seconds"),
+                command=shlex.join(command),
+                model=ModelEntry(
+                    name=source.name,
+                    source=source.hub_id or source.name,
+                    family=adapter.family,
+                    configs=configs,
+                    settings=adapter.settings(),
+                    config_digest=config_digest(configs),
+                    guidance_scale=adapter.defaults.guidance_scale,
+                    num_inference_steps=adapter.defaults.num_inference_steps,
+                ),
+                geometry=GeometryEntry.of(adapter.geometry),
+                method=MethodEntry(name=made.method, preset=made.preset, options=made.options),
+                schedule=schedule_entry(made),
+                backend=backend,
+                dtype=dtype,
+                batch=batch,
+                host=fingerprint(target_device),
+                engines=tuple(entries),
+                tokenizers=tuple(tokenizers),
+                weights=stored,
+                tied=tied,
+                files=files,
+            )
+        )
+    return BuildResult(target, manifest, (datetime.now(UTC) - started).total_seconds())
+
+
+def schedule_entry(made: Plan) -> ScheduleEntry:
+    """A plan as the manifest has it."""
+    return ScheduleEntry(
+        stages=tuple(
+            StageEntry(index=s.index, tokens=s.tokens, steps=s.steps, step_tflops=made.cost(s.tokens) / 1e12)
+            for s in made.schedule.stages
+        ),
+        sigmas=made.schedule.sigmas,
+        speedup=made.speedup,
+        predicted_speedup=made.predicted_speedup,
+        reference_steps=made.reference_steps,
+        tflops=made.tflops,
+        reference_tflops=made.reference_tflops,
+    )
+
+
+def write_weights(writer: BundleWriter, weights: dict[str, Tensor]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """One safetensors file per component; a tensor with several names is stored once.
+
+    Returns:
+        The files' names, and {alias: stored name} for the other names.
+    """
+    stored: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+    tied: dict[str, str] = {}
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if key in stored:
+            tied[name] = stored[key]
+            continue
+        stored[key] = name
+        component, _, rest = name.partition(".")
+        files.setdefault(component, {})[rest] = tensor.contiguous()
+    return tuple(writer.write_weights(f"weights/{c}.safetensors", tensors) for c, tensors in files.items()), tied

@@ -1,0 +1,251 @@
+"""manifest.json: a strict, versioned schema of everything that a bundle holds and was built for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from jitexport.errors import ManifestError
+from jitexport.grid import TokenGrid
+from jitexport.models.base import ModelDefaults, ModelGeometry
+from jitexport.positions import Rotary
+from jitexport.schedule import Stage, StageSchedule
+from jitexport.specs import EngineSpec, TensorSpec
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _safe(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or PurePosixPath(path).is_absolute() or ".." in parts or "\\" in path or str(PurePosixPath(path)) != path:
+        raise ValueError(f"{path!r} is not a plain relative path")
+    return path
+
+
+class FileEntry(_Entry):
+    """A file of the bundle: relative path, size in bytes, sha256 in hexadecimal."""
+
+    path: str
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    _path = field_validator("path")(_safe)
+
+
+class TensorEntry(_Entry):
+    """Name, shape and dtype of an engine's input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Literal["fp32", "bf16", "int64"]
+
+
+class EngineEntry(_Entry):
+    """An engine: its directory in the bundle, its inputs and outputs, and how far it is from the eager module.
+
+    relative_error is ||engine - eager|| / ||eager|| over all outputs, max_error the largest difference.
+    """
+
+    name: str
+    directory: str
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    relative_error: float
+    max_error: float
+
+    _directory = field_validator("directory")(_safe)
+
+    def spec(self) -> EngineSpec:
+        """As an `EngineSpec`."""
+
+        def specs(entries: tuple[TensorEntry, ...]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(e.name, e.shape, e.dtype) for e in entries)
+
+        return EngineSpec(self.name, specs(self.inputs), specs(self.outputs))
+
+
+class TokenizerEntry(_Entry):
+    """A tokenizer's JSON file and the length that prompts are padded to."""
+
+    name: str
+    path: str
+    length: int = Field(ge=1)
+
+    _path = field_validator("path")(_safe)
+
+
+class ModelEntry(_Entry):
+    """The model: where it came from, its family, and what rebuilds its modules without weights."""
+
+    name: str
+    source: str
+    family: str
+    configs: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+    config_digest: str
+    guidance_scale: float | None
+    num_inference_steps: int = Field(ge=1)
+
+
+class GeometryEntry(_Entry):
+    """Sizes: see `jitexport.models.base.ModelGeometry`."""
+
+    grid: tuple[int, ...]
+    latent_shape: tuple[int, int, int]
+    patch: int = Field(ge=1)
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+    rotary_axes: tuple[int, ...]
+    rotary_theta: float
+    text_tokens: int = Field(ge=0)
+
+    @classmethod
+    def of(cls, geometry: ModelGeometry) -> GeometryEntry:
+        """The entry of a geometry."""
+        return cls(
+            grid=geometry.grid.shape, latent_shape=geometry.latent_shape, patch=geometry.patch,
+            height=geometry.height, width=geometry.width, rotary_axes=geometry.rotary.axes,
+            rotary_theta=geometry.rotary.theta, text_tokens=geometry.rotary.text_tokens,
+        )
+
+    def geometry(self) -> ModelGeometry:
+        """As a `ModelGeometry`."""
+        return ModelGeometry(
+            TokenGrid(self.grid), self.latent_shape, self.patch, self.height, self.width,
+            Rotary(self.rotary_axes, self.rotary_theta, self.text_tokens),
+        )
+
+
+class StageEntry(_Entry):
+    """A stage of the schedule and the cost of one of its steps."""
+
+    index: int
+    tokens: int
+    steps: int
+    step_tflops: float
+
+
+class ScheduleEntry(_Entry):
+    """Stages, noise levels, and the speed-up that their FLOPs predict over the reference steps."""
+
+    stages: tuple[StageEntry, ...]
+    sigmas: tuple[float, ...]
+    speedup: float | None
+    predicted_speedup: float
+    reference_steps: int
+    tflops: float
+    reference_tflops: float
+
+    def schedule(self) -> StageSchedule:
+        """As a `StageSchedule`."""
+        return StageSchedule(tuple(Stage(s.index, s.tokens, s.steps) for s in self.stages), self.sigmas)
+
+
+class MethodEntry(_Entry):
+    """The acceleration method and its settings."""
+
+    name: str
+    preset: str
+    options: dict[str, Any]
+
+
+class HostEntry(_Entry):
+    """The machine and the versions that the engines were built with."""
+
+    system: str
+    machine: str
+    cpu: str
+    torch: str
+    python: str
+    device: str
+    cuda: str | None
+    gpu: str | None
+
+
+class Manifest(_Entry):
+    """Everything a bundle declares. Unknown and missing fields are errors.
+
+    `tied` names tensors that are other names of a stored one: {alias: stored name}.
+    """
+
+    format_version: Literal[1]
+    jitexport_version: str
+    created: str
+    command: str
+    model: ModelEntry
+    geometry: GeometryEntry
+    method: MethodEntry
+    schedule: ScheduleEntry
+    backend: str
+    dtype: Literal["fp32", "bf16"]
+    batch: int = Field(ge=1)
+    host: HostEntry
+    engines: tuple[EngineEntry, ...]
+    tokenizers: tuple[TokenizerEntry, ...]
+    weights: tuple[str, ...]
+    tied: dict[str, str]
+    files: tuple[FileEntry, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        declared = [f.path for f in self.files]
+        if len(set(declared)) != len(declared):
+            raise ValueError("a file is declared twice")
+        missing = {*self.weights, *(t.path for t in self.tokenizers)} - set(declared)
+        if missing:
+            raise ValueError(f"weights or tokenizers without a file entry: {sorted(missing)}")
+        names = [e.name for e in self.engines]
+        wanted = ["text", "condition", *(s.name for s in self.schedule.schedule().stages), "decode"]
+        if sorted(names) != sorted(wanted):
+            raise ValueError(f"engines are {names}, the schedule needs {wanted}")
+        return self
+
+    @property
+    def defaults(self) -> ModelDefaults:
+        """How the ordinary pipeline is run."""
+        return ModelDefaults(self.model.guidance_scale, self.model.num_inference_steps)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the manifest itself."""
+        return sum(f.size for f in self.files)
+
+    def to_json(self) -> str:
+        """Indented JSON text."""
+        return self.model_dump_json(indent=1)
+
+
+def parse_manifest(text: str | bytes, where: object) -> Manifest:
+    """A manifest from its JSON text.
+
+    Raises:
+        ManifestError: not JSON, another format version, or a field that does not fit the schema.
+    """
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where} is not JSON", found=error, remedy="build the bundle again") from None
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ManifestError(
+            f"{where} has another format", found=f"format_version {version!r}", expected=FORMAT_VERSION,
+            remedy="build the bundle again with this version of jitexport",
+        )
+    try:
+        return Manifest.model_validate_json(text)
+    except (ValidationError, ValueError) as error:  # ValueError: the schedule's and grid's own checks
+        problems = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": str(error)}]
+        first = problems[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise ManifestError(
+            f"{where} does not fit the schema", found=f"{place}: {first['msg']} ({len(problems)} problem(s))",
+            expected=f"format version {FORMAT_VERSION}", remedy="build the bundle again",
+        ) from None

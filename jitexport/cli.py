@@ -1,0 +1,350 @@
+"""The command line. Data goes to stdout, everything else to stderr; exit codes come from `jitexport.errors`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from jitexport import registry
+from jitexport._version import __version__
+from jitexport.errors import InputError, JitExportError
+
+app = typer.Typer(
+    name="jitexport",
+    help="Training-free spatial acceleration of diffusion transformers, compiled into prebuilt engines.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory of a built bundle.")]
+Model = Annotated[
+    str,
+    typer.Option(help=f"A registered model ({', '.join(registry.MODELS)}), a diffusers folder, or a hub id."),
+]
+Speedup = Annotated[float, typer.Option(min=1, max=10, help="Denoising speed-up over the model's usual steps, 1 to 10.")]
+Steps = Annotated[str | None, typer.Option(help="Custom schedule: steps per stage, coarse to fine, as 7,4,7.")]
+Ratios = Annotated[str | None, typer.Option(help="Custom schedule: token ratios per stage, as 0.35,0.62,1.")]
+Method = Annotated[str, typer.Option(help=f"Acceleration method: {', '.join(registry.METHODS)}.")]
+Preset = Annotated[str | None, typer.Option(help="The method's settings by name (jit: default, paper, released).")]
+Height = Annotated[int | None, typer.Option(min=1, help="Image height in pixels; the model's usual one by default.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Image width in pixels; the model's usual one by default.")]
+TextTokens = Annotated[int | None, typer.Option(min=1, help="Length of the text sequence; the model's usual one by default.")]
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point: runs a command and turns this package's errors into a message and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        app(args=list(argv) if argv is not None else None, standalone_mode=True)
+    except JitExportError as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"jitexport {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _custom(steps: str | None, ratios: str | None) -> Any:
+    from jitexport.plan import parse_custom
+
+    if steps is None and ratios is not None:
+        raise InputError("--ratios needs --steps", remedy="for example --steps 7,4,7 --ratios 0.35,0.62,1")
+    return parse_custom(steps, ratios) if steps is not None else None
+
+
+def _settings(height: int | None, width: int | None, text_tokens: int | None) -> dict[str, Any]:
+    return {"height": height, "width": width, "max_sequence_length": text_tokens}
+
+
+def _tera(tflops: float) -> str:
+    """TFLOPs with three significant digits: 0.0123, 74.4, 899, 3719."""
+    return f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.3g}"
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries that read models from writing banners and bars between our lines."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|copyreg")
+    for name in ("diffusers", "transformers", "torch._inductor", "torch.utils.flop_counter"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+    except ImportError:
+        return  # reported by whatever needs them
+    for module in (diffusers_logging, transformers_logging):
+        module.set_verbosity_error()
+        module.disable_progress_bar()
+
+
+class _BuildProgress:
+    """Progress of a build on stderr: a bar on a terminal, a line per step elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            console=err,
+        )
+        self._task = self._bar.add_task("build")
+        self._steps: list[str] = []
+        self._done: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def __enter__(self) -> _BuildProgress:
+        if err.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, steps: Sequence[str]) -> None:
+        self._steps = list(steps)
+        self._bar.update(self._task, total=len(self._steps))
+
+    def step(self, name: str) -> None:
+        index = self._steps.index(name)
+        left = self._estimate(index)
+        self._bar.update(self._task, completed=index, description=f"{name}{left}")
+        if not err.is_terminal:
+            err.print(f"[{index + 1}/{len(self._steps)}] {name}{left}", markup=False, highlight=False)
+        self._done[name] = time.monotonic()
+
+    def _estimate(self, index: int) -> str:
+        """Time left, from the engines that are done: they take most of it, and about the same each."""
+        starts = [t for name, t in self._done.items() if name.startswith("engine")]
+        if not starts:
+            return ""
+        each = (time.monotonic() - starts[0]) / len(starts)
+        engines = sum(name.startswith("engine") for name in self._steps[index:])
+        return f", about {each * engines:.0f} s left" if engines else ""
+
+
+@app.command()
+def build(
+    model: Model = "demo",
+    speedup: Speedup = 4,
+    backend: Annotated[str, typer.Option(help=f"Engine backend: {', '.join(registry.BACKENDS)}.")] = "aoti",
+    dtype: Annotated[str, typer.Option(help="Of weights and engines: bf16 or fp32.")] = "bf16",
+    batch: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Bundle directory; engines/MODEL-SPEEDUPx by default.")
+    ] = None,
+    method: Method = "jit",
+    preset: Preset = None,
+    steps: Steps = None,
+    ratios: Ratios = None,
+    height: Height = None,
+    width: Width = None,
+    text_tokens: TextTokens = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a model and a speed-up into an engine bundle."""
+    custom = _custom(steps, ratios)
+    _quiet_libraries()
+    from jitexport.build import build as build_bundle
+
+    with _BuildProgress() as progress:
+        result = build_bundle(
+            model, output=output, speedup=speedup, custom=custom, method=method, preset=preset, backend=backend,
+            dtype=dtype, batch=batch, device=device, settings=_settings(height, width, text_tokens), replace=force,
+            command=["jitexport", *sys.argv[1:]], progress=progress,
+        )
+    manifest = result.manifest
+    if as_json:
+        typer.echo(
+            json.dumps({"bundle": str(result.path), "bytes": manifest.size, "seconds": round(result.seconds, 1)})
+        )
+        return
+    worst = max(e.relative_error for e in manifest.engines)
+    out.print(
+        f"built {result.path}: {len(manifest.engines)} engines, {manifest.size / 1e6:.1f} MB, "
+        f"{result.seconds:.0f} s, predicted speed-up {manifest.schedule.predicted_speedup:.2f}x, "
+        f"relative error of the engines at most {worst:.1g}",
+        highlight=False, soft_wrap=True,
+    )
+    out.print(f'next: jitexport generate {result.path} "{_example_prompt(manifest)}" -o image.png', highlight=False, soft_wrap=True)
+
+
+def _example_prompt(manifest: Any) -> str:
+    return "red apple on a blue background" if manifest.model.name == "demo" else "a red fox in the snow"
+
+
+@app.command()
+def plan(
+    model: Model = "demo",
+    speedup: Speedup = 4,
+    method: Method = "jit",
+    preset: Preset = None,
+    steps: Steps = None,
+    ratios: Ratios = None,
+    height: Height = None,
+    width: Width = None,
+    text_tokens: TextTokens = None,
+    as_json: Json = False,
+) -> None:
+    """Print the schedule for a speed-up without building: stages, steps, tokens, TFLOPs."""
+    custom = _custom(steps, ratios)
+    _quiet_libraries()
+    import torch
+
+    from jitexport.build import schedule_entry
+    from jitexport.models.sources import config_adapter, find_source
+    from jitexport.plan import plan as make_plan
+
+    adapter = config_adapter(find_source(model), torch.bfloat16, _settings(height, width, text_tokens))
+    made = make_plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset)
+    if as_json:
+        typer.echo(schedule_entry(made).model_dump_json())
+        return
+    geometry = adapter.geometry
+    err.print(
+        f"{model}: {geometry.height} x {geometry.width} pixels, {made.grid_tokens} image tokens, "
+        f"{geometry.rotary.text_tokens} text tokens; full step {_tera(made.cost(made.grid_tokens) / 1e12)} TFLOP",
+        highlight=False, soft_wrap=True,
+    )
+    table = Table("stage", "steps", "tokens", "share", "TFLOP/step", "TFLOP", "sigma from", "to")
+    for stage in made.schedule.stages:
+        span = made.schedule.steps_of(stage)
+        step = made.cost(stage.tokens) / 1e12
+        table.add_row(
+            str(stage.index), str(stage.steps), str(stage.tokens), f"{stage.tokens / made.grid_tokens:.0%}",
+            _tera(step), _tera(step * stage.steps),
+            f"{made.schedule.sigmas[span[0]]:.3f}", f"{made.schedule.sigmas[span[-1] + 1]:.3f}",
+        )
+    table.add_section()
+    table.add_row("all", str(made.schedule.nfe), "", "", "", _tera(made.tflops), "", "")
+    out.print(table)
+    out.print(
+        f"predicted speed-up {made.predicted_speedup:.2f}x over {made.reference_steps} full steps "
+        f"({_tera(made.reference_tflops)} TFLOP)", highlight=False, soft_wrap=True,
+    )
+
+
+@app.command()
+def generate(
+    bundle: Bundle,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write; numbered for several images.")] = Path("image.png"),
+    seed: Annotated[int | None, typer.Option(min=0, help="Image i uses seed + i; random by default.")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale, for models that take one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make images from a bundle."""
+    import torch
+
+    import jitexport
+
+    if not output.parent.is_dir():
+        raise InputError("no such folder", found=output.parent, remedy="create it, or choose another -o")
+    if output.suffix.lower() != ".png":
+        raise InputError("images are written as PNG", found=output.name, expected="a name that ends with .png")
+    if seed is None:
+        seed = torch.Generator().seed() % 2**32
+    pipe = jitexport.load(bundle)
+    started = time.perf_counter()
+    images = pipe(
+        prompt, num_images_per_prompt=num_images, guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(num_images)],
+    ).images
+    paths = [output if num_images == 1 else output.with_name(f"{output.stem}-{i}.png") for i in range(num_images)]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    seconds = time.perf_counter() - started
+    if as_json:
+        typer.echo(json.dumps({"images": [str(p) for p in paths], "seed": seed, "seconds": round(seconds, 3)}))
+        return
+    for path in paths:
+        typer.echo(path)
+    err.print(f"{num_images} image(s) in {seconds:.2f} s, seed {seed}", highlight=False)
+
+
+@app.command()
+def inspect(bundle: Bundle, as_json: Json = False) -> None:
+    """Show what a bundle holds. Reads the manifest only; nothing is checked or opened."""
+    from jitexport.bundle.reading import read_manifest
+
+    manifest = read_manifest(bundle)
+    if as_json:
+        typer.echo(manifest.to_json())
+        return
+    schedule = manifest.schedule
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in {
+        "model": f"{manifest.model.name} ({manifest.model.family}, from {manifest.model.source})",
+        "image": f"{manifest.geometry.height} x {manifest.geometry.width} pixels, "
+        f"{manifest.geometry.grid} tokens, batch {manifest.batch}",
+        "method": f"{manifest.method.name}, preset {manifest.method.preset}",
+        "speed-up": f"{schedule.predicted_speedup:.2f}x predicted over {schedule.reference_steps} steps "
+        f"({_tera(schedule.tflops)} of {_tera(schedule.reference_tflops)} TFLOP)",
+        "engines": f"{manifest.backend}, {manifest.dtype}, built on {manifest.host.system} {manifest.host.machine} "
+        f"{manifest.host.gpu or manifest.host.cpu} with torch {manifest.host.torch}",
+        "size": f"{manifest.size / 1e6:.1f} MB in {len(manifest.files)} files",
+        "built": f"{manifest.created} with jitexport {manifest.jitexport_version}: {manifest.command or 'from Python'}",
+    }.items():
+        facts.add_row(name, value)
+    out.print(facts, highlight=False)
+    stages = {f"stage{s.index}": s for s in schedule.stages}
+    sizes = {e.name: sum(f.size for f in manifest.files if f.path.startswith(e.directory + "/")) for e in manifest.engines}
+    table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error", "inputs")
+    for engine in manifest.engines:
+        stage = stages.get(engine.name)
+        cells = (str(stage.steps), str(stage.tokens), _tera(stage.step_tflops)) if stage else ("", "", "")
+        inputs = ", ".join(f"{i.name}{re.sub(' ', '', str(list(i.shape)))}" for i in engine.inputs)
+        table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", f"{engine.relative_error:.1g}", inputs)
+    out.print(table, highlight=False)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine can run, and what would add more."""
+    from jitexport.doctor import examine
+
+    report = examine()
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    for section, rows in report.items():
+        table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        out.print(table, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

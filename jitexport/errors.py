@@ -1,0 +1,134 @@
+"""The exceptions that jitexport raises on purpose.
+
+    JitExportError
+    ├── ScheduleError               a schedule or speed-up that cannot be realised        (also ValueError)
+    ├── InputError                  a call with arguments that the pipeline cannot take   (also ValueError)
+    ├── MissingDependencyError      a library is absent; the message names the extra      (also ImportError)
+    ├── UnknownNameError            a model, method or backend that is not registered     (also ValueError)
+    ├── ModelError
+    │   ├── ModelNotFoundError      no such folder, or a hub that cannot be reached
+    │   └── UnsupportedModelError   a folder that no model family recognises
+    ├── BackendError
+    │   ├── BackendUnavailableError this machine cannot run or build with the backend
+    │   ├── CompileError            exporting or compiling an engine failed
+    │   └── VerificationError       an engine disagrees with the eager module
+    └── BundleError
+        ├── BundleNotFoundError     no bundle at the path
+        ├── BundleExistsError       the target of a build is in use
+        ├── ManifestError           manifest.json is absent, malformed or of another format version
+        ├── IntegrityError          a file is missing, undeclared, a link, or differs from its digest
+        └── HostMismatchError       the bundle was built for another machine or another torch
+
+Every message says what was found, what was expected and what to do. `exit_code` is what the command line returns.
+"""
+
+from __future__ import annotations
+
+
+class JitExportError(Exception):
+    """Base of all errors of this package: what happened, what was found and expected, and the remedy."""
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        found: object | None = None,
+        expected: object | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.message = message
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+        lines = [message]
+        if found is not None:
+            lines.append(f"  found:    {found}")
+        if expected is not None:
+            lines.append(f"  expected: {expected}")
+        if remedy is not None:
+            lines.append(f"  remedy:   {remedy}")
+        super().__init__("\n".join(lines))
+
+
+class ScheduleError(JitExportError, ValueError):
+    """A stage schedule, or a speed-up to solve one for, that cannot be realised."""
+
+    exit_code = 2
+
+
+class InputError(JitExportError, ValueError):
+    """Arguments of a call that the pipeline or an engine cannot take."""
+
+    exit_code = 2
+
+
+class UnknownNameError(JitExportError, ValueError):
+    """A model, method or backend name that is not registered."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(JitExportError, ImportError):
+    """An optional library is absent."""
+
+    exit_code = 3
+
+
+class ModelError(JitExportError):
+    """A model that cannot be read."""
+
+    exit_code = 3
+
+
+class ModelNotFoundError(ModelError):
+    """No model at the path, and no hub that has it within reach."""
+
+
+class UnsupportedModelError(ModelError):
+    """A model that no registered family recognises."""
+
+
+class BackendError(JitExportError):
+    """A backend that cannot build or run an engine."""
+
+    exit_code = 4
+
+
+class BackendUnavailableError(BackendError):
+    """This machine lacks what the backend needs."""
+
+
+class CompileError(BackendError):
+    """Exporting or compiling an engine failed."""
+
+
+class VerificationError(BackendError):
+    """An engine's output disagrees with the eager module's."""
+
+
+class BundleError(JitExportError):
+    """A bundle that cannot be written or trusted."""
+
+    exit_code = 5
+
+
+class BundleNotFoundError(BundleError):
+    """No bundle at the path."""
+
+
+class BundleExistsError(BundleError):
+    """The target of a build already exists, or another build writes to it."""
+
+
+class ManifestError(BundleError):
+    """manifest.json is absent, malformed, or of a format version that this package does not read."""
+
+
+class IntegrityError(BundleError):
+    """A file of the bundle is missing, undeclared, a link, or differs from its declared size or digest."""
+
+
+class HostMismatchError(BundleError):
+    """The bundle's engines were compiled for another machine or another version of their runtime."""

@@ -1,0 +1,69 @@
+"""The token grid: which positions a model's latent tokens have, and how latents are packed into tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jitexport.errors import ScheduleError
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """A row-major grid of latent tokens: (H, W) for images, (T, H, W) for video.
+
+    Token n sits at the multi-index that `torch.unravel_index(n, shape)` gives.
+
+    Raises:
+        ScheduleError: the shape is not two or three positive integers.
+    """
+
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) not in (2, 3) or any(int(n) != n or n < 1 for n in self.shape):
+            raise ScheduleError(
+                "a token grid needs positive sizes", found=self.shape, expected="(H, W) or (T, H, W), each at least 1"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """N, the number of tokens of the full grid."""
+        return math.prod(self.shape)
+
+    def coordinates(self, device: torch.device | str | None = None) -> Tensor:
+        """Integer coordinates of every token, [N, 2] or [N, 3]."""
+        axes = [torch.arange(n, device=device) for n in self.shape]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(self.tokens, len(self.shape))
+
+    def unflatten(self, y: Tensor) -> Tensor:
+        """[B, N, C] -> [B, *shape, C]."""
+        return y.unflatten(1, self.shape)
+
+
+def gather_tokens(y: Tensor, index: Tensor) -> Tensor:
+    """S^T y: the tokens of y [B, N, C] at index [B, m], as [B, m, C]."""
+    return y.gather(1, index.unsqueeze(-1).expand(-1, -1, y.shape[-1]))
+
+
+def scatter_tokens(y: Tensor, index: Tensor, u: Tensor) -> Tensor:
+    """Copy of y [B, N, C] whose tokens at index [B, m] are u [B, m, C]."""
+    return y.scatter(1, index.unsqueeze(-1).expand(-1, -1, y.shape[-1]), u)
+
+
+def pack(latents: Tensor, patch: int) -> Tensor:
+    """Patches of latents as tokens, in diffusers' order: [B, C, pH, pW] -> [B, H*W, C*p*p]."""
+    b, c, h, w = latents.shape
+    h, w = h // patch, w // patch
+    return latents.view(b, c, h, patch, w, patch).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, c * patch * patch)
+
+
+def unpack(tokens: Tensor, grid: TokenGrid, patch: int) -> Tensor:
+    """Inverse of `pack`: [B, H*W, C*p*p] -> [B, C, pH, pW]."""
+    b, _, c = tokens.shape
+    h, w = grid.shape
+    c //= patch * patch
+    return tokens.view(b, h, w, c, patch, patch).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h * patch, w * patch)

@@ -1,0 +1,311 @@
+"""Just-in-Time spatial acceleration (JiT, arXiv 2603.10744, CVPR 2026).
+
+Early steps run the transformer on a few anchor tokens. The lifter moves the other tokens with an interpolated velocity
+(SAG-ODE, eq. 11 and 17). Between stages the tokens where the velocity varies most become active (importance-guided
+token activation, ITA) and are set onto the structure that the anchors predict (deterministic micro-flow, DMF).
+
+Noise levels are sigma = 1 - t, velocities point from data to noise, as diffusers has it. Equation and section numbers
+are the paper's and its supplement's. Where the released code differs from the text, a preset has its values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from jitexport.errors import InputError
+from jitexport.grid import TokenGrid, gather_tokens, scatter_tokens
+from jitexport.methods.base import Draws, Method
+from jitexport.schedule import BETA_PAPER, BETA_RELEASED, Stage
+
+# --- first anchors (B.1) ---------------------------------------------------------------------------------------------
+
+
+def structural_mask(grid: TokenGrid) -> Tensor:
+    """Tokens at even row and even column and all border tokens of each frame (B.1), bool [N]."""
+    row, column = grid.coordinates()[:, -2:].unbind(-1)
+    height, width = grid.shape[-2:]
+    border = (row == 0) | (row == height - 1) | (column == 0) | (column == width - 1)
+    return ((row % 2 == 0) & (column % 2 == 0)) | border
+
+
+def first_anchors(grid: TokenGrid, m: int, generator: torch.Generator) -> Tensor:
+    """Indices of exactly m anchors: the structural tokens, then random fill or random drop (B.1). [m], ascending."""
+    keys = torch.rand(grid.tokens, generator=generator, device=generator.device)
+    keys += structural_mask(grid).to(keys)  # structural tokens come first, each group in random order
+    return keys.argsort(descending=True, stable=True)[:m].sort().values
+
+
+# --- interpolation operator (Algorithm 2) ----------------------------------------------------------------------------
+
+
+def nearest_anchor(grid: TokenGrid, anchors: Tensor, chunk: int = 4096) -> Tensor:
+    """Position in the anchor list of the anchor nearest to each token, Euclidean on the grid (Algorithm 2, step 1).
+
+    Ties go to the lowest position in the list, as in the released code.
+
+    Args:
+        anchors: token indices, [B, m].
+        chunk: tokens treated at once, which bounds memory by B * chunk * m.
+
+    Returns:
+        [B, N], int64, values in 0 .. m - 1.
+    """
+    xy = grid.coordinates(anchors.device).float()  # exact: squared distances stay far below 2^24
+    anchor_xy = xy[anchors]  # [B, m, d]
+    m = anchors.shape[1]
+    order = torch.arange(m, device=anchors.device)
+    nearest = []
+    for part in xy.split(chunk):
+        squared = (part[:, None] - anchor_xy[:, None]).square().sum(-1).long()  # [B, chunk, m]
+        nearest.append((squared * m + order).argmin(-1))  # the key is unique, so no tie is left to argmin
+    return torch.cat(nearest, dim=1)
+
+
+def reflect(index: Tensor, n: int) -> Tensor:
+    """Index into 0 .. n - 1 of positions outside it, mirrored at the border without repeating it."""
+    if n == 1:
+        return torch.zeros_like(index)
+    period = 2 * (n - 1)
+    index = index.abs() % period
+    return torch.minimum(index, period - index)
+
+
+def blur_matrix(n: int, sigma: float, radius: int) -> Tensor:
+    """Gaussian blur along an axis of n tokens with reflect padding, as a matrix: [n, n], rows sum to 1, fp32."""
+    offsets = torch.arange(-radius, radius + 1)
+    weights = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
+    weights /= weights.sum()
+    source = reflect(torch.arange(n)[:, None] + offsets, n)  # [n, 2 * radius + 1]
+    return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, source, weights.expand(n, -1)).float()
+
+
+def mean_matrix(n: int, window: int) -> Tensor:
+    """Mean over a window along an axis with zero padding that is counted, as a matrix: [n, n], fp32."""
+    distance = (torch.arange(n)[:, None] - torch.arange(n)).abs()
+    return (distance <= window // 2).float() / window
+
+
+def separable(grid: TokenGrid, matrices: tuple[Tensor, ...], y: Tensor) -> Tensor:
+    """Apply one matrix along each axis of the grid: y [B, N, C] -> [B, N, C]."""
+    field = grid.unflatten(y)
+    for axis, matrix in enumerate(matrices, start=1):
+        field = torch.tensordot(matrix, field, dims=([1], [axis])).movedim(0, axis)
+    return field.reshape(y.shape)
+
+
+@dataclass(frozen=True)
+class Lifter:
+    """The operator u -> S u + I(u) for one set of anchors: eq. 16 for velocities, Phi for clean tokens.
+
+    The nearest-anchor map and the blur weights do not change within a stage, so they are computed once.
+
+    Attributes:
+        anchors: active token indices, [B, m].
+        nearest: `nearest_anchor` of them, [B, N].
+        blur: one `blur_matrix` per grid axis.
+    """
+
+    grid: TokenGrid
+    anchors: Tensor
+    nearest: Tensor
+    blur: tuple[Tensor, ...]
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """u [B, m, C] -> [B, N, C]; the values at anchors are u's own bits (Algorithm 2, step 3)."""
+        blurred = separable(self.grid, self.blur, gather_tokens(u, self.nearest))
+        return scatter_tokens(blurred, self.anchors, u)
+
+
+# --- importance-guided token activation ------------------------------------------------------------------------------
+
+
+def importance(grid: TokenGrid, mean: tuple[Tensor, ...], u: Tensor) -> Tensor:
+    """I = E_W[u * u] - E_W[u] * E_W[u], the local variance of a lifted velocity, averaged over channels.
+
+    Args:
+        mean: one `mean_matrix` per grid axis: the window W.
+        u: [B, N, C].
+
+    Returns:
+        [B, N].
+    """
+    return (separable(grid, mean, u * u) - separable(grid, mean, u).square()).mean(-1)
+
+
+def activate(anchors: Tensor, importance: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Add the inactive tokens of largest importance until m are active; equal importance: lowest index first.
+
+    Args:
+        anchors: active indices, [B, m_k].
+        importance: [B, N].
+
+    Returns:
+        All active indices in ascending order, [B, m], and the new ones, [B, m - m_k].
+    """
+    score = importance.scatter(1, anchors, -math.inf)
+    new = score.argsort(dim=1, descending=True, stable=True)[:, : m - anchors.shape[1]]
+    return torch.cat([anchors, new], dim=1).sort(dim=1).values, new
+
+
+# --- deterministic micro-flow ----------------------------------------------------------------------------------------
+
+
+def microflow_target(prior: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """y* = T Phi(y_hat(1)) + (1 - T) eps with T = 1 - sigma: the prior [B, n, C], noised to where the others are."""
+    return (1 - sigma) * prior + sigma * noise
+
+
+def microflow(y: Tensor, target: Tensor, weight: float) -> Tensor:
+    """Solution of dy/dt = (y* - y) / (T - t) after the share `weight` of the interval that ends at T (DMF).
+
+    The solution is a straight line from y to y*; weight = 1 reaches the target.
+    """
+    return (1 - weight) * y + weight * target
+
+
+# --- the method ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JiTOptions:
+    """Settings of `JiT`.
+
+    Attributes:
+        timesteps: {"kind": "beta", "alpha", "beta"} or {"kind": "native"} for the model's own noise levels.
+        microflow: "exact" puts new tokens on the target (w = 1); "relaxed" goes 1 / relax_steps of the way.
+        relax_steps: steps of the relaxed micro-flow, of which the released code takes one.
+        blur_scale: Gaussian sigma in units of the anchor gap rho^(-1/2).
+        blur_sigma_range: limits of the Gaussian sigma, in tokens; None for none.
+        window: width of the importance window W, in tokens.
+    """
+
+    timesteps: dict[str, Any]
+    microflow: Literal["exact", "relaxed"] = "exact"
+    relax_steps: int = 3
+    blur_scale: float = 0.4
+    blur_sigma_range: tuple[float, float] | None = None
+    window: int = 3
+
+    @property
+    def microflow_weight(self) -> float:
+        """Share w of the way to the target that a new token goes."""
+        return 1.0 if self.microflow == "exact" else 1.0 / self.relax_steps
+
+
+def _beta(parameters: tuple[float, float]) -> dict[str, Any]:
+    return {"kind": "beta", "alpha": parameters[0], "beta": parameters[1]}
+
+
+_PAPER = JiTOptions(timesteps=_beta(BETA_PAPER))
+_RELEASED = replace(_PAPER, timesteps=_beta(BETA_RELEASED), microflow="relaxed", blur_sigma_range=(1.0, 10.0))
+
+PRESETS = {
+    "default": _PAPER,
+    "paper": _PAPER,
+    "released": _RELEASED,
+}
+
+
+@dataclass(frozen=True)
+class JiTState:
+    """The image between two steps.
+
+    Attributes:
+        y: all tokens, [B, N, C], fp32.
+        noise: eps of the micro-flow, [B, N, C].
+        lift: the lifter of the current anchors.
+        velocity: the last lifted velocity, [B, N, C]; None before the first step.
+        clean: y_hat(1) of the anchors at the last step, [B, m, C]; None before the first step.
+    """
+
+    y: Tensor
+    noise: Tensor
+    lift: Lifter
+    velocity: Tensor | None = None
+    clean: Tensor | None = None
+
+
+class JiT(Method[JiTState]):
+    """Just-in-Time: nested anchor sets, lifted velocities, activation by local variance, micro-flow.
+
+    Raises:
+        InputError: options that are not JiT's.
+    """
+
+    name = "jit"
+    presets = tuple(PRESETS)
+
+    def __init__(self, grid: TokenGrid, options: dict[str, Any]) -> None:
+        self.grid = grid
+        try:
+            self.settings = JiTOptions(**options)
+        except TypeError as error:
+            raise InputError("unknown JiT option", found=str(error), expected=list(asdict(_PAPER))) from None
+        self.mean = tuple(mean_matrix(n, self.settings.window) for n in grid.shape)
+
+    @classmethod
+    def options(cls, preset: str) -> dict[str, Any]:
+        """The settings of `default`, `paper` (the text's values) or `released` (the published code's)."""
+        if preset not in PRESETS:
+            raise InputError("unknown JiT preset", found=preset, expected=f"one of: {', '.join(PRESETS)}")
+        return asdict(PRESETS[preset])
+
+    def needs(self, first: Stage) -> tuple[bool, bool]:
+        sparse = first.tokens < self.grid.tokens
+        return sparse, sparse
+
+    def draw_anchors(self, first: Stage, generator: torch.Generator) -> Tensor:
+        return first_anchors(self.grid, first.tokens, generator)
+
+    def blur_radius(self, rho: float) -> tuple[float, int]:
+        """Gaussian sigma and kernel radius, in tokens, at active share rho (Algorithm 2, steps 10-11)."""
+        low, high = self.settings.blur_sigma_range or (0.0, math.inf)
+        sigma = min(max(self.settings.blur_scale * rho**-0.5, low), high)
+        return sigma, math.ceil(3 * sigma)
+
+    def lifter(self, anchors: Tensor) -> Lifter:
+        """The lifter of a set of anchors [B, m]."""
+        sigma, radius = self.blur_radius(anchors.shape[1] / self.grid.tokens)
+        blur = tuple(blur_matrix(n, sigma, radius).to(anchors.device) for n in self.grid.shape)
+        return Lifter(self.grid, anchors, nearest_anchor(self.grid, anchors), blur)
+
+    def start(self, draws: Draws, stage: Stage) -> JiTState:
+        batch = draws.latents.shape[0]
+        anchors = draws.anchors
+        if anchors is None:  # a schedule without sparse stages
+            anchors = torch.arange(self.grid.tokens, device=draws.latents.device).expand(batch, -1)
+        noise = draws.noise if draws.noise is not None else draws.latents
+        return JiTState(draws.latents, noise, self.lifter(anchors))
+
+    def transition(self, state: JiTState, stage: Stage, sigma: float) -> JiTState:
+        """ITA, then DMF for the tokens that it activates, at the noise level of the step about to run."""
+        mean = tuple(m.to(state.y.device) for m in self.mean)
+        anchors, new = activate(state.lift.anchors, importance(self.grid, mean, state.velocity), stage.tokens)
+        prior = state.lift(state.clean)  # Phi, with the anchors that predicted it
+        target = microflow_target(gather_tokens(prior, new), gather_tokens(state.noise, new), sigma)
+        moved = microflow(gather_tokens(state.y, new), target, self.settings.microflow_weight)
+        return replace(state, y=scatter_tokens(state.y, new, moved), lift=self.lifter(anchors))
+
+    def tokens(self, state: JiTState) -> Tensor:
+        return gather_tokens(state.y, state.lift.anchors)
+
+    def positions(self, state: JiTState) -> Tensor:
+        return self.grid.coordinates(state.y.device)[state.lift.anchors]
+
+    def step(self, state: JiTState, velocity: Tensor, sigma: float, sigma_next: float) -> JiTState:
+        """SAG-ODE (eq. 17) with an Euler step; y_hat(1) = y - sigma * u is kept for the micro-flow's target."""
+        u = velocity.float()
+        lifted = state.lift(u)
+        clean = self.tokens(state) - sigma * u
+        return replace(state, y=state.y + (sigma_next - sigma) * lifted, velocity=lifted, clean=clean)
+
+    def latents(self, state: JiTState) -> Tensor:
+        return state.y
+
+    def with_latents(self, state: JiTState, latents: Tensor) -> JiTState:
+        return replace(state, y=latents)

@@ -1,0 +1,68 @@
+"""Names of models, methods and backends, and the modules that hold them.
+
+A module is imported only when its name is used, so listing the names (for `--help`, say) imports nothing heavy.
+Adding a model family, a method or a backend means adding one file and one line here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jitexport.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from jitexport.backends.base import Backend
+    from jitexport.methods.base import Method
+    from jitexport.models.base import ModelAdapter
+
+#: Model families, by the diffusers pipeline class that a model folder names in model_index.json.
+FAMILIES = {
+    "FluxPipeline": "jitexport.models.flux:FluxAdapter",
+}
+
+#: Model names that `--model` takes, beside folders and hub ids.
+MODELS = {
+    "demo": "jitexport.models.sources:demo",
+    "flux": "jitexport.models.sources:flux_dev",
+    "flux-schnell": "jitexport.models.sources:flux_schnell",
+}
+
+#: Spatial acceleration methods.
+METHODS = {
+    "dense": "jitexport.methods.dense:Dense",
+    "jit": "jitexport.methods.jit:JiT",
+}
+
+#: Ways of running a stage module.
+BACKENDS = {
+    "eager": "jitexport.backends.eager:EagerBackend",
+    "aoti": "jitexport.backends.aoti:AOTInductorBackend",
+}
+
+
+def _resolve(table: dict[str, str], kind: str, name: str) -> Any:
+    if name not in table:
+        raise UnknownNameError(f"unknown {kind}", found=name, expected=f"one of: {', '.join(table)}")
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def family(pipeline_class: str) -> type[ModelAdapter]:
+    """The adapter class of a diffusers pipeline class name."""
+    return _resolve(FAMILIES, "model family", pipeline_class)
+
+
+def model_source(name: str) -> Any:
+    """The function that describes a registered model: see `jitexport.models.sources`."""
+    return _resolve(MODELS, "model", name)
+
+
+def method(name: str) -> type[Method]:
+    """The class of a spatial acceleration method."""
+    return _resolve(METHODS, "method", name)
+
+
+def backend(name: str) -> Backend:
+    """An instance of a backend. It is not checked whether this machine can use it: see `Backend.missing`."""
+    return _resolve(BACKENDS, "backend", name)()

@@ -1,0 +1,85 @@
+"""The stage loop: engines, lifters and transitions strung together. It reads like the equations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from jitexport.grid import pack
+from jitexport.methods.base import Draws, Method
+from jitexport.schedule import Stage, StageSchedule
+
+#: (tokens [B, m, C], step index) -> velocity [B, m, C]
+Velocity = Callable[[Tensor, int], Tensor]
+
+#: (step index, noise level reached, latents [B, N, C]) -> latents to go on with, or None
+OnStep = Callable[[int, float, Tensor], Tensor | None]
+
+
+def draw(
+    method: Method,
+    schedule: StageSchedule,
+    latent_shape: Sequence[int],
+    patch: int,
+    generators: Sequence[torch.Generator],
+) -> Draws:
+    """Everything random for one batch, image by image from its own generator, so that an image needs no neighbours.
+
+    The first draw is the initial noise in diffusers' shape and order, so one seed starts both at the same latents.
+
+    Args:
+        latent_shape: (C, H, W) of one image's latents before packing.
+        patch: side of a token's patch in latent pixels.
+        generators: one per image; they may be the same object, which then continues from image to image.
+    """
+    with_noise, with_anchors = method.needs(schedule.stages[0])
+
+    def field(generator: torch.Generator) -> Tensor:
+        return pack(torch.randn((1, *latent_shape), generator=generator, device=generator.device), patch)
+
+    latents, noise, anchors = [], [], []
+    for generator in generators:
+        latents.append(field(generator))
+        if with_noise:
+            noise.append(field(generator))
+        if with_anchors:
+            anchors.append(method.draw_anchors(schedule.stages[0], generator))
+    return Draws(
+        latents=torch.cat(latents),
+        noise=torch.cat(noise) if noise else None,
+        anchors=torch.stack(anchors) if anchors else None,
+    )
+
+
+def sample(
+    method: Method,
+    schedule: StageSchedule,
+    draws: Draws,
+    begin_stage: Callable[[Stage, Tensor], Velocity],
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Integrate from noise to data through all stages; returns the clean latents [B, N, C], fp32.
+
+    Args:
+        begin_stage: given a stage and its tokens' positions [B, m, d], returns the stage's velocity function.
+        on_step: called after every step; an exception it raises ends the loop.
+    """
+    sigmas = schedule.sigmas
+    state = None
+    for stage in schedule.stages:
+        steps = schedule.steps_of(stage)
+        if state is None:
+            state = method.start(draws, stage)
+        else:
+            state = method.transition(state, stage, sigmas[steps[0]])
+        velocity = begin_stage(stage, method.positions(state))
+        for i in steps:
+            u = velocity(method.tokens(state), i)
+            state = method.step(state, u, sigmas[i], sigmas[i + 1])
+            if on_step is not None:
+                changed = on_step(i, sigmas[i + 1], method.latents(state))
+                if changed is not None:
+                    state = method.with_latents(state, changed)
+    return method.latents(state)
