@@ -38,6 +38,7 @@ from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import ModelSource, find_source, load_adapter
 from jitexport.plan import CustomSchedule, Plan, plan
 from jitexport.runtime import Pipeline
+from jitexport.schedule import StageSchedule
 from jitexport.specs import DTYPES, EngineSpec
 
 #: Largest ||engine - eager|| / ||eager|| that a build accepts. bf16 keeps 8 bits, and compilers may keep more of them
@@ -76,15 +77,24 @@ class BuildResult:
     seconds: float
 
 
-def eager_pipeline(adapter: ModelAdapter, made: Plan, batch: int, dtype: str, device: torch.device) -> Pipeline:
+def eager_pipeline(
+    adapter: ModelAdapter,
+    schedule: StageSchedule,
+    method: str,
+    options: dict[str, Any],
+    *,
+    batch: int,
+    dtype: str,
+    device: torch.device,
+) -> Pipeline:
     """The adapter's modules as a pipeline, without compiling anything: the reference for every backend."""
-    specs = adapter.specs(made.schedule, batch, dtype)
+    specs = adapter.specs(schedule, batch, dtype)
     for component in adapter.components.values():
         component.to(device)
     return Pipeline(
         engines={s.name: Engine(s, as_engine(adapter.module(s.name)), device) for s in specs},
-        method=registry.method(made.method)(adapter.geometry.grid, made.options),
-        schedule=made.schedule,
+        method=registry.method(method)(adapter.geometry.grid, options),
+        schedule=schedule,
         geometry=adapter.geometry,
         defaults=adapter.defaults,
         tokenizers=[FastTokenizer.from_str(t.json) for t in adapter.tokenizers()],
@@ -220,7 +230,9 @@ def build(
         specs = adapter.specs(made.schedule, batch, dtype)
         progress.begin(["read the model", "weights", *(f"engine {s.name}" for s in specs), "digests"])
 
-        reference = eager_pipeline(adapter, made, batch, dtype, target_device)
+        reference = eager_pipeline(
+            adapter, made.schedule, made.method, made.options, batch=batch, dtype=dtype, device=target_device
+        )
         progress.step("weights")
         weights = dict(adapter.tensors())
         stored, tied = write_weights(writer, weights)

@@ -331,6 +331,74 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
 
 
 @app.command()
+def profile(
+    bundle: Bundle,
+    against: Annotated[
+        str, typer.Option(help="Also measure these, comma-separated: diffusers, eager.")
+    ] = "",
+    prompt: Annotated[str | None, typer.Option(help="Prompt to measure with.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Images measured, after one that is not.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure where the time of an image goes, and compare with the ordinary pipeline."""
+    from jitexport import profile as profiling
+    from jitexport import runtime
+    from jitexport.bundle.reading import read_manifest
+
+    peers = [p for p in against.split(",") if p]
+    if wrong := set(peers) - {"diffusers", "eager"}:
+        raise InputError("unknown peer", found=", ".join(sorted(wrong)), expected="diffusers, eager")
+    if peers:
+        _quiet_libraries()
+    pipe = runtime.load(bundle)
+    manifest = read_manifest(bundle)
+    prompt = prompt or _example_prompt(manifest)
+    profiles = []
+    with err.status("measuring") as status:
+        for peer in peers:
+            status.update(f"measuring {peer}")
+            if peer == "diffusers":
+                steps = manifest.schedule.reference_steps
+                profiles.append(profiling.diffusers_profile(manifest, prompt, steps=steps, repeats=min(repeats, 3)))
+            else:
+                profiles.append(profiling.eager_profile(manifest, prompt, dtype="fp32", repeats=min(repeats, 3)))
+        status.update("measuring the bundle")
+        label = f"{manifest.method.name}, {manifest.backend} {manifest.dtype}"
+        profiles.append(
+            profiling.profile_pipeline(pipe, label, profiling.step_flops(manifest), prompt, repeats=repeats)
+        )
+    if as_json:
+        report = {"conditions": profiling.conditions(), "bundle": str(bundle), "repeats": repeats}
+        typer.echo(json.dumps(report | {"profiles": [profiling.as_dict(p) for p in profiles]}))
+        return
+    _print_profiles(profiles, profiling.conditions())
+
+
+def _print_profiles(profiles: Sequence[Any], conditions: dict[str, Any]) -> None:
+    first, last = profiles[0], profiles[-1]
+    if len(profiles) > 1:
+        table = Table("prompt to PNG", "median s", "p90 s", "times faster")
+        for p in profiles:
+            table.add_row(p.label, f"{p.total.median:.3f}", f"{p.total.p90:.3f}", f"{first.total.median / p.total.median:.2f}")
+        out.print(table, highlight=False)
+    table = Table(last.label, "median ms", "p90 ms", "share")
+    for name, timing in last.phases.items():
+        if name != "denoise":
+            table.add_row(
+                name, f"{timing.median * 1e3:.1f}", f"{timing.p90 * 1e3:.1f}", f"{timing.median / last.total.median:.1%}"
+            )
+    table.add_section()
+    table.add_row("total", f"{last.total.median * 1e3:.1f}", f"{last.total.p90 * 1e3:.1f}", "")
+    out.print(table, highlight=False)
+    table = Table("stage", "tokens", "steps", "ms/step", "GFLOP/s")
+    for s in last.stages:
+        table.add_row(s.name, str(s.tokens), str(s.steps), f"{s.step.median * 1e3:.1f}", f"{s.gflops_per_second:.0f}")
+    out.print(table, highlight=False)
+    out.print(f"the loop around the engines takes {last.overhead:.2%} of denoising", highlight=False)
+    err.print(", ".join(f"{k} {v}" for k, v in conditions.items() if v is not None), highlight=False, soft_wrap=True)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine can run, and what would add more."""
     from jitexport.doctor import examine

@@ -113,6 +113,11 @@ class Pipeline:
             ids.append(torch.tensor([e.ids for e in encodings], device=self.device))
         return ids
 
+    def draw(self, generators: Sequence[torch.Generator]) -> Draws:
+        """Everything random, for one image per generator."""
+        geometry = self.geometry
+        return draw(self.method, self.schedule, geometry.latent_shape, geometry.patch, generators)
+
     def encode(self, prompts: Sequence[str], guidance_scale: float | None) -> Condition:
         """Text and condition engines: everything that the loop reads but does not change.
 
@@ -150,6 +155,16 @@ class Pipeline:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, N, C] -> pictures [B, 3, H, W] in [0, 1], fp32."""
         return self.engines["decode"](latents)[0]
+
+    @staticmethod
+    def to_images(images: Tensor, output_type: OutputType) -> Any:
+        """Pictures [n, 3, H, W] in [0, 1], or latents, in the form that a caller asked for."""
+        if output_type in ("pt", "latent"):
+            return images
+        array = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        if output_type == "np":
+            return array
+        return [Image.fromarray(a) for a in (array * 255).round().astype(np.uint8)]
 
     # --- the call ---
 
@@ -208,7 +223,7 @@ class Pipeline:
 
                 y = self.denoise(condition, chunk, on_step)
                 results.append((y if output_type == "latent" else self.decode(y))[:count])
-        return PipelineOutput(_convert(torch.cat(results), output_type))
+        return PipelineOutput(self.to_images(torch.cat(results), output_type))
 
     def _callback(self, callback: Callback | None, step: int, y: Tensor) -> Tensor | None:
         if callback is None:
@@ -252,7 +267,7 @@ class Pipeline:
         generators = [generator] * n if isinstance(generator, torch.Generator) else list(generator)
         if len(generators) != n:
             raise InputError("one generator per image is needed", found=len(generators), expected=n)
-        drawn = draw(self.method, self.schedule, self.geometry.latent_shape, self.geometry.patch, generators)
+        drawn = self.draw(generators)
         first = self.schedule.stages[0]
         return (
             drawn.latents if latents is None else self._packed("latents", latents, n),
@@ -281,15 +296,6 @@ class Pipeline:
                 expected=f"int64 {(n, m)} of different indices from 0 to {tokens - 1} in each row",
             )
         return anchors
-
-
-def _convert(images: Tensor, output_type: OutputType) -> Any:
-    if output_type in ("pt", "latent"):
-        return images
-    array = images.permute(0, 2, 3, 1).float().cpu().numpy()
-    if output_type == "np":
-        return array
-    return [Image.fromarray(a) for a in (array * 255).round().astype(np.uint8)]
 
 
 def load(

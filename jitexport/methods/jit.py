@@ -55,15 +55,17 @@ def nearest_anchor(grid: TokenGrid, anchors: Tensor, chunk: int = 4096) -> Tenso
     Returns:
         [B, N], int64, values in 0 .. m - 1.
     """
-    xy = grid.coordinates(anchors.device).float()  # exact: squared distances stay far below 2^24
-    anchor_xy = xy[anchors]  # [B, m, d]
-    m = anchors.shape[1]
-    order = torch.arange(m, device=anchors.device)
-    nearest = []
-    for part in xy.split(chunk):
-        squared = (part[:, None] - anchor_xy[:, None]).square().sum(-1).long()  # [B, chunk, m]
-        nearest.append((squared * m + order).argmin(-1))  # the key is unique, so no tie is left to argmin
-    return torch.cat(nearest, dim=1)
+    batch, m = anchors.shape
+    if m == grid.tokens:
+        return anchors.argsort(dim=1)  # each token is its own anchor
+    # argmin_j |p - a_j|^2 = argmin_j |a_j|^2 - 2 p.a_j. Times m plus j, all keys of a token differ and the lowest j wins
+    # a tie. They are integers far below 2^53, so fp64 is exact, and one matrix product makes them all.
+    p = grid.coordinates(anchors.device).double()
+    a = p[anchors].transpose(1, 2)  # [B, d, m]
+    order = torch.arange(m, device=anchors.device, dtype=p.dtype).expand(batch, 1, -1)
+    key = torch.cat([-2 * m * a, m * a.square().sum(1, keepdim=True) + order], dim=1)  # [B, d + 1, m]
+    p = torch.cat([p, p.new_ones(grid.tokens, 1)], dim=1)  # [N, d + 1]
+    return torch.cat([(part @ key).argmin(-1) for part in p.split(chunk)], dim=1)
 
 
 def reflect(index: Tensor, n: int) -> Tensor:
@@ -117,6 +119,8 @@ class Lifter:
 
     def __call__(self, u: Tensor) -> Tensor:
         """u [B, m, C] -> [B, N, C]; the values at anchors are u's own bits (Algorithm 2, step 3)."""
+        if u.shape[1] == self.grid.tokens:  # every token is an anchor, so nothing is interpolated
+            return scatter_tokens(u, self.anchors, u)
         blurred = separable(self.grid, self.blur, gather_tokens(u, self.nearest))
         return scatter_tokens(blurred, self.anchors, u)
 

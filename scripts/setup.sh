@@ -1,0 +1,17 @@
+# Sourced by demo.sh and test.sh: a virtual environment with the package and the extras given as the first argument.
+# PYTHON chooses the interpreter, JITEXPORT_VENV the place of the environment.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-$(command -v python3.11 || command -v python3)}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 3; }
+command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+  { echo "a C++ compiler is needed to build engines (Debian, Ubuntu: apt-get install g++)" >&2; exit 3; }
+
+venv=${JITEXPORT_VENV:-.venv}
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# shellcheck disable=SC1091
+source "$venv/bin/activate"
+# torch first and by its exact version: anything that lets the resolver choose may take several GB of CUDA packages.
+python -c 'import torch' 2>/dev/null || python -m pip install --quiet torch==2.13.0
+python -m pip install --quiet --editable ".[$1]"
