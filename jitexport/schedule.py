@@ -60,7 +60,8 @@ class StageSchedule:
             )
         if [s.index for s in self.stages] != list(range(len(self.stages)))[::-1]:
             raise ScheduleError("stage indices must count down to 0", found=[s.index for s in self.stages])
-        if len(self.sigmas) != self.nfe + 1 or any(a <= b for a, b in pairwise(self.sigmas)) or self.sigmas[-1] != 0:
+        falling = all(a > b for a, b in pairwise(self.sigmas))  # false with NaN
+        if len(self.sigmas) != self.nfe + 1 or not falling or self.sigmas[-1] != 0:
             raise ScheduleError(
                 "noise levels do not fit the stages",
                 found=self.sigmas,
@@ -137,6 +138,9 @@ PAPER_REFERENCE_STEPS = 50
 # Token ratios between the published points: speed-up, coarse ratio, medium ratio. 2x is the conservative schedule of C.2.
 _RATIO_KNOTS = ((1.0, 1.0, 1.0), (2.0, 0.50, 0.75), (4.0, 0.35, 0.62), (7.0, 0.32, 0.60), (10.0, 0.29, 0.58))
 
+# Share of the tokens above which a solved stage runs all of them: leaving out a few is not worth a transition.
+_DENSE = 0.97
+
 MAX_SPEEDUP = 10.0
 
 
@@ -177,6 +181,7 @@ def solve_stages(
 
     def stages_at(nfe: int, extra: float) -> tuple[Stage, ...]:
         ratios = [r + extra * (1 - r) for r in (coarse, medium)]
+        ratios = [1.0 if r > _DENSE else r for r in ratios]
         return make_stages(grid_tokens, split_steps(nfe), [*ratios, 1.0])
 
     for nfe in range(reference_steps, 0, -1):

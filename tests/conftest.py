@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# No deadline: machines are shared. Derandomised: a run fails for a change, not by luck.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
