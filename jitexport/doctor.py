@@ -30,7 +30,7 @@ def _installed(name: str, extra: str) -> str:
 
 def examine() -> dict[str, dict[str, str]]:
     """Versions, hardware and backends, as text by section and name."""
-    cuda = torch.cuda.is_available()
+    cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
     devices = [torch.device("cpu"), *([torch.device("cuda")] if cuda else [])]
     backends = {}
     for name in registry.BACKENDS:
@@ -47,10 +47,12 @@ def examine() -> dict[str, dict[str, str]]:
         },
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+            "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {threads} threads",
             "bf16": "in hardware" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated: fp32 may be faster",
             "gpu": torch.cuda.get_device_name() if cuda else "none that torch can use",
-            "compiler": shutil.which("g++") or shutil.which("clang++") or "none: aoti can load bundles but not build them",
+            "compiler": shutil.which("g++")
+            or shutil.which("clang++")
+            or "none: aoti can load bundles but not build them",
         },
         "backends": backends,
     }

@@ -131,7 +131,8 @@ def parse_custom(steps: str, ratios: str | None) -> CustomSchedule:
         shares = tuple(float(r) for r in ratios.split(",")) if ratios else (1.0,)
     except ValueError:
         raise ScheduleError(
-            "steps and ratios must be comma-separated numbers", found=f"{steps!r}, {ratios!r}",
+            "steps and ratios must be comma-separated numbers",
+            found=f"{steps!r}, {ratios!r}",
             expected="for example --steps 7,4,7 --ratios 0.35,0.62,1",
         ) from None
     return CustomSchedule(counts, shares)

@@ -170,7 +170,10 @@ def profile_pipeline(
         phases={name: Timing.of(values) for name, values in samples.items()},
         stages=[
             StageTiming(
-                s.name, s.tokens, s.steps, Timing.of(stage_steps[s.name]),
+                s.name,
+                s.tokens,
+                s.steps,
+                Timing.of(stage_steps[s.name]),
                 pipe.batch_size * step_flops[s.name] / statistics.median(stage_steps[s.name]) / 1e9,
             )
             for s in pipe.schedule.stages
@@ -229,10 +232,17 @@ def eager_profile(manifest: Manifest, prompt: str, *, dtype: str, repeats: int) 
     source = ModelSource(manifest.model.name, folder=model_folder(manifest))
     adapter = load_adapter(source, DTYPES[dtype], manifest.model.settings)
     pipe = eager_pipeline(
-        adapter, manifest.schedule.schedule(), manifest.method.name, manifest.method.options,
-        batch=manifest.batch, dtype=dtype, device=torch.device("cpu"),
+        adapter,
+        manifest.schedule.schedule(),
+        manifest.method.name,
+        manifest.method.options,
+        batch=manifest.batch,
+        dtype=dtype,
+        device=torch.device("cpu"),
     )
-    return profile_pipeline(pipe, f"{manifest.method.name}, eager {dtype}", step_flops(manifest), prompt, repeats=repeats)
+    return profile_pipeline(
+        pipe, f"{manifest.method.name}, eager {dtype}", step_flops(manifest), prompt, repeats=repeats
+    )
 
 
 def model_folder(manifest: Manifest) -> Path:

@@ -128,14 +128,14 @@ def make_stages(grid_tokens: int, steps: Sequence[int], ratios: Sequence[float])
     return tuple(Stage(len(merged) - 1 - i, tokens, n) for i, (tokens, n) in enumerate(merged.items()))
 
 
-#: The published schedules (Table 4): NFE and token ratios at the speed-ups they are named after, for 50 reference steps.
+#: The published schedules (Table 4): NFE and token ratios by the speed-up they are named after, for 50 reference steps.
 PAPER_PRESETS: dict[float, tuple[int, tuple[float, float, float]]] = {
     4.0: (18, (0.35, 0.62, 1.0)),
     7.0: (11, (0.32, 0.60, 1.0)),
 }
 PAPER_REFERENCE_STEPS = 50
 
-# Token ratios between the published points: speed-up, coarse ratio, medium ratio. 2x is the conservative schedule of C.2.
+# Token ratios between the published points: speed-up, coarse, medium. 2x is the conservative schedule of C.2.
 _RATIO_KNOTS = ((1.0, 1.0, 1.0), (2.0, 0.50, 0.75), (4.0, 0.35, 0.62), (7.0, 0.32, 0.60), (10.0, 0.29, 0.58))
 
 # Share of the tokens above which a solved stage runs all of them: leaving out a few is not worth a transition.

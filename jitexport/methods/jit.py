@@ -58,8 +58,8 @@ def nearest_anchor(grid: TokenGrid, anchors: Tensor, chunk: int = 4096) -> Tenso
     batch, m = anchors.shape
     if m == grid.tokens:
         return anchors.argsort(dim=1)  # each token is its own anchor
-    # argmin_j |p - a_j|^2 = argmin_j |a_j|^2 - 2 p.a_j. Times m plus j, all keys of a token differ and the lowest j wins
-    # a tie. They are integers far below 2^53, so fp64 is exact, and one matrix product makes them all.
+    # argmin_j |p - a_j|^2 = argmin_j |a_j|^2 - 2 p.a_j. Times m plus j, all keys of a token differ, and the lowest j
+    # wins a tie. They are integers far below 2^53, so fp64 is exact, and one matrix product makes them all.
     p = grid.coordinates(anchors.device).double()
     a = p[anchors].transpose(1, 2)  # [B, d, m]
     order = torch.arange(m, device=anchors.device, dtype=p.dtype).expand(batch, 1, -1)

@@ -27,6 +27,7 @@ from jitexport.positions import Rotary
 from jitexport.schedule import StageSchedule
 from jitexport.specs import EngineSpec
 
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A tokenizer as its `tokenizers` JSON, and the length that prompts are padded and cut to."""
@@ -86,10 +87,8 @@ class ModelAdapter(ABC):
 
     @classmethod
     @abstractmethod
-    def from_folder(
-        cls, folder: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None
-    ) -> ModelAdapter:
-        """Read a diffusers folder with its weights. Settings left out come from the folder or are the family's usual."""
+    def from_folder(cls, folder: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None) -> ModelAdapter:
+        """Read a diffusers folder with its weights. Settings left out are the folder's, or the family's usual."""
 
     @classmethod
     @abstractmethod
@@ -122,7 +121,8 @@ class ModelAdapter(ABC):
         """All parameters and buffers by full name, tied ones under each of their names."""
         for component, module in self.components.items():
             for name, tensor in [
-                *module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)
+                *module.named_parameters(remove_duplicate=False),
+                *module.named_buffers(remove_duplicate=False),
             ]:
                 yield f"{component}.{name}", tensor
 

@@ -235,9 +235,7 @@ class FluxAdapter(ModelAdapter):
             module.eval().requires_grad_(False)
 
     @classmethod
-    def from_folder(
-        cls, folder: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None
-    ) -> FluxAdapter:
+    def from_folder(cls, folder: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None) -> FluxAdapter:
         classes = {
             "transformer": FluxTransformer2DModel,
             "vae": AutoencoderKL,
@@ -247,15 +245,15 @@ class FluxAdapter(ModelAdapter):
         missing = [name for name in (*classes, "scheduler", "tokenizer", "tokenizer_2") if not (folder / name).is_dir()]
         if missing:
             raise ModelNotFoundError(
-                "the pipeline folder is incomplete", found=f"{folder} without {', '.join(missing)}",
-                expected="a folder written by FluxPipeline.save_pretrained", remedy="download the whole repository",
+                "the pipeline folder is incomplete",
+                found=f"{folder} without {', '.join(missing)}",
+                expected="a folder written by FluxPipeline.save_pretrained",
+                remedy="download the whole repository",
             )
         components: dict[str, nn.Module] = {}
         for name, component in classes.items():
             try:
-                components[name] = component.from_pretrained(
-                    folder / name, torch_dtype=dtype, local_files_only=True
-                )
+                components[name] = component.from_pretrained(folder / name, torch_dtype=dtype, local_files_only=True)
             except (OSError, ValueError) as error:
                 raise ModelNotFoundError(f"cannot read {folder / name}", found=error) from error
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
@@ -384,10 +382,10 @@ def read_tokenizer(folder: Path, length: int) -> Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedModelError(
-            "the tokenizer has no fast implementation", found=type(tokenizer).__name__, expected=f"a fast one in {folder}"
+            "the tokenizer has no fast implementation",
+            found=type(tokenizer).__name__,
+            expected=f"a fast one in {folder}",
         )
     backend.enable_truncation(length)
     backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
     return Tokenizer(folder.name, backend.to_str(), length)
-
-

@@ -64,30 +64,59 @@ def _flux(
 ) -> ModelSource:
     configs = {
         "transformer": {
-            "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
-            "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
             "axes_dims_rope": [16, 56, 56],
-        } | transformer,
+        }
+        | transformer,
         "vae": {
-            "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16,
-            "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False,
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "block_out_channels": [128, 256, 512, 512],
+            "layers_per_block": 2,
+            "latent_channels": 16,
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
         },
         "text_encoder": {
-            "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768,
-            "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
+            "vocab_size": 49408,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "projection_dim": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 77,
         },
         "text_encoder_2": {
-            "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+            "vocab_size": 32128,
+            "d_model": 4096,
+            "d_kv": 64,
+            "d_ff": 10240,
+            "num_layers": 24,
+            "num_heads": 64,
             "feed_forward_proj": "gated-gelu",
         },
         "scheduler": {
-            "num_train_timesteps": 1000, "base_image_seq_len": 256, "max_image_seq_len": 4096,
-            "base_shift": 0.5, "max_shift": 1.15,
-        } | scheduler,
+            "num_train_timesteps": 1000,
+            "base_image_seq_len": 256,
+            "max_image_seq_len": 4096,
+            "base_shift": 0.5,
+            "max_shift": 1.15,
+        }
+        | scheduler,
     }
     return ModelSource(
-        name, hub_id=hub_id, pipeline_class="FluxPipeline", configs=configs,
+        name,
+        hub_id=hub_id,
+        pipeline_class="FluxPipeline",
+        configs=configs,
         settings={"height": 1024, "width": 1024} | settings,
     )
 
@@ -106,14 +135,13 @@ def find_source(model: str) -> ModelSource:
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return ModelSource(model.split("/")[1], hub_id=model)
     raise ModelNotFoundError(
-        "no such model", found=model,
+        "no such model",
+        found=model,
         expected=f"one of {', '.join(registry.MODELS)}; a folder in diffusers' format; or a hub id like 'owner/name'",
     )
 
 
-def load_adapter(
-    source: ModelSource, dtype: torch.dtype, settings: dict[str, Any] | None = None
-) -> ModelAdapter:
+def load_adapter(source: ModelSource, dtype: torch.dtype, settings: dict[str, Any] | None = None) -> ModelAdapter:
     """Read a model with its weights, downloading it where it is on a hub.
 
     Raises:
@@ -140,7 +168,8 @@ def _require(find: Callable[[], type[ModelAdapter]]) -> type[ModelAdapter]:
         return find()
     except ImportError as error:
         raise MissingDependencyError(
-            "reading a model needs diffusers and transformers", found=error,
+            "reading a model needs diffusers and transformers",
+            found=error,
             remedy="pip install 'jitexport[build]'",
         ) from error
 
@@ -149,13 +178,15 @@ def _adapter_class(folder: Path) -> type[ModelAdapter]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise UnsupportedModelError(
-            "not a diffusers pipeline", found=f"{folder} without model_index.json",
+            "not a diffusers pipeline",
+            found=f"{folder} without model_index.json",
             expected="a folder written by save_pretrained",
         )
     name = read_json(index).get("_class_name", "")
     if name not in registry.FAMILIES:
         raise UnsupportedModelError(
-            "no model family for this pipeline", found=name or f"{index} without _class_name",
+            "no model family for this pipeline",
+            found=name or f"{index} without _class_name",
             expected=f"one of {', '.join(registry.FAMILIES)}",
         )
     return _require(lambda: registry.family(name))

@@ -1,0 +1,100 @@
+"""Compare JiT's settings on the demo model: exact and relaxed micro-flow, both Beta values, with and without the
+released code's lower limit of the blur.
+
+    python scripts/compare_presets.py engines/demo-4x engines/demo-7x --prompts 100 --json docs/presets.json
+
+Engines depend on token counts only, so one bundle serves all settings. Scores are those of demo_quality.py, over the
+same prompts and seeds; the reference of the PSNR is the prompted picture.
+"""
+
+import argparse
+import copy
+import datetime
+import json
+import shlex
+import sys
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from demo_quality import FOLDER, Judge, Source, choose_prompts, generators, make_pictures, reference_pictures, summarise
+from rich.console import Console
+from rich.table import Table
+
+import jitexport
+from jitexport.methods.jit import JiT
+from jitexport.profile import conditions
+from jitexport.schedule import BETA_PAPER, BETA_RELEASED, beta_sigmas
+
+MICROFLOWS = ("exact", "relaxed")
+BETAS = {"0.42": BETA_PAPER, "0.425": BETA_RELEASED}
+BLURS = {"none": None, "1": (1.0, 10.0)}
+
+
+def variant(pipe: jitexport.Pipeline, microflow: str, beta: str, blur: str) -> jitexport.Pipeline:
+    """The pipeline with other settings of the method."""
+    a, b = BETAS[beta]
+    options = JiT.options("paper") | {
+        "timesteps": {"kind": "beta", "alpha": a, "beta": b},
+        "microflow": microflow,
+        "blur_sigma_range": BLURS[blur],
+    }
+    changed = copy.copy(pipe)
+    changed.method = JiT(pipe.geometry.grid, options)
+    changed.schedule = replace(pipe.schedule, sigmas=beta_sigmas(pipe.schedule.nfe, a, b))
+    return changed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", type=Path, nargs="+")
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    captions = json.loads((FOLDER / "captions.json").read_text(encoding="utf-8"))
+    prompts = choose_prompts(captions, args.prompts)
+    judge = Judge(reference_pictures(FOLDER, captions), captions["colours"])
+    table = Table("bundle", "micro-flow", "beta", "least blur", "name", "pair", "background", "sharpness", "PSNR dB")
+    rows = []
+    for path in args.bundles:
+        pipe = jitexport.load(path)
+        for microflow, beta, blur in product(MICROFLOWS, BETAS, BLURS):
+            changed = variant(pipe, microflow, beta, blur)
+
+            def generate(texts: list[str], seeds: list[int], pipe: jitexport.Pipeline = changed) -> list:
+                return pipe(texts, generator=generators(seeds)).images
+
+            label = f"{path.name}, {microflow}, {beta}, {blur}"
+            began = time.perf_counter()
+            pictures = make_pictures(Source(label, generate, pipe.batch_size), prompts)
+            scores = [judge.score(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
+            row = {"bundle": path.name, "microflow": microflow, "beta": beta, "least_blur": blur} | summarise(scores)
+            row["seconds"] = round(time.perf_counter() - began, 1)
+            rows.append(row)
+            table.add_row(
+                path.name,
+                microflow,
+                beta,
+                blur,
+                *(str(row[m]["count"]) for m in ("name_right", "pair_right", "background_right")),
+                f"{row['sharpness']:.2f}",
+                f"{row['psnr']:.2f}",
+            )
+    Console(width=140).print(table)
+    if args.json:
+        report = {
+            "command": shlex.join(["python", "scripts/compare_presets.py", *sys.argv[1:]]),
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "conditions": conditions(),
+            "prompts": args.prompts,
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
