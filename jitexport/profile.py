@@ -205,7 +205,7 @@ def diffusers_profile(manifest: Manifest, prompt: str, *, steps: int, repeats: i
     """
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(model_folder(manifest), torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(model_folder(manifest), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     geometry, defaults = manifest.geometry, manifest.defaults
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,14 +27,23 @@ from jitexport import registry
 from jitexport.backends.base import Engine
 from jitexport.bundle import EngineBundle
 from jitexport.bundle.host import check_host, fingerprint
+from jitexport.bundle.manifest import EngineEntry
 from jitexport.bundle.reading import Verify
-from jitexport.errors import BackendUnavailableError, InputError
+from jitexport.errors import (
+    BackendUnavailableError,
+    InputError,
+    JitExportError,
+    ManifestError,
+    MissingDependencyError,
+)
 from jitexport.grid import pack
+from jitexport.lora import LowRank, read_lora
 from jitexport.methods.base import Draws, Method
-from jitexport.models.base import ModelDefaults, ModelGeometry
+from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry
 from jitexport.sampler import OnStep, Velocity, draw, sample
 from jitexport.schedule import Stage, StageSchedule
 from jitexport.specs import DTYPES
+from jitexport.weights import SharedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +81,7 @@ class Pipeline:
     Attributes:
         engines: by name: text, condition, stage<k>, decode; each for exactly `batch_size` images.
         batch_size: images per engine run; longer lists are run in chunks, the last one padded.
+        weights: what the engines read, and can be changed between calls; None where they hold copies of their own.
     """
 
     def __init__(
@@ -84,6 +96,8 @@ class Pipeline:
         batch_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        weights: SharedWeights | None = None,
+        read_checkpoint: Callable[[Path], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.engines = engines
         self.method = method
@@ -94,11 +108,82 @@ class Pipeline:
         self.batch_size = batch_size
         self.dtype = dtype
         self.device = device
+        self.weights = weights
+        self._read_checkpoint = read_checkpoint
+        self._adapters: list[tuple[dict[str, LowRank], float]] = []
         self._show_progress = sys.stderr.isatty()
 
     def set_progress_bar_config(self, *, disable: bool) -> None:
         """Switch the progress bar on stderr off or on; it is on by default on a terminal."""
         self._show_progress = not disable
+
+    # --- weights that change ---
+
+    def load_lora(self, adapter: str | Path | Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Merge a LoRA adapter into the weights, beside those already merged; no engine is built again.
+
+        Waits for running calls to end. The originals of the weights that it touches are kept in memory.
+
+        Args:
+            adapter: a safetensors file, a folder with one, or a state dict, in diffusers' PEFT format or one that
+                diffusers converts to it.
+            scale: strength of the adapter.
+
+        Raises:
+            InputError: the adapter does not fit the model, or this backend's engines hold copies of the weights.
+            ModelNotFoundError: the file cannot be read.
+        """
+        weights = self._changeable()
+        if not np.isfinite(scale):
+            raise InputError("scale must be a finite number", found=scale)
+        changes = read_lora(adapter)
+        weights.check({name: change.shape for name, change in changes.items()})
+        with weights.changing():
+            self._adapters.append((changes, float(scale)))
+            self._merge(changes)
+
+    def unload_lora(self) -> None:
+        """Take all adapters out again: the weights are what they were, bit by bit."""
+        weights = self._changeable()
+        with weights.changing():
+            self._adapters.clear()
+            weights.restore()
+
+    def load_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """Replace the weights by those of another checkpoint of the same architecture; adapters are taken out.
+
+        Args:
+            folder: the pipeline in diffusers' format. Reading it needs the `build` extra.
+
+        Raises:
+            InputError: another architecture, or engines that hold copies of the weights.
+            ModelError: the folder cannot be read.
+        """
+        weights = self._changeable()
+        if self._read_checkpoint is None:
+            raise InputError("this pipeline has no bundle to read checkpoints for")
+        values = self._read_checkpoint(Path(folder))
+        weights.check({name: tuple(value.shape) for name, value in values.items()})
+        with weights.changing():
+            self._adapters.clear()
+            weights.replace(values)
+
+    def _changeable(self) -> SharedWeights:
+        if self.weights is None:
+            raise InputError(
+                "this bundle's engines hold copies of the weights, which cannot be changed",
+                remedy="build with a backend that shares weights (aoti, eager), or build from the changed model",
+            )
+        return self.weights
+
+    def _merge(self, names: Iterable[str]) -> None:
+        """W + the sum of all adapters' changes, from the original and rounded once."""
+        for name in names:
+            merged = self.weights.original(name).float()
+            for changes, scale in self._adapters:
+                if name in changes:
+                    merged = merged + changes[name].delta(scale, merged.device)
+            self.weights.set(name, merged)
 
     # --- the phases of a call ---
 
@@ -209,7 +294,8 @@ class Pipeline:
         results = []
         size = self.batch_size
         total = -(-len(prompts) // size) * self.schedule.nfe
-        with Progress(console=Console(stderr=True), transient=True, disable=not self._show_progress) as progress:
+        held = self.weights.reading() if self.weights is not None else nullcontext()
+        with held, Progress(console=Console(stderr=True), transient=True, disable=not self._show_progress) as progress:
             task = progress.add_task("denoising", total=total)
             for start in range(0, len(prompts), size):
                 count = min(size, len(prompts) - start)
@@ -314,47 +400,98 @@ def load(
     """
     bundle = EngineBundle.open(path, verify)
     manifest = bundle.manifest
-    device = torch.device(device or manifest.host.device)
-    backend = registry.backend(manifest.backend)
-    if reason := backend.missing(device):
-        raise BackendUnavailableError(f"backend {backend.name} cannot run on {device}", found=reason)
-    check_host(manifest.host, fingerprint(device), backend.host_fields)
-
-    weights = bundle.weights(device)
-    modules = _ModuleMaker(manifest.model.family, manifest.model.configs, manifest.model.settings, manifest.dtype)
-    engines = {
-        entry.name: Engine(
-            entry.spec(),
-            backend.load(
-                entry.spec(), bundle.path / entry.directory, weights, partial(modules, entry.name), device
-            ),
-            device,
-        )
-        for entry in manifest.engines
-    }
+    engines = EngineOpener(bundle, device)
     geometry = manifest.geometry.geometry()
+    with _declared("acceleration method"):
+        method = registry.method(manifest.method.name)(geometry.grid, manifest.method.options)
+    with _declared("tokenizers"):
+        tokenizers = [FastTokenizer.from_file(str(bundle.path / t.path)) for t in manifest.tokenizers]
     return Pipeline(
-        engines=engines,
-        method=registry.method(manifest.method.name)(geometry.grid, manifest.method.options),
+        engines={entry.name: engines.open(entry) for entry in manifest.engines},
+        method=method,
         schedule=manifest.schedule.schedule(),
         geometry=geometry,
         defaults=manifest.defaults,
-        tokenizers=[FastTokenizer.from_file(str(bundle.path / t.path)) for t in manifest.tokenizers],
+        tokenizers=tokenizers,
         batch_size=manifest.batch,
         dtype=DTYPES[manifest.dtype],
-        device=device,
+        device=engines.device,
+        weights=engines.weights if engines.backend.live_weights else None,
+        read_checkpoint=engines.read_checkpoint,
     )
 
 
-class _ModuleMaker:
-    """Makes modules without weights from a bundle's configurations, importing the model's code at the first need."""
+class EngineOpener:
+    """Opens the engines of a checked bundle, all on one copy of its weights.
 
-    def __init__(self, family: str, configs: dict[str, Any], settings: dict[str, Any], dtype: str) -> None:
-        self._arguments = family, configs, settings, dtype
-        self._adapter = None
+    Args:
+        device: where to run; the device that the bundle was built for by default.
 
-    def __call__(self, name: str) -> torch.nn.Module:
+    Raises:
+        BackendUnavailableError: this machine lacks what the backend needs.
+        HostMismatchError: the bundle was built for another machine.
+        InputError: no such device.
+    """
+
+    def __init__(self, bundle: EngineBundle, device: str | torch.device | None = None) -> None:
+        manifest = bundle.manifest
+        try:
+            self.device = torch.device(device or manifest.host.device)
+        except RuntimeError as error:
+            raise InputError("unknown device", found=device, expected="cpu or cuda") from error
+        self.bundle = bundle
+        self.backend = registry.backend(manifest.backend)
+        if reason := self.backend.missing(self.device):
+            raise BackendUnavailableError(f"backend {self.backend.name} cannot run on {self.device}", found=reason)
+        check_host(manifest.host, fingerprint(self.device), self.backend.host_fields)
+        self.weights = SharedWeights(bundle.weights(self.device))
+        self._adapter: ModelAdapter | None = None
+
+    def open(self, entry: EngineEntry) -> Engine:
+        """One engine.
+
+        Raises:
+            BackendError: it cannot be opened.
+            ManifestError: the model's configuration, which some backends need, makes no model.
+            MissingDependencyError: so does its code, which is not installed.
+        """
+        spec, directory = entry.spec(), self.bundle.path / entry.directory
+        raw = self.backend.load(spec, directory, self.weights.tensors, partial(self._module, entry.name), self.device)
+        return Engine(spec, raw, self.device)
+
+    def read_checkpoint(self, folder: Path) -> dict[str, Tensor]:
+        """All tensors of another checkpoint of the bundle's model, by full name, in the bundle's dtype."""
+        manifest = self.bundle.manifest
+        with _declared("model family"):
+            adapter_class = registry.family(manifest.model.family)
+        adapter = adapter_class.from_folder(folder, DTYPES[manifest.dtype], manifest.model.settings)
+        return dict(adapter.tensors())
+
+    def _module(self, name: str) -> torch.nn.Module:
+        """An engine's module without weights; imports the model's code at the first need."""
         if self._adapter is None:
-            family, configs, settings, dtype = self._arguments
-            self._adapter = registry.family(family).from_configs(configs, settings, DTYPES[dtype])
+            manifest = self.bundle.manifest
+            model = manifest.model
+            with _declared("model configuration"):
+                self._adapter = registry.family(model.family).from_configs(
+                    model.configs, model.settings, DTYPES[manifest.dtype]
+                )
         return self._adapter.module(name)
+
+
+@contextmanager
+def _declared(what: str) -> Iterator[None]:
+    """Turn whatever other libraries raise on what a manifest declares into this package's errors."""
+    try:
+        yield
+    except (JitExportError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise MissingDependencyError(
+            "this bundle runs the model's own code", found=error, remedy="pip install 'jitexport[build]'"
+        ) from error
+    except Exception as error:
+        raise ManifestError(
+            f"the bundle's {what} cannot be used", found=f"{type(error).__name__}: {error}",
+            remedy="build the bundle again",
+        ) from error

@@ -253,7 +253,7 @@ class FluxAdapter(ModelAdapter):
         components: dict[str, nn.Module] = {}
         for name, component in classes.items():
             try:
-                components[name] = component.from_pretrained(folder / name, torch_dtype=dtype, local_files_only=True)
+                components[name] = component.from_pretrained(folder / name, dtype=dtype, local_files_only=True)
             except (OSError, ValueError) as error:
                 raise ModelNotFoundError(f"cannot read {folder / name}", found=error) from error
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
