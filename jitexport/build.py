@@ -32,6 +32,7 @@ from jitexport.bundle.manifest import (
     StageEntry,
     TensorEntry,
     TokenizerEntry,
+    WeightsEntry,
 )
 from jitexport.errors import BackendUnavailableError, InputError, VerificationError
 from jitexport.models.base import ModelAdapter
@@ -310,15 +311,17 @@ def schedule_entry(made: Plan) -> ScheduleEntry:
     )
 
 
-def write_weights(writer: BundleWriter, weights: dict[str, Tensor]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """One safetensors file per component; a tensor with several names is stored once.
+def write_weights(
+    writer: BundleWriter, weights: dict[str, Tensor]
+) -> tuple[tuple[WeightsEntry, ...], dict[str, str]]:
+    """Each component's tensors as safetensors; a tensor with several names is stored once.
 
     Returns:
-        The files' names, and {alias: stored name} for the other names.
+        The files, and {alias: stored name} for the other names.
     """
     stored: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
     tied: dict[str, str] = {}
-    files: dict[str, dict[str, Tensor]] = {}
+    components: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if key in stored:
@@ -326,5 +329,10 @@ def write_weights(writer: BundleWriter, weights: dict[str, Tensor]) -> tuple[tup
             continue
         stored[key] = name
         component, _, rest = name.partition(".")
-        files.setdefault(component, {})[rest] = tensor.contiguous()
-    return tuple(writer.write_weights(f"weights/{c}.safetensors", tensors) for c, tensors in files.items()), tied
+        components.setdefault(component, {})[rest] = tensor
+    entries = [
+        WeightsEntry(component=component, path=path)
+        for component, tensors in components.items()
+        for path in writer.write_weights(component, tensors)
+    ]
+    return tuple(entries), tied

@@ -16,7 +16,13 @@
         ├── BundleNotFoundError     no bundle at the path
         ├── BundleExistsError       the target of a build is in use
         ├── ManifestError           manifest.json is absent, malformed or of another format version
-        ├── IntegrityError          a file is missing, undeclared, a link, or differs from its digest
+        ├── IntegrityError          the files are not the ones that the manifest declares
+        │   ├── MissingFileError    a declared file is not there or cannot be read
+        │   ├── UndeclaredFileError a file or folder that the manifest does not declare
+        │   ├── UnsafeFileError     a link, a device, or another thing that is no plain file
+        │   ├── SizeError           a file has another size
+        │   └── DigestError         a file has another sha256
+        ├── ArchiveError            a packed bundle that is damaged or would write outside its folder
         └── HostMismatchError       the bundle was built for another machine or another torch
 
 Every message says what was found, what was expected and what to do. `exit_code` is what the command line returns.
@@ -127,7 +133,31 @@ class ManifestError(BundleError):
 
 
 class IntegrityError(BundleError):
-    """A file of the bundle is missing, undeclared, a link, or differs from its declared size or digest."""
+    """The files of a bundle are not the ones that its manifest declares."""
+
+
+class MissingFileError(IntegrityError):
+    """A declared file is not there, or cannot be read."""
+
+
+class UndeclaredFileError(IntegrityError):
+    """A file or folder that the manifest does not declare."""
+
+
+class UnsafeFileError(IntegrityError):
+    """A link, a device, or another thing that is no plain file of its own."""
+
+
+class SizeError(IntegrityError):
+    """A file has another size than the manifest declares."""
+
+
+class DigestError(IntegrityError):
+    """A file has another sha256 than the manifest declares."""
+
+
+class ArchiveError(BundleError):
+    """A packed bundle that is damaged, or that holds what no bundle may hold."""
 
 
 class HostMismatchError(BundleError):

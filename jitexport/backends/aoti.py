@@ -42,7 +42,9 @@ class AOTInductorBackend(Backend):
                 "AOTInductor needs a C++ compiler to build", found="neither g++ nor clang++ on PATH",
                 remedy="install g++ (Debian, Ubuntu: apt-get install g++), or build with --backend eager",
             )
-        with tempfile.TemporaryDirectory(prefix="jitexport-") as scratch, warnings.catch_warnings():
+        # Beside the engine and not in TMPDIR: what a killed build leaves is then removed with the rest of it.
+        scratch_directory = tempfile.TemporaryDirectory(prefix=".scratch-", dir=directory.parent)
+        with scratch_directory as scratch, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from inside torch.export, about its own calls
             package = Path(scratch) / f"{spec.name}.pt2"
             try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jitexport.errors import InputError
+from jitexport.errors import BackendError, InputError
 from jitexport.specs import DTYPE_NAMES, DTYPES, EngineSpec, TensorSpec
 
 #: Runs on tensors that match the engine's input specs; returns outputs in the order of the output specs.
@@ -95,10 +95,20 @@ def describe(name: str, tensor: Tensor) -> TensorSpec:
 
 
 def assign_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Point a module's parameters and buffers at tensors by full name, without copying."""
+    """Point a module's parameters and buffers at tensors by full name, without copying.
+
+    Raises:
+        BackendError: a parameter's tensor is missing or has another shape.
+    """
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         parent, _, leaf = name.rpartition(".")
         owner = module.get_submodule(parent)
+        given = weights.get(name)
+        if given is None or given.shape != parameter.shape:
+            raise BackendError(
+                "the weights do not fit the model", found="nothing" if given is None else describe(name, given),
+                expected=describe(name, parameter), remedy="build the bundle again",
+            )
         if weights[name] is not parameter:
             owner._parameters[leaf] = nn.Parameter(weights[name], requires_grad=False)
     for name, _ in list(module.named_buffers(remove_duplicate=False)):

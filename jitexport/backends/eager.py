@@ -30,6 +30,8 @@ class EagerBackend(Backend):
     summary = "PyTorch without compiling; the reference"
 
     def missing(self, device: torch.device) -> str | None:
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device is visible to torch"
         return None
 
     def build(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor], directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Engine bundles: a directory with a manifest, weights and one artifact per engine, checked before anything is opened."""
+"""Engine bundles: a directory with a manifest, weights and engines, checked before anything is opened."""
 
 from jitexport.bundle.manifest import Manifest
 from jitexport.bundle.reading import EngineBundle

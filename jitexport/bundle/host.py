@@ -10,9 +10,6 @@ import torch
 from jitexport.bundle.manifest import HostEntry
 from jitexport.errors import HostMismatchError
 
-# Vector extensions that include one another, poorest first; names as torch.backends.cpu gives them.
-_CPU_LEVELS = ("DEFAULT", "AVX2", "AVX512")
-
 
 def fingerprint(device: torch.device) -> HostEntry:
     """This machine and its versions."""
@@ -21,31 +18,32 @@ def fingerprint(device: torch.device) -> HostEntry:
         system=platform.system(),
         machine=platform.machine(),
         cpu=torch.backends.cpu.get_cpu_capability(),
+        cpu_features=tuple(sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True)),
         torch=torch.__version__,
         python=platform.python_version(),
         device=device.type,
         cuda=torch.version.cuda if cuda else None,
-        gpu="sm_{}{}".format(*torch.cuda.get_device_capability(device)) if cuda else None,
+        gpu="sm_{}{}".format(*torch.cuda.get_device_capability(device)) if cuda and torch.cuda.is_available() else None,
     )
-
-
-def _fits(field: str, built: str | None, here: str | None) -> bool:
-    if field == "cpu" and built in _CPU_LEVELS and here in _CPU_LEVELS:
-        return _CPU_LEVELS.index(here) >= _CPU_LEVELS.index(built)
-    return built == here
 
 
 def check_host(built: HostEntry, here: HostEntry, fields: Sequence[str]) -> None:
     """Compare the fields of the fingerprint that a backend's engines depend on.
 
+    For `cpu` this machine must have every instruction set of the machine that built: compilers use what they find.
+
     Raises:
         HostMismatchError: naming every field that differs.
     """
-    wrong = [f for f in fields if not _fits(f, getattr(built, f), getattr(here, f))]
-    if wrong:
+    wrong = [f for f in fields if f != "cpu" and getattr(built, f) != getattr(here, f)]
+    found = [f"{f} {getattr(here, f)}" for f in wrong]
+    expected = [f"{f} {getattr(built, f)}" for f in wrong]
+    if "cpu" in fields and (lacking := sorted(set(built.cpu_features) - set(here.cpu_features))):
+        found.append(f"a CPU ({here.cpu}) without {', '.join(lacking)}")
+        expected.append(f"a CPU ({built.cpu}) with them")
+    if found:
         raise HostMismatchError(
-            "the bundle's engines were built for another machine",
-            found=", ".join(f"{f} {getattr(here, f)}" for f in wrong),
-            expected=", ".join(f"{f} {getattr(built, f)}" for f in wrong),
+            "the bundle's engines were built for another machine", found="; ".join(found),
+            expected="; ".join(expected),
             remedy="build the bundle on this machine, or install the versions it was built with",
         )

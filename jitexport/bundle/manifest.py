@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +19,7 @@ from jitexport.specs import EngineSpec, TensorSpec
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
+DIGEST_NAME = "manifest.sha256"
 
 
 class _Entry(BaseModel):
@@ -25,7 +28,8 @@ class _Entry(BaseModel):
 
 def _safe(path: str) -> str:
     parts = PurePosixPath(path).parts
-    if not parts or PurePosixPath(path).is_absolute() or ".." in parts or "\\" in path or str(PurePosixPath(path)) != path:
+    plain = parts and not PurePosixPath(path).is_absolute() and ".." not in parts and str(PurePosixPath(path)) == path
+    if not plain or "\\" in path or not path.isprintable() or path in (FILE_NAME, DIGEST_NAME):
         raise ValueError(f"{path!r} is not a plain relative path")
     return path
 
@@ -44,7 +48,7 @@ class TensorEntry(_Entry):
     """Name, shape and dtype of an engine's input or output."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
     dtype: Literal["fp32", "bf16", "int64"]
 
 
@@ -70,6 +74,15 @@ class EngineEntry(_Entry):
             return tuple(TensorSpec(e.name, e.shape, e.dtype) for e in entries)
 
         return EngineSpec(self.name, specs(self.inputs), specs(self.outputs))
+
+
+class WeightsEntry(_Entry):
+    """A safetensors file with tensors of one component, named without it."""
+
+    component: str
+    path: str
+
+    _path = field_validator("path")(_safe)
 
 
 class TokenizerEntry(_Entry):
@@ -158,14 +171,18 @@ class MethodEntry(_Entry):
 
 
 class HostEntry(_Entry):
-    """The machine and the versions that the engines were built with."""
+    """The machine and the versions that the engines were built with.
+
+    `cpu` is torch's name for the vector extensions, `cpu_features` all instruction sets that a compiler may have used.
+    """
 
     system: str
     machine: str
     cpu: str
+    cpu_features: tuple[str, ...]
     torch: str
     python: str
-    device: str
+    device: Literal["cpu", "cuda"]
     cuda: str | None
     gpu: str | None
 
@@ -190,7 +207,7 @@ class Manifest(_Entry):
     host: HostEntry
     engines: tuple[EngineEntry, ...]
     tokenizers: tuple[TokenizerEntry, ...]
-    weights: tuple[str, ...]
+    weights: tuple[WeightsEntry, ...]
     tied: dict[str, str]
     files: tuple[FileEntry, ...]
 
@@ -199,14 +216,52 @@ class Manifest(_Entry):
         declared = [f.path for f in self.files]
         if len(set(declared)) != len(declared):
             raise ValueError("a file is declared twice")
-        missing = {*self.weights, *(t.path for t in self.tokenizers)} - set(declared)
+        missing = {*(w.path for w in self.weights), *(t.path for t in self.tokenizers)} - set(declared)
         if missing:
             raise ValueError(f"weights or tokenizers without a file entry: {sorted(missing)}")
         names = [e.name for e in self.engines]
         wanted = ["text", "condition", *(s.name for s in self.schedule.schedule().stages), "decode"]
         if sorted(names) != sorted(wanted):
             raise ValueError(f"engines are {names}, the schedule needs {wanted}")
+        for problem in self._contradictions():
+            raise ValueError(problem)
         return self
+
+    def _contradictions(self) -> Iterator[str]:
+        """Where engines, schedule, tokenizers and geometry do not fit each other: a call would fail halfway."""
+        geometry = self.geometry.geometry()
+        schedule = self.schedule.schedule()
+        axes, text = geometry.rotary.axes, geometry.rotary.text_tokens
+        if geometry.grid.tokens != schedule.stages[-1].tokens:
+            yield f"the grid has {geometry.grid.tokens} tokens, the last stage {schedule.stages[-1].tokens}"
+        if len(axes) < len(self.geometry.grid) or any(a < 2 or a % 2 for a in axes):
+            yield f"rotary axes {axes} do not fit a grid of {len(self.geometry.grid)} axes"
+
+        specs = {e.name: e.spec() for e in self.engines}
+        condition, decode = specs["condition"], specs["decode"]
+        found = [(i.shape, i.dtype) for i in specs["text"].inputs]
+        if found != [((self.batch, t.length), "int64") for t in self.tokenizers]:
+            yield f"the text engine's inputs are {found}, which is not what the tokenizers give"
+        known: dict[str, tuple[tuple[int, ...], str]] = {o.name: (o.shape, o.dtype) for o in specs["text"].outputs}
+        known |= {"sigmas": ((schedule.nfe,), "fp32"), "guidance": ((self.batch,), "fp32")}
+        yield from _unlike(condition, known)
+        if not condition.outputs or condition.outputs[0].shape[:2] != (schedule.nfe, self.batch):
+            yield "the condition engine's first output is not one modulation per step and image"
+            return
+        static = {o.name: (o.shape, o.dtype) for o in condition.outputs[1:]}
+        modulation = (condition.outputs[0].shape[1:], condition.outputs[0].dtype)
+        for stage in schedule.stages:
+            tokens = ((self.batch, stage.tokens, geometry.channels), self.dtype)
+            angles = ((self.batch, text + stage.tokens, sum(axes) // 2), "fp32")
+            spec = specs[stage.name]
+            yield from _unlike(
+                spec, static | {"tokens": tokens, "cos": angles, "sin": angles, "modulation": modulation}
+            )
+            if [(o.shape, o.dtype) for o in spec.outputs] != [tokens]:
+                yield f"{stage.name} does not give one velocity per token"
+        latents = ((self.batch, geometry.grid.tokens, geometry.channels), "fp32")
+        if [(i.shape, i.dtype) for i in decode.inputs] != [latents] or len(decode.outputs) != 1:
+            yield "the decode engine does not take the latents of the grid and give pictures"
 
     @property
     def defaults(self) -> ModelDefaults:
@@ -221,6 +276,18 @@ class Manifest(_Entry):
     def to_json(self) -> str:
         """Indented JSON text."""
         return self.model_dump_json(indent=1)
+
+
+def _unlike(spec: EngineSpec, known: dict[str, tuple[tuple[int, ...], str]]) -> Iterator[str]:
+    """Inputs of an engine that the pipeline cannot give, or not in that shape."""
+    for entry in spec.inputs:
+        if known.get(entry.name) != (entry.shape, entry.dtype):
+            yield f"engine {spec.name} takes {entry}, the pipeline gives {known.get(entry.name, 'no such thing')}"
+
+
+def digest_line(text: bytes) -> bytes:
+    """The content of manifest.sha256 for a manifest, as `sha256sum` writes it."""
+    return f"{hashlib.sha256(text).hexdigest()}  {FILE_NAME}\n".encode()
 
 
 def parse_manifest(text: str | bytes, where: object) -> Manifest:

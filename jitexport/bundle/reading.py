@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from jitexport.bundle.manifest import FILE_NAME, FileEntry, Manifest, parse_manifest
-from jitexport.bundle.writing import sha256
-from jitexport.errors import BundleNotFoundError, IntegrityError, ManifestError
+from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, digest_line, parse_manifest
+from jitexport.errors import (
+    BundleNotFoundError,
+    DigestError,
+    InputError,
+    IntegrityError,
+    ManifestError,
+    MissingFileError,
+    SizeError,
+    UndeclaredFileError,
+    UnsafeFileError,
+)
 
 Verify = Literal["full", "size"]
-_REBUILD = "build the bundle again, or copy it again from where it came from"
-_MAX_MANIFEST = 64 * 1024 * 1024
+REBUILD = "build the bundle again, or copy it again from where it came from"
+MAX_MANIFEST = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -35,26 +47,46 @@ class EngineBundle:
 
         Raises:
             BundleNotFoundError: no directory with a manifest.
-            ManifestError: the manifest is malformed.
+            ManifestError: the manifest is malformed, or is not the one that the bundle was published with.
             IntegrityError: a file is missing, undeclared, a link, or differs from its entry.
         """
         root = Path(path)
         if verify not in ("full", "size"):
-            raise ValueError(f'verify must be "full" or "size", not {verify!r}')
+            raise InputError("unknown verify", found=verify, expected='"full" or "size"')
         manifest = read_manifest(root)
         check_files(root, manifest, verify)
         return cls(root, manifest)
 
     def weights(self, device: torch.device) -> dict[str, Tensor]:
-        """All tensors by full name, "<component>.<name>", in memory of their own."""
+        """All tensors by full name, "<component>.<name>", in memory of their own.
+
+        Raises:
+            IntegrityError: a file is no safetensors file; only "size" checks let one through.
+            ManifestError: a tied name without its tensor.
+        """
         tensors: dict[str, Tensor] = {}
-        for name in self.manifest.weights:
-            component = Path(name).stem
-            with safe_open(self.path / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    # A copy: aligned for vector loads, and safe from whoever rewrites the file.
-                    tensors[f"{component}.{key}"] = file.get_tensor(key).to(device, copy=True)
+        for entry in self.manifest.weights:
+            for key, tensor in read_tensors(self.path, entry.path).items():
+                # A copy: aligned for vector loads, and safe from whoever rewrites the file.
+                tensors[f"{entry.component}.{key}"] = tensor.to(device, copy=True)
+        if lost := sorted(set(self.manifest.tied.values()) - tensors.keys()):
+            raise ManifestError("tied tensors are not among the weights", found=", ".join(lost[:3]), remedy=REBUILD)
         return tensors | {alias: tensors[name] for alias, name in self.manifest.tied.items()}
+
+
+def read_tensors(root: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a bundle's safetensors file, on the CPU, mapped from the file.
+
+    Raises:
+        IntegrityError: it is no safetensors file.
+    """
+    try:
+        with safe_open(root / name, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(
+            f"cannot read {name}", found=error, expected="a safetensors file", remedy=REBUILD
+        ) from error
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -62,22 +94,37 @@ def read_manifest(root: Path) -> Manifest:
 
     Raises:
         BundleNotFoundError: no directory with a manifest.
-        ManifestError: the manifest is malformed.
+        ManifestError: the manifest is malformed, or is not the one that the bundle was published with.
+        UnsafeFileError: the manifest is a link.
     """
-    file = root / FILE_NAME
-    if not root.is_dir() or not (file.is_file() or file.is_symlink()):
+    if not root.is_dir() or not os.path.lexists(root / FILE_NAME):
         raise BundleNotFoundError(
             f"no bundle at {root}", found="no directory" if not root.is_dir() else f"a directory without {FILE_NAME}",
             remedy="`jitexport build -o PATH` makes one",
         )
-    info = file.lstat()
-    if not stat.S_ISREG(info.st_mode) or info.st_size > _MAX_MANIFEST:
-        raise ManifestError(f"{file} is not a plain file of a manifest's size", remedy=_REBUILD)
-    try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise ManifestError(f"cannot read {file}", found=error) from error
-    return parse_manifest(text, file)
+    with _plain(root, FILE_NAME) as (file, size):
+        if size > MAX_MANIFEST:
+            raise ManifestError(
+                f"{root / FILE_NAME} is too large", found=size, expected=f"at most {MAX_MANIFEST} bytes", remedy=REBUILD
+            )
+        text = file.read(MAX_MANIFEST)
+    with _plain(root, DIGEST_NAME) as (file, _):
+        declared = file.read(1024)
+    check_manifest_digest(text, declared, root)
+    return parse_manifest(text, root / FILE_NAME)
+
+
+def check_manifest_digest(text: bytes, declared: bytes, where: object) -> None:
+    """Compare a manifest with the content of manifest.sha256.
+
+    Raises:
+        ManifestError: they differ.
+    """
+    if declared != digest_line(text):
+        raise ManifestError(
+            f"{where}: {FILE_NAME} is not the published one", found=digest_line(text).decode().split()[0],
+            expected=f"{declared[:64].decode(errors='replace')} ({DIGEST_NAME})", remedy=REBUILD,
+        )
 
 
 def check_files(root: Path, manifest: Manifest, verify: Verify) -> None:
@@ -86,31 +133,74 @@ def check_files(root: Path, manifest: Manifest, verify: Verify) -> None:
     Raises:
         IntegrityError: naming the first file that is wrong.
     """
-    declared = {entry.path: entry for entry in manifest.files}
-    present: set[str] = set()
-    for folder, folders, names in os.walk(root):
-        for name in [*folders, *names]:
-            path = Path(folder) / name
-            relative = path.relative_to(root).as_posix()
-            mode = path.lstat()
-            if stat.S_ISDIR(mode.st_mode):
-                continue
-            if not stat.S_ISREG(mode.st_mode) or mode.st_nlink != 1:
-                raise IntegrityError(f"{relative} is a link or no regular file", expected="plain files", remedy=_REBUILD)
-            if relative != FILE_NAME:
-                present.add(relative)
-    if extra := sorted(present - declared.keys()):
-        raise IntegrityError("the bundle has undeclared files", found=", ".join(extra[:3]), remedy="remove them")
-    if missing := sorted(declared.keys() - present):
-        raise IntegrityError("files of the bundle are missing", found=", ".join(missing[:3]), remedy=_REBUILD)
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # sha256 releases the interpreter lock
-        list(pool.map(lambda entry: _check_file(root, entry, verify), manifest.files))
+    declared = {entry.path for entry in manifest.files}
+    folders = {parent.as_posix() for name in declared for parent in PurePosixPath(name).parents}
+    present = set(_walk(root, folders)) - {FILE_NAME, DIGEST_NAME}
+    if extra := sorted(present - declared):
+        raise UndeclaredFileError("the bundle has undeclared files", found=", ".join(extra[:3]), remedy="remove them")
+    if missing := sorted(declared - present):
+        raise MissingFileError("files of the bundle are missing", found=", ".join(missing[:3]), remedy=REBUILD)
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count())  # sha256 releases the interpreter lock
+    try:
+        # The largest first: with the last file, all cores should end at about the same time.
+        for _ in pool.map(lambda e: check_file(root, e, verify), sorted(manifest.files, key=lambda e: -e.size)):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a failure, the other files need not be read
 
 
-def _check_file(root: Path, entry: FileEntry, verify: Verify) -> None:
-    path = root / entry.path
-    size = path.stat().st_size
-    if size != entry.size:
-        raise IntegrityError(f"{entry.path} has another size", found=size, expected=entry.size, remedy=_REBUILD)
-    if verify == "full" and (digest := sha256(path)) != entry.sha256:
-        raise IntegrityError(f"{entry.path} has another digest", found=digest, expected=entry.sha256, remedy=_REBUILD)
+def check_file(root: Path, entry: FileEntry, verify: Verify) -> None:
+    """Compare one file with its entry.
+
+    Raises:
+        IntegrityError: it is missing, a link, or has another size or digest.
+    """
+    with _plain(root, entry.path) as (file, size):
+        if size != entry.size:
+            raise SizeError(f"{entry.path} has another size", found=size, expected=entry.size, remedy=REBUILD)
+        if verify == "full" and (digest := hashlib.file_digest(file, "sha256").hexdigest()) != entry.sha256:
+            raise DigestError(f"{entry.path} has another digest", found=digest, expected=entry.sha256, remedy=REBUILD)
+
+
+def _walk(root: Path, folders: set[str]) -> Iterator[str]:
+    """Names of all files below a directory that has no other folders than the given ones, and no links."""
+
+    def fail(error: OSError) -> None:
+        raise MissingFileError("cannot read the bundle's files", found=error, remedy=REBUILD) from error
+
+    for folder, names, files in os.walk(root, onerror=fail):
+        for name in names:
+            relative = Path(folder, name).relative_to(root).as_posix()
+            if Path(folder, name).is_symlink():
+                raise UnsafeFileError(
+                    f"{relative} is a link", found="a linked folder", expected="plain files and folders", remedy=REBUILD
+                )
+            if relative not in folders:
+                raise UndeclaredFileError("the bundle has an undeclared folder", found=relative, remedy="remove it")
+        for name in files:
+            relative = Path(folder, name).relative_to(root).as_posix()
+            with _plain(root, relative):
+                yield relative
+
+
+@contextmanager
+def _plain(root: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file without other names, open for reading, and its size.
+
+    Raises:
+        MissingFileError: it cannot be read.
+        UnsafeFileError: it is a link, has another hard link, or is no regular file.
+    """
+    path = root / name
+    try:
+        info = path.lstat()  # before opening: opening a pipe waits, opening a device may do anything
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1:
+            raise UnsafeFileError(
+                f"{name} is a link or no regular file",
+                found=f"{stat.filemode(info.st_mode)}, {info.st_nlink} name(s)",
+                expected="a plain file of its own", remedy=REBUILD,
+            )
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise MissingFileError(f"cannot read {name}", found=error, remedy=REBUILD) from error

@@ -1,109 +1,31 @@
-"""Writing a bundle: in a temporary sibling that becomes the bundle by one rename, or leaves nothing that loads."""
+"""Writing a bundle: files are collected in a staging directory, digested, declared and put in place."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import os
-import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jitexport.bundle.manifest import FILE_NAME, FileEntry, Manifest
-from jitexport.errors import BundleError, BundleExistsError
+from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, digest_line, parse_manifest
+from jitexport.bundle.staging import Staging
+from jitexport.errors import BundleError
 
-#: Errors that a disk gives, as against those of reading a model.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file, streamed."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+#: Weights are split into files of about this size, so that several cores can digest them at load.
+SHARD_BYTES = 2 * 1024**3
 
 
-class BundleWriter:
-    """Context manager that collects a bundle's files and publishes them at the end.
-
-    Files go into a hidden directory beside the target. It is locked as long as its process lives, so that a later
-    build can tell what an interrupted one left behind, and removes it.
-
-    Args:
-        target: the bundle's directory.
-        replace: whether an existing bundle at the target may be replaced.
-
-    Raises:
-        BundleExistsError: the target exists and `replace` is not set, or is no bundle.
-        BundleError: the target's folder cannot be written.
-    """
-
-    def __init__(self, target: Path, *, replace: bool = False) -> None:
-        self.target = Path(target)
-        self.replace = replace
-        self._done = False
-
-    def __enter__(self) -> BundleWriter:
-        self._refuse_existing()
-        parent = self.target.parent
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            self.path = Path(tempfile.mkdtemp(prefix=self._prefix, dir=parent))
-            self._lock = os.open(self.path, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise BundleError(
-                f"cannot write to {parent}", found=error, expected="a writable folder with room", remedy="choose another -o"
-            ) from error
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._done:
-            shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-        if isinstance(error, OSError) and error.errno in _DISK:
-            raise BundleError(
-                f"writing {self.target} failed; nothing was left behind", found=error,
-                expected="a writable disk with room", remedy="free space or choose another -o",
-            ) from error
-
-    @property
-    def _prefix(self) -> str:
-        return f".{self.target.name}.build-"
-
-    def _refuse_existing(self) -> None:
-        if not self.target.exists() and not self.target.is_symlink():
-            return
-        if not (self.target / FILE_NAME).is_file():
-            raise BundleExistsError(
-                f"{self.target} exists and is no bundle", expected="a new path, or a bundle", remedy="choose another -o"
-            )
-        if not self.replace:
-            raise BundleExistsError(
-                f"{self.target} exists already", remedy="pass --force to replace it, or choose another -o"
-            )
-
-    def _remove_leftovers(self) -> None:
-        for path in self.target.parent.glob(f"{self._prefix}*"):
-            lock = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            except BlockingIOError:
-                pass  # another build is at work there
-            finally:
-                os.close(lock)
+class BundleWriter(Staging):
+    """Context manager that collects a bundle's files and publishes them at the end: see `Staging`."""
 
     def directory(self, name: str) -> Path:
-        """A new directory of the bundle."""
+        """A new directory of the bundle. It is dropped at the end if nothing is written there."""
         path = self.path / name
         path.mkdir(parents=True)
         return path
@@ -115,36 +37,80 @@ class BundleWriter:
         path.write_text(text, encoding="utf-8")
         return name
 
-    def write_weights(self, name: str, tensors: Mapping[str, Tensor]) -> str:
-        """Write tensors as safetensors; returns the file's name."""
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> str:
+        """Write tensors as safetensors; returns the file's name.
+
+        Raises:
+            BundleError: the disk fails.
+        """
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), path)
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+            path.chmod(0o666 & ~_umask(self.path))  # safetensors makes files that only their owner can read
+        except SafetensorError as error:  # the library's own type, also for a full disk
+            raise BundleError(
+                f"cannot write {name}", found=error, expected="a writable disk with room",
+                remedy="free space or choose another -o",
+            ) from error
         return name
+
+    def write_weights(self, component: str, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Write a component's tensors under weights/, split by `SHARD_BYTES`; returns the files' names."""
+        shards: list[dict[str, Tensor]] = [{}]
+        size = 0
+        for key, tensor in tensors.items():
+            if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+                shards.append({})
+                size = 0
+            shards[-1][key] = tensor
+            size += tensor.nbytes
+        names = [f"{component}-{i + 1}" if len(shards) > 1 else component for i in range(len(shards))]
+        return [
+            self.write_tensors(f"weights/{name}.safetensors", shard) for name, shard in zip(names, shards, strict=True)
+        ]
 
     def publish(self, manifest: Callable[[tuple[FileEntry, ...]], Manifest]) -> Manifest:
         """Digest all files, write the manifest that `manifest` makes of them, and put the bundle in place.
 
         Raises:
             BundleExistsError: another build published to the target meanwhile.
+            ManifestError: the manifest would not be accepted at load.
         """
-        files = [p for p in sorted(self.path.rglob("*")) if p.is_file()]
-        entries = tuple(
-            FileEntry(path=p.relative_to(self.path).as_posix(), size=p.stat().st_size, sha256=sha256(p)) for p in files
-        )
-        made = manifest(entries)
-        with (self.path / FILE_NAME).open("w", encoding="utf-8") as stream:
-            stream.write(made.to_json())
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.path.chmod(0o755)
-        self._refuse_existing()
-        if self.target.exists():
-            old = self.path.with_name(self.path.name + ".old")
-            self.target.rename(old)
-            self.path.rename(self.target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            self.path.rename(self.target)
-        self._done = True
+        names = self._settle()
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # sha256 and fsync release the interpreter lock
+            entries = tuple(pool.map(self._entry, names))
+        text = manifest(entries).to_json().encode()
+        made = parse_manifest(text, FILE_NAME)
+        for name, content in ((FILE_NAME, text), (DIGEST_NAME, digest_line(text))):
+            with (self.path / name).open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        self.commit()
         return made
+
+    def _settle(self) -> list[str]:
+        """Names of all files, sorted; directories without any are removed."""
+        names = []
+        for folder, _, files in os.walk(self.path, topdown=False):
+            for file in files:
+                path = Path(folder, file)
+                if not stat.S_ISREG(path.lstat().st_mode):
+                    raise BundleError("an engine's files must be plain files", found=path.relative_to(self.path))
+                names.append(path.relative_to(self.path).as_posix())
+            if folder != str(self.path) and not any(os.scandir(folder)):
+                os.rmdir(folder)
+        return sorted(names)
+
+    def _entry(self, name: str) -> FileEntry:
+        path = self.path / name
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            os.fsync(stream.fileno())
+        return FileEntry(path=name, size=path.stat().st_size, sha256=digest)
+
+
+def _umask(folder: Path) -> int:
+    """The umask that a directory was made with; asking the process for it would change it for other threads."""
+    return ~stat.S_IMODE(folder.stat().st_mode) & 0o777

@@ -1,0 +1,125 @@
+"""The manifest: what is written can be read, and whatever else is read gives this package's own errors."""
+
+import copy
+import json
+import random
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jitexport.bundle.manifest import FILE_NAME, Manifest, parse_manifest
+from jitexport.errors import JitExportError, ManifestError
+from scripts.faults import mutated_json
+
+
+@pytest.fixture(scope="module")
+def text(built: Path) -> str:
+    return (built / FILE_NAME).read_text()
+
+
+def refused(raw: object) -> str:
+    with pytest.raises(ManifestError) as caught:
+        parse_manifest(json.dumps(raw), "it")
+    return str(caught.value)
+
+
+def test_round_trip(text):
+    manifest = parse_manifest(text, "it")
+    assert isinstance(manifest, Manifest)
+    assert manifest.to_json() == text
+    assert manifest.size == sum(f.size for f in manifest.files) > 0
+
+
+@pytest.mark.parametrize("junk", ["", "{", "[]", "null", "1", '"text"', "[" * 100_000, b"\xff\xfe", "1" * 10_000])
+def test_junk_is_refused(junk):
+    with pytest.raises(ManifestError):
+        parse_manifest(junk, "it")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", 1.5, True, None, [1]])
+def test_only_the_known_format_version(text, version):
+    assert "another format" in refused(json.loads(text) | {"format_version": version})
+
+
+def test_every_field_is_needed_and_no_other_is_taken(text):
+    raw = json.loads(text)
+    for key in raw:
+        assert refused({k: v for k, v in raw.items() if k != key})
+    assert "extra" in refused(raw | {"extra": 1})
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../x", "a/../b", "", ".", "a//b", "a/", "a\\b", "a\x00b", "a\nb", FILE_NAME, "manifest.sha256"],
+)
+def test_unsafe_paths_are_refused(text, path):
+    raw = json.loads(text)
+    for place in ("files", "weights", "tokenizers"):
+        changed = copy.deepcopy(raw)
+        changed[place][0]["path"] = path
+        assert refused(changed)
+    changed = copy.deepcopy(raw)
+    changed["engines"][0]["directory"] = path
+    assert refused(changed)
+
+
+def edit(raw, *path, to):
+    changed = copy.deepcopy(raw)
+    node = changed
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = to
+    return changed
+
+
+def test_contradictions_are_refused(text):
+    raw = json.loads(text)
+    assert "the grid has" in refused(edit(raw, "geometry", "grid", to=[12, 9]))
+    assert "rotary axes" in refused(edit(raw, "geometry", "rotary_axes", to=[4, 6, 5]))
+    assert "tokenizers give" in refused(edit(raw, "tokenizers", 0, "length", to=9))
+    assert "engine" in refused(edit(raw, "batch", to=2))
+    assert "engine" in refused(edit(raw, "dtype", to="fp32"))
+    assert "declared twice" in refused(edit(raw, "files", to=[*raw["files"], raw["files"][0]]))
+    assert "without a file entry" in refused(edit(raw, "files", to=raw["files"][1:]))
+    assert "the schedule needs" in refused(edit(raw, "engines", to=raw["engines"][1:]))
+    assert "strictly decreasing" in refused(edit(raw, "schedule", "sigmas", to=raw["schedule"]["sigmas"][::-1]))
+    assert refused(edit(raw, "schedule", "stages", 0, "tokens", to=7))
+
+
+def test_seeded_mutations_give_only_our_errors(text):
+    rng = random.Random(0)
+    kept = 0
+    for _ in range(500):
+        with suppress(JitExportError):
+            kept += parse_manifest(mutated_json(json.loads(text), rng), "it") is not None
+    assert kept < 250  # names and free text may change; most of the rest may not
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_value_anywhere_gives_only_our_errors(text, data):
+    raw = json.loads(text)
+    node, key = raw, data.draw(st.sampled_from(sorted(raw)))
+    while isinstance(node[key], (dict, list)) and node[key] and data.draw(st.booleans()):
+        node = node[key]
+        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+    node[key] = data.draw(JSON)
+    with suppress(JitExportError):
+        parse_manifest(json.dumps(raw), "it")
+
+
+@given(st.binary() | st.text())
+@settings(max_examples=200, deadline=None)
+def test_any_text_gives_only_our_errors(junk):
+    with pytest.raises(ManifestError):
+        parse_manifest(junk, "it")
