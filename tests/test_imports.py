@@ -57,7 +57,9 @@ def test_models_methods_and_backends_do_not_import_each_other(package):
     )
     loaded = modules_after(code)
     strays = {
-        name for name in loaded for other in others
+        name
+        for name in loaded
+        for other in others
         if name.startswith(f"jitexport.{other}.") and name != f"jitexport.{other}.base"
     }
     assert not strays

@@ -245,7 +245,11 @@ def test_released_preset_is_the_released_recipe(seed):
     sigmas = beta_sigmas(8, 1.4, 0.425)
     places = GRID.coordinates()
     expected = released_loop(
-        sigmas, [(s.steps, s.tokens) for s in stages.stages], latents, noise, anchors,
+        sigmas,
+        [(s.steps, s.tokens) for s in stages.stages],
+        latents,
+        noise,
+        anchors,
         lambda tokens, active, number, step: model(None, places[active][None])(tokens[None], step)[0],
     )
     method = jit("released")

@@ -206,9 +206,10 @@ def test_faster_is_cheaper(a, b):
     assert fast <= slow + 50 * (flux_cost(FLUX_TOKENS) - flux_cost(FLUX_TOKENS - 1))
 
 
-def test_presets_come_close_to_their_names():
-    assert predicted(solve_stages(4, FLUX_TOKENS, flux_cost, 50), FLUX_TOKENS, flux_cost, 50) == pytest.approx(4.14, abs=0.01)
-    assert predicted(solve_stages(7, FLUX_TOKENS, flux_cost, 50), FLUX_TOKENS, flux_cost, 50) == pytest.approx(6.96, abs=0.01)
+@pytest.mark.parametrize(("speedup", "expected"), [(4, 4.14), (7, 6.96)])
+def test_presets_come_close_to_their_names(speedup, expected):
+    stages = solve_stages(speedup, FLUX_TOKENS, flux_cost, 50)
+    assert predicted(stages, FLUX_TOKENS, flux_cost, 50) == pytest.approx(expected, abs=0.01)
 
 
 def test_presets_are_for_fifty_reference_steps():

@@ -15,7 +15,23 @@ HEIGHT, WIDTH = 48, 32
 GRID = (12, 8)
 TEXT_TOKENS = 10
 CLIP_TOKENS = 8
-WORDS = "a the red green blue yellow apple fox cat dog house tree in on under near snow hill river sky".split()
+WORDS = [
+    "a",
+    "the",
+    "red",
+    "green",
+    "blue",
+    "fox",
+    "dog",
+    "house",
+    "tree",
+    "in",
+    "on",
+    "under",
+    "near",
+    "snow",
+    "river",
+]
 
 
 def tokenizer(template: str, length: int) -> PreTrainedTokenizerFast:
@@ -27,8 +43,12 @@ def tokenizer(template: str, length: int) -> PreTrainedTokenizerFast:
         single=template, special_tokens=[(t, i) for t, i in special.items() if t in template]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=fast, model_max_length=length,
-        pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+        tokenizer_object=fast,
+        model_max_length=length,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
     )
 
 
@@ -45,19 +65,39 @@ def flux(*, guidance: bool) -> FluxPipeline:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformer = FluxTransformer2DModel(
-            in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=32, pooled_projection_dim=24, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6),
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=24,
+            guidance_embeds=guidance,
+            axes_dims_rope=(4, 6, 6),
         )
         vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32,
-            scaling_factor=0.4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+            scaling_factor=0.4,
+            shift_factor=0.1,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
         )
         ids = {"vocab_size": len(WORDS) + 4, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
         clip = CLIPTextModel(
             CLIPTextConfig(
-                **ids, hidden_size=24, intermediate_size=32, projection_dim=24, num_hidden_layers=1,
-                num_attention_heads=2, max_position_embeddings=CLIP_TOKENS,
+                **ids,
+                hidden_size=24,
+                intermediate_size=32,
+                projection_dim=24,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=CLIP_TOKENS,
             )
         )
         t5 = T5EncoderModel(
@@ -68,8 +108,12 @@ def flux(*, guidance: bool) -> FluxPipeline:
         randomise(module.eval(), generator)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0, use_dynamic_shifting=not guidance),
-        vae=vae, text_encoder=clip, tokenizer=tokenizer("<bos> $A <eos>", CLIP_TOKENS),
-        text_encoder_2=t5, tokenizer_2=tokenizer("$A <eos>", TEXT_TOKENS), transformer=transformer,
+        vae=vae,
+        text_encoder=clip,
+        tokenizer=tokenizer("<bos> $A <eos>", CLIP_TOKENS),
+        text_encoder_2=t5,
+        tokenizer_2=tokenizer("$A <eos>", TEXT_TOKENS),
+        transformer=transformer,
     )
 
 

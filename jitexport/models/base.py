@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jitexport.errors import UnsupportedModelError
 from jitexport.grid import TokenGrid
 from jitexport.positions import Rotary
 from jitexport.schedule import StageSchedule
@@ -128,5 +129,15 @@ class ModelAdapter(ABC):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """A JSON object from a file.
+
+    Raises:
+        UnsupportedModelError: something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModelError(f"{path} is not JSON", found=error) from error
+    if not isinstance(value, dict):
+        raise UnsupportedModelError(f"{path} is no JSON object", found=type(value).__name__)
+    return value

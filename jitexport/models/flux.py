@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -250,13 +251,13 @@ class FluxAdapter(ModelAdapter):
                 expected="a folder written by FluxPipeline.save_pretrained",
                 remedy="download the whole repository",
             )
-        components: dict[str, nn.Module] = {}
-        for name, component in classes.items():
-            try:
-                components[name] = component.from_pretrained(folder / name, dtype=dtype, local_files_only=True)
-            except (OSError, ValueError) as error:
-                raise ModelNotFoundError(f"cannot read {folder / name}", found=error) from error
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        components: dict[str, nn.Module] = {
+            name: read_component(component, folder / name, dtype) for name, component in classes.items()
+        }
+        try:
+            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ModelNotFoundError(f"cannot read {folder / 'scheduler'}", found=error) from error
         distilled = not components["transformer"].config.guidance_embeds  # schnell: timestep-distilled, no guidance
         usual = {
             "height": 1024,
@@ -271,6 +272,7 @@ class FluxAdapter(ModelAdapter):
         if unknown:
             raise InputError("unknown settings", found=sorted(unknown), expected=f"some of {sorted(usual)}")
         merged = usual | {k: v for k, v in stored.items() if k in usual} | given
+        check_settings(merged)
         tokenizers = [
             read_tokenizer(folder / "tokenizer", components["text_encoder"].config.max_position_embeddings),
             read_tokenizer(folder / "tokenizer_2", merged["max_sequence_length"]),
@@ -372,13 +374,52 @@ class FluxAdapter(ModelAdapter):
         return module.eval()
 
 
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuse sizes that are no positive whole numbers, and a guidance scale that is no number of at least 0.
+
+    Raises:
+        InputError: naming the settings that are wrong.
+    """
+    sizes = {k: v for k, v in settings.items() if k != "guidance_scale"}
+    wrong = {k: v for k, v in sizes.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1}
+    guidance = settings["guidance_scale"]
+    if not isinstance(guidance, int | float) or not 0 <= guidance < float("inf"):  # also refuses NaN
+        wrong["guidance_scale"] = guidance
+    if wrong:
+        raise InputError("settings that a model cannot have", found=wrong, expected="positive numbers, sizes whole")
+
+
+def read_component(component: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A model class's weights from a folder, all of them: the libraries would fill in missing ones at random.
+
+    Raises:
+        ModelNotFoundError: files that are absent, damaged, or of another shape, or weights that are missing.
+    """
+    try:
+        module, info = component.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelNotFoundError(f"cannot read {folder}", found=error) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelNotFoundError(
+            f"weights are missing in {folder}",
+            found=f"no {', '.join(missing[:3])}{f' and {len(missing) - 3} more' if missing[3:] else ''}",
+            expected="every weight that its config.json calls for",
+            remedy="download or save the model again",
+        )
+    return module
+
+
 def read_tokenizer(folder: Path, length: int) -> Tokenizer:
     """A tokenizer folder as one JSON text with padding and truncation to `length` built in.
 
     Raises:
+        ModelNotFoundError: files that are absent or damaged.
         UnsupportedModelError: the tokenizer has no fast implementation.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"cannot read {folder}", found=error) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedModelError(

@@ -130,7 +130,7 @@ def find_source(model: str) -> ModelSource:
     if model in registry.MODELS:
         return registry.model_source(model)()
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():  # Path("") is the current folder
         return ModelSource(path.resolve().name, folder=path)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return ModelSource(model.split("/")[1], hub_id=model)
