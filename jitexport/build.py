@@ -21,6 +21,7 @@ from jitexport._version import __version__
 from jitexport.backends.base import Engine
 from jitexport.backends.eager import as_engine
 from jitexport.bundle import BundleWriter, Manifest
+from jitexport.bundle.golden import write_golden
 from jitexport.bundle.host import fingerprint
 from jitexport.bundle.manifest import (
     FORMAT_VERSION,
@@ -252,11 +253,13 @@ def build(
             raw = engine_backend.load(spec, directory, weights, partial(adapter.module, spec.name), target_device)
             engine = Engine(spec, raw, target_device)
             relative, largest = verify_engine(spec, engine, reference.engines[spec.name], inputs, dtype)
+            golden = write_golden(writer, spec, inputs, engine(*inputs))
             entries.append(
                 EngineEntry(
                     name=spec.name, directory=name,
                     inputs=tuple(TensorEntry(**asdict(s)) for s in spec.inputs),
                     outputs=tuple(TensorEntry(**asdict(s)) for s in spec.outputs),
+                    golden=golden,
                     relative_error=relative, max_error=largest,
                 )
             )

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -396,6 +397,35 @@ def _print_profiles(profiles: Sequence[Any], conditions: dict[str, Any]) -> None
     out.print(table, highlight=False)
     out.print(f"the loop around the engines takes {last.overhead:.2%} of denoising", highlight=False)
     err.print(", ".join(f"{k} {v}" for k, v in conditions.items() if v is not None), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(bundle: Bundle, as_json: Json = False) -> None:
+    """Check a bundle: all digests, then every engine on its stored golden input."""
+    from jitexport.errors import BundleError
+    from jitexport.verify import verify as verify_bundle
+
+    _quiet_libraries()
+    with err.status("digests") as status:
+        result = verify_bundle(bundle, on_engine=lambda name: status.update(f"engine {name}"))
+    if as_json:
+        engines = [
+            {k: None if v != v else v for k, v in asdict(r).items()} | {"passed": r.passed} for r in result.engines
+        ]
+        typer.echo(
+            json.dumps({"passed": result.passed, "files": result.files, "bytes": result.bytes, "engines": engines})
+        )
+    else:
+        out.print(f"{result.files} files, {result.bytes / 1e6:.1f} MB: all digests as declared", highlight=False)
+        table = Table("engine", "result", "relative error", "largest", "tolerance", "seconds")
+        for r in result.engines:
+            word = "same bits" if r.exact else "close" if r.passed else r.problem or "differs"
+            table.add_row(
+                r.name, word, f"{r.relative_error:.2g}", f"{r.max_error:.2g}", f"{r.tolerance:g}", f"{r.seconds:.2f}"
+            )
+        out.print(table, highlight=False)
+    if not result.passed:
+        raise typer.Exit(BundleError.exit_code)
 
 
 @app.command()

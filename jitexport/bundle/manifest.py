@@ -55,17 +55,19 @@ class TensorEntry(_Entry):
 class EngineEntry(_Entry):
     """An engine: its directory in the bundle, its inputs and outputs, and how far it is from the eager module.
 
-    relative_error is ||engine - eager|| / ||eager|| over all outputs, max_error the largest difference.
+    `golden` is the file with an example of its inputs and of what it gave for them where it was built.
+    `relative_error` is ||engine - eager|| / ||eager|| over all outputs, `max_error` the largest difference.
     """
 
     name: str
     directory: str
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
+    golden: str
     relative_error: float
     max_error: float
 
-    _directory = field_validator("directory")(_safe)
+    _paths = field_validator("directory", "golden")(_safe)
 
     def spec(self) -> EngineSpec:
         """As an `EngineSpec`."""
@@ -216,9 +218,9 @@ class Manifest(_Entry):
         declared = [f.path for f in self.files]
         if len(set(declared)) != len(declared):
             raise ValueError("a file is declared twice")
-        missing = {*(w.path for w in self.weights), *(t.path for t in self.tokenizers)} - set(declared)
-        if missing:
-            raise ValueError(f"weights or tokenizers without a file entry: {sorted(missing)}")
+        used = {*(w.path for w in self.weights), *(t.path for t in self.tokenizers), *(e.golden for e in self.engines)}
+        if missing := used - set(declared):
+            raise ValueError(f"files that are used but not declared: {sorted(missing)}")
         names = [e.name for e in self.engines]
         wanted = ["text", "condition", *(s.name for s in self.schedule.schedule().stages), "decode"]
         if sorted(names) != sorted(wanted):

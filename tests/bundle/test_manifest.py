@@ -83,7 +83,7 @@ def test_contradictions_are_refused(text):
     assert "engine" in refused(edit(raw, "batch", to=2))
     assert "engine" in refused(edit(raw, "dtype", to="fp32"))
     assert "declared twice" in refused(edit(raw, "files", to=[*raw["files"], raw["files"][0]]))
-    assert "without a file entry" in refused(edit(raw, "files", to=raw["files"][1:]))
+    assert "used but not declared" in refused(edit(raw, "files", to=raw["files"][1:]))
     assert "the schedule needs" in refused(edit(raw, "engines", to=raw["engines"][1:]))
     assert "strictly decreasing" in refused(edit(raw, "schedule", "sigmas", to=raw["schedule"]["sigmas"][::-1]))
     assert refused(edit(raw, "schedule", "stages", 0, "tokens", to=7))
