@@ -111,6 +111,13 @@ def plan(
     if custom is None and speedup == 1:
         method, preset = "dense", None
     method_class: type[Method] = registry.method(method)
+    if method == "dense" and len(stages) > 1:
+        raise ScheduleError(
+            "the dense method runs all tokens at every step",
+            found=f"stages of {', '.join(str(s.tokens) for s in stages)} tokens",
+            expected="a single stage",
+            remedy="a number of steps (--steps 12), a speed-up of 1, or another method",
+        )
     preset = preset or method_class.presets[0]
     options = method_class.options(preset)
     nfe = sum(s.steps for s in stages)

@@ -1,0 +1,113 @@
+import pytest
+import torch
+
+from jitexport.errors import InputError, ScheduleError, UnknownNameError
+from jitexport.models.flux import FluxAdapter
+from jitexport.plan import CustomSchedule, parse_custom, plan, timesteps
+from jitexport.schedule import BETA_PAPER, BETA_RELEASED, beta_sigmas, uniform_sigmas
+
+
+@pytest.fixture(scope="module")
+def small(tiny_flux):
+    return FluxAdapter.from_folder(tiny_flux, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def schnell(tiny_schnell):
+    return FluxAdapter.from_folder(tiny_schnell, torch.float32)
+
+
+def shape(made):
+    return [(s.steps, s.tokens) for s in made.schedule.stages]
+
+
+def test_default_is_jit_at_four(small):
+    made = plan(small)
+    assert (made.method, made.preset, made.speedup, made.reference_steps) == ("jit", "default", 4.0, 50)
+    assert shape(made) == [(7, 33), (4, 59), (7, 96)]
+    assert made.schedule.sigmas == beta_sigmas(18, *BETA_PAPER)
+    assert made.predicted_speedup == pytest.approx(made.reference_tflops / made.tflops)
+    assert made.tflops == pytest.approx((7 * made.cost(33) + 4 * made.cost(59) + 7 * made.cost(96)) / 1e12)
+    assert made.reference_tflops == pytest.approx(50 * made.cost(96) / 1e12)
+
+
+def test_presets_bring_their_timesteps(small):
+    assert plan(small, preset="released").schedule.sigmas == beta_sigmas(18, *BETA_RELEASED)
+
+
+def test_no_speedup_is_the_ordinary_sampler(small):
+    made = plan(small, speedup=1)
+    assert (made.method, shape(made)) == ("dense", [(50, 96)])
+    assert made.schedule.sigmas == small.native_sigmas(50)
+    assert made.predicted_speedup == 1
+
+
+def test_custom_schedules_take_the_place_of_a_speedup(small):
+    made = plan(small, custom=CustomSchedule((2, 1, 3), (0.25, 0.5, 1.0)))
+    assert shape(made) == [(2, 24), (1, 48), (3, 96)] and made.speedup is None and made.method == "jit"
+
+
+def test_reference_steps_can_be_given(small):
+    made = plan(small, speedup=2, reference_steps=20)
+    assert made.reference_steps == 20 and made.predicted_speedup == pytest.approx(2, rel=0.05)
+
+
+def test_few_reference_steps(schnell):
+    assert schnell.defaults.num_inference_steps == 4
+    made = plan(schnell, speedup=2)
+    assert made.schedule.nfe <= 4 and made.predicted_speedup >= 2
+    with pytest.raises(ScheduleError, match="at most 4"):
+        plan(schnell, speedup=5)
+
+
+def test_dense_runs_any_number_of_full_steps(small):
+    made = plan(small, method="dense", custom=CustomSchedule((12,), (1.0,)))
+    assert made.schedule.sigmas == small.native_sigmas(12) and made.predicted_speedup == pytest.approx(50 / 12)
+
+
+@pytest.mark.parametrize("given", [{"speedup": 4}, {"custom": CustomSchedule((2, 2), (0.5, 1.0))}])
+def test_dense_has_no_stages_of_fewer_tokens(small, given):
+    with pytest.raises(ScheduleError, match="all tokens at every step"):
+        plan(small, method="dense", **given)
+
+
+def test_unknown_names(small):
+    with pytest.raises(UnknownNameError, match="unknown method"):
+        plan(small, method="nonesuch")
+    with pytest.raises(InputError, match="unknown JiT preset"):
+        plan(small, preset="nonesuch")
+
+
+@pytest.mark.parametrize("speedup", [0.5, 11, float("nan")])
+def test_speedups_out_of_range(small, speedup):
+    with pytest.raises(ScheduleError, match="from 1 to 10"):
+        plan(small, speedup=speedup)
+
+
+def test_timesteps_by_kind(small):
+    assert timesteps(small, {"timesteps": {"kind": "uniform"}}, 5) == uniform_sigmas(5)
+    assert timesteps(small, {"timesteps": {"kind": "native"}}, 5) == small.native_sigmas(5)
+    assert timesteps(small, {"timesteps": {"kind": "beta", "alpha": 2, "beta": 1}}, 5) == beta_sigmas(5, 2, 1)
+    with pytest.raises(ScheduleError, match="unknown timesteps"):
+        timesteps(small, {"timesteps": {"kind": "karras"}}, 5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "ratios", "expected"),
+    [
+        ("7,4,7", "0.35,0.62,1", CustomSchedule((7, 4, 7), (0.35, 0.62, 1.0))),
+        (" 3 , 2 ", "0.5, 1.0", CustomSchedule((3, 2), (0.5, 1.0))),
+        ("12", None, CustomSchedule((12,), (1.0,))),
+    ],
+)
+def test_custom_schedules_as_text(steps, ratios, expected):
+    assert parse_custom(steps, ratios) == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "ratios"), [("7;4", "0.5,1"), ("7,4", "half,1"), ("", "1"), ("7.5", None), ("1,,2", "1")]
+)
+def test_text_that_is_no_schedule(steps, ratios):
+    with pytest.raises(ScheduleError, match="comma-separated numbers") as caught:
+        parse_custom(steps, ratios)
+    assert "--steps 7,4,7" in caught.value.expected

@@ -1,0 +1,78 @@
+"""Names and options that users write down. A change here is a change for them: make it on purpose, and say so."""
+
+import subprocess
+import sys
+
+import pytest
+import typer
+
+import jitexport
+from jitexport.cli import app
+
+PUBLIC = [
+    "BuildResult",
+    "CustomSchedule",
+    "EngineBundle",
+    "JitExportError",
+    "Pipeline",
+    "PipelineOutput",
+    "__version__",
+    "build",
+    "load",
+]
+
+SCHEDULE = {
+    "--model",
+    "--speedup",
+    "--method",
+    "--preset",
+    "--steps",
+    "--ratios",
+    "--height",
+    "--width",
+    "--text-tokens",
+    "--json",
+}
+
+OPTIONS = {
+    "build": SCHEDULE | {"--backend", "--dtype", "--batch", "--output", "-o", "--device", "--force"},
+    "plan": SCHEDULE,
+    "generate": {"bundle", "prompt", "--output", "-o", "--seed", "--num-images", "--guidance", "--json"},
+    "inspect": {"bundle", "--json"},
+    "verify": {"bundle", "--json"},
+    "profile": {"bundle", "--against", "--prompt", "--repeats", "--json"},
+    "doctor": {"--json"},
+}
+
+
+def options_of(command):
+    return {name for parameter in command.params for name in [*parameter.opts, *parameter.secondary_opts]}
+
+
+def test_public_names():
+    assert jitexport.__all__ == PUBLIC
+    assert dir(jitexport) == sorted(PUBLIC)
+    for name in PUBLIC:
+        assert getattr(jitexport, name) is not None
+
+
+def test_other_names_do_not_exist():
+    with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
+        _ = jitexport.nonesuch
+
+
+@pytest.mark.parametrize(
+    "first", ["import jitexport.build", "jitexport.BuildResult", "from jitexport.build import compare"]
+)
+def test_build_is_the_function_whatever_was_imported_first(first):
+    code = (
+        f"import jitexport; {first}; from jitexport import build; assert callable(build) and build is jitexport.build"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_commands_and_their_options():
+    group = typer.main.get_command(app)
+    found = {name: options_of(command) - {"--help"} for name, command in group.commands.items()}
+    assert found == OPTIONS
+    assert options_of(group) - {"--help"} == {"--version"}
