@@ -350,7 +350,9 @@ class Pipeline:
         """Random tensors of n images, in the order of `Draws`, the caller's own where given."""
         if generator is None:
             generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "big"))
-        generators = [generator] * n if isinstance(generator, torch.Generator) else list(generator)
+        generators = generator if isinstance(generator, list | tuple) else [generator] * n
+        if not all(isinstance(g, torch.Generator) for g in generators):
+            raise InputError("generator must be a torch.Generator, or a list of them", found=repr(generator)[:200])
         if len(generators) != n:
             raise InputError("one generator per image is needed", found=len(generators), expected=n)
         drawn = self.draw(generators)
@@ -364,6 +366,8 @@ class Pipeline:
     def _packed(self, name: str, value: Tensor, n: int) -> Tensor:
         geometry = self.geometry
         packed = (n, geometry.grid.tokens, geometry.channels)
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name} do not fit", found=type(value).__name__, expected="a tensor")
         if tuple(value.shape) == (n, *geometry.latent_shape):
             value = pack(value, geometry.patch)
         if tuple(value.shape) != packed or not value.is_floating_point():
@@ -375,6 +379,8 @@ class Pipeline:
 
     def _anchors(self, anchors: Tensor, n: int, m: int) -> Tensor:
         tokens = self.geometry.grid.tokens
+        if not isinstance(anchors, Tensor):
+            raise InputError("anchors do not fit", found=type(anchors).__name__, expected="a tensor")
         fits = tuple(anchors.shape) == (n, m) and anchors.dtype == torch.int64
         if not fits or anchors.min() < 0 or anchors.max() >= tokens or any(len(set(a.tolist())) != m for a in anchors):
             raise InputError(

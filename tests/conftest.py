@@ -9,7 +9,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,3 +45,30 @@ def tiny_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests import tiny
 
     return tiny.save_flux(tmp_path_factory.mktemp("models") / "tiny-schnell", guidance=False)
+
+
+@pytest.fixture(scope="session")
+def make_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_flux: Path, tiny_schnell: Path) -> Callable[..., Path]:
+    """Builds a bundle of a tiny model, eager and in fp32 unless told otherwise, once a session. Not to be changed."""
+    root = tmp_path_factory.mktemp("bundles")
+    models = {"tiny-flux": tiny_flux, "tiny-schnell": tiny_schnell}
+    built: dict[str, Path] = {}
+
+    def make(model: str = "tiny-flux", **options: Any) -> Path:
+        from jitexport.build import build
+
+        options = {"backend": "eager", "dtype": "fp32"} | options
+        key = f"{model} {sorted(options.items(), key=str)}"
+        if key not in built:
+            built[key] = build(str(models.get(model, model)), output=root / f"bundle-{len(built)}", **options).path
+        return built[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def aoti_bundle(make_bundle: Callable[..., Path]) -> Path:
+    """A compiled bundle of the tiny model with guidance: two stages, fp32. The one slow fixture."""
+    from jitexport.plan import CustomSchedule
+
+    return make_bundle(backend="aoti", custom=CustomSchedule((2, 2), (0.35, 1.0)), command=("jitexport", "build"))

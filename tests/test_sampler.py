@@ -186,14 +186,15 @@ def test_an_exception_in_on_step_ends_the_loop():
 # --- the released code's recipe, written again from its description ---
 
 
-def released_loop(sigmas, stages, y, noise, anchors, velocity):
+def released_loop(shape, sigmas, stages, y, noise, anchors, velocity):
     """One image, [N, C]: 3 x 3 mean with padding counted, blur clamped to [1, 10], one micro-flow step of three.
 
     Args:
+        shape: of the grid.
         stages: (steps, tokens) of each stage.
         velocity: (tokens [m, C], their indices, stage number, step) -> [m, C].
     """
-    height, width = GRID.shape
+    height, width = shape
     n, channels = y.shape
     points = torch.tensor([[r, c] for r in range(height) for c in range(width)], dtype=torch.float64)
 
@@ -245,6 +246,7 @@ def test_released_preset_is_the_released_recipe(seed):
     sigmas = beta_sigmas(8, 1.4, 0.425)
     places = GRID.coordinates()
     expected = released_loop(
+        GRID.shape,
         sigmas,
         [(s.steps, s.tokens) for s in stages.stages],
         latents,
