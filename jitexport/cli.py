@@ -429,6 +429,41 @@ def verify(bundle: Bundle, as_json: Json = False) -> None:
 
 
 @app.command()
+def pack(
+    bundle: Bundle,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Archive to write; BUNDLE.tar.zst here by default.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pack a bundle into one file to ship."""
+    from jitexport.bundle import archive
+
+    target = output or Path(bundle.resolve().name + archive.SUFFIX)
+    with err.status("packing"):
+        size = archive.pack(bundle, target, replace=force)
+    typer.echo(json.dumps({"archive": str(target), "bytes": size}) if as_json else target)
+
+
+@app.command()
+def unpack(
+    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="A packed bundle, NAME.tar.zst.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Bundle directory; NAME here by default.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Unpack a bundle that `pack` made, checking every byte before it is put in place."""
+    from jitexport.bundle.archive import unpack as unpack_archive
+
+    with err.status("unpacking"):
+        target = unpack_archive(archive, output, replace=force)
+    typer.echo(json.dumps({"bundle": str(target)}) if as_json else target)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine can run, and what would add more."""
     from jitexport.doctor import examine
