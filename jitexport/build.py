@@ -220,6 +220,11 @@ def build(
     engine_backend = registry.backend(backend)
     if reason := engine_backend.missing(target_device):
         raise BackendUnavailableError(f"backend {backend} cannot build for {device} here", found=reason)
+    if dtype not in (dtypes := engine_backend.dtypes(target_device)):
+        raise BackendUnavailableError(
+            f"backend {backend} has no {dtype} on {device}", expected=" or ".join(dtypes),
+            remedy=f"--dtype {dtypes[0]}, or another --backend",
+        )
     source = model if isinstance(model, ModelSource) else find_source(model)
     label = f"{speedup:g}x" if custom is None else "custom"
     target = Path(output) if output is not None else Path("engines") / f"{source.name}-{label}"

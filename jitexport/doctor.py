@@ -18,6 +18,9 @@ _OPTIONAL = {
     "transformers": "build",
     "huggingface_hub": "build",
     "matplotlib": "eval",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
 }
 
 

@@ -38,6 +38,8 @@ METHODS = {
 BACKENDS = {
     "eager": "jitexport.backends.eager:EagerBackend",
     "aoti": "jitexport.backends.aoti:AOTInductorBackend",
+    "onnx": "jitexport.backends.onnx:ONNXBackend",
+    "onnx-tensorrt": "jitexport.backends.onnx:ONNXTensorRTBackend",
 }
 
 

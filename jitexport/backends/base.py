@@ -29,6 +29,10 @@ class Backend(ABC):
     def missing(self, device: torch.device) -> str | None:
         """Why this machine cannot use the backend on the device and what would help; None when it can."""
 
+    def dtypes(self, device: torch.device) -> Sequence[str]:
+        """Engine dtypes that the backend runs on the device."""
+        return ("bf16", "fp32")
+
     @abstractmethod
     def build(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor], directory: Path) -> None:
         """Compile a module for exactly the shapes of `spec` and write the artifact into an empty directory.
