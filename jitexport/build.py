@@ -170,6 +170,12 @@ def verify_engine(
     return relative, largest
 
 
+def plain_configs(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Configurations as plain JSON, the manifest's types, without the folders that the model was read from."""
+    named = {component: {k: v for k, v in c.items() if k != "_name_or_path"} for component, c in configs.items()}
+    return json.loads(json.dumps(named, default=str))
+
+
 def config_digest(configs: dict[str, Any]) -> str:
     """sha256 of a model's configurations, over sorted JSON."""
     return hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()
@@ -269,7 +275,7 @@ def build(
                 )
             )
         progress.step("digests")
-        configs = json.loads(json.dumps(adapter.configs, default=str))  # as plain JSON, the manifest's types
+        configs = plain_configs(adapter.configs)
         manifest = writer.publish(
             lambda files: Manifest(
                 format_version=FORMAT_VERSION,

@@ -123,3 +123,21 @@ def test_any_value_anywhere_gives_only_our_errors(text, data):
 def test_any_text_gives_only_our_errors(junk):
     with pytest.raises(ManifestError):
         parse_manifest(junk, "it")
+
+
+def test_the_format_page_names_every_field_and_shows_each_in_its_example(text):
+    page = Path(__file__).parents[2].joinpath("docs", "bundle-format.md").read_text()
+    table, example = page.split("## manifest.json")[1].split("```json")
+    shown = json.loads(example.split("```")[0])
+    raw = json.loads(text)
+    assert shown.keys() == raw.keys()
+    for name, value in raw.items():
+        assert f"`{name}`" in table
+        inner, other = (v[0] if isinstance(v, list) else v for v in (value, shown[name]))
+        if isinstance(inner, dict) and name != "tied":
+            assert inner.keys() == other.keys()
+            assert all(f"`{key}`" in table for key in inner)
+
+
+def test_no_folder_of_the_building_machine_is_told(text, tiny_flux):
+    assert str(tiny_flux.parent) not in text
