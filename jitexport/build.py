@@ -222,7 +222,10 @@ def build(
         raise InputError("unknown dtype", found=dtype, expected=" or ".join(TOLERANCE))
     if batch < 1:
         raise InputError("batch must be at least 1", found=batch)
-    target_device = torch.device(device)
+    try:
+        target_device = torch.device(device)
+    except RuntimeError as error:
+        raise InputError("unknown device", found=device, expected="cpu or cuda") from error
     engine_backend = registry.backend(backend)
     if reason := engine_backend.missing(target_device):
         raise BackendUnavailableError(f"backend {backend} cannot build for {device} here", found=reason)
