@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from jitexport import registry
 from jitexport._version import __version__
@@ -261,7 +261,7 @@ def generate(
     bundle: Bundle,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write; numbered for several images.")] = Path("image.png"),
-    seed: Annotated[int | None, typer.Option(min=0, help="Image i uses seed + i; random by default.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63, help="Image i has seed + i; random by default.")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale, for models that take one.")] = None,
     as_json: Json = False,
@@ -322,7 +322,7 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
     out.print(facts, highlight=False)
     stages = {f"stage{s.index}": s for s in schedule.stages}
     sizes = {e.name: sum(f.size for f in manifest.files if f.path.startswith(e.directory + "/")) for e in manifest.engines}
-    table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error", "inputs")
+    table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error", Column("inputs", overflow="fold"))
     for engine in manifest.engines:
         stage = stages.get(engine.name)
         cells = (str(stage.steps), str(stage.tokens), _tera(stage.step_tflops)) if stage else ("", "", "")
