@@ -464,6 +464,34 @@ def unpack(
 
 
 @app.command()
+def push(
+    bundle: Bundle,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Hub repository; made where there is none.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+) -> None:
+    """Upload a bundle to a Hugging Face hub."""
+    from jitexport import hub
+
+    typer.echo(hub.push(bundle, repo, private=not public))
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Hub repository with a bundle.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Bundle directory; engines/NAME by default.")
+    ] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Take native code, as engines are, from this owner.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+) -> None:
+    """Download a bundle from a Hugging Face hub, checking every byte before it is put in place."""
+    from jitexport import hub
+
+    typer.echo(hub.pull(repo, output, trust=trust, revision=revision, replace=force))
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine can run, and what would add more."""
     from jitexport.doctor import examine

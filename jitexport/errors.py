@@ -23,6 +23,7 @@
         │   ├── SizeError           a file has another size
         │   └── DigestError         a file has another sha256
         ├── ArchiveError            a packed bundle that is damaged or would write outside its folder
+        ├── TrustError              native engines from a hub, and nobody said that they are trusted
         └── HostMismatchError       the bundle was built for another machine or another torch
 
 Every message says what was found, what was expected and what to do. `exit_code` is what the command line returns.
@@ -158,6 +159,10 @@ class DigestError(IntegrityError):
 
 class ArchiveError(BundleError):
     """A packed bundle that is damaged, or that holds what no bundle may hold."""
+
+
+class TrustError(BundleError):
+    """Engines from a hub are native code, and the caller did not say that their owner is trusted."""
 
 
 class HostMismatchError(BundleError):

@@ -40,6 +40,10 @@ OPTIONS = {
     "generate": {"bundle", "prompt", "--output", "-o", "--seed", "--num-images", "--guidance", "--json"},
     "inspect": {"bundle", "--json"},
     "verify": {"bundle", "--json"},
+    "pack": {"bundle", "--output", "-o", "--force", "--json"},
+    "unpack": {"archive", "--output", "-o", "--force", "--json"},
+    "push": {"bundle", "repo", "--public"},
+    "pull": {"repo", "--output", "-o", "--trust", "--revision", "--force"},
     "profile": {"bundle", "--against", "--prompt", "--repeats", "--json"},
     "doctor": {"--json"},
 }

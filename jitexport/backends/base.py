@@ -24,6 +24,10 @@ class Backend(ABC):
     summary: str
     #: Fields of the host fingerprint that an engine depends on; a bundle is refused where one of them differs.
     host_fields: Sequence[str] = ()
+    #: Whether engines hold code. Such bundles are taken from a hub only from someone who is trusted.
+    native: bool = True
+    #: Whether a loaded engine sees the weights' tensors change in place.
+    live_weights: bool = True
 
     @abstractmethod
     def missing(self, device: torch.device) -> str | None:
