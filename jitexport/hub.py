@@ -99,6 +99,27 @@ def pull(
     return target
 
 
+def local(path: str | os.PathLike[str]) -> Path:
+    """Where a bundle lies: an existing path as it is, a hub id as its copy in the cache, made at the first use.
+
+    The caller trusts the owner: see `pull`. The cache is jitexport/ in XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        BundleError: see `pull`.
+    """
+    if os.path.exists(path) or not is_id(os.fspath(path)):
+        return Path(path)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    target = home / "jitexport" / os.fspath(path).replace("/", "--")
+    return target if target.exists() else pull(os.fspath(path), target, trust=True)
+
+
+def is_id(text: str) -> bool:
+    """Whether a text could be a repository's name, "owner/name"."""
+    owner, _, name = text.partition("/")
+    return bool(owner and name) and "/" not in name and not text.startswith((".", "~"))
+
+
 def _library() -> Any:
     try:
         import huggingface_hub
@@ -110,8 +131,7 @@ def _library() -> Any:
 
 
 def _check_id(repo_id: str) -> None:
-    owner, _, name = repo_id.partition("/")
-    if not owner or not name or "/" in name or repo_id.startswith("."):
+    if not is_id(repo_id):
         raise InputError("no hub repository", found=repo_id, expected="owner/name")
 
 

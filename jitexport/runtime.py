@@ -391,19 +391,28 @@ class Pipeline:
 
 
 def load(
-    path: str | os.PathLike[str], *, device: str | torch.device | None = None, verify: Verify = "full"
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    verify: Verify = "full",
+    trust: bool = False,
 ) -> Pipeline:
     """Open a prebuilt bundle.
 
     Args:
-        path: the bundle's directory.
+        path: the bundle's directory; with `trust` also a hub id "owner/name", downloaded at its first use.
         device: where to run; the device that the bundle was built for by default.
         verify: "full" compares the digest of every file before anything is opened, "size" only their sizes.
+        trust: take a bundle from a hub: its engines are native code, so this is running a program of its owner.
 
     Raises:
         BundleError: no bundle, or one that fails its checks; see `jitexport.errors`.
         BackendError: the backend cannot run here.
     """
+    if trust:
+        from jitexport import hub  # only for those who ask for it
+
+        path = hub.local(path)
     bundle = EngineBundle.open(path, verify)
     manifest = bundle.manifest
     engines = EngineOpener(bundle, device)

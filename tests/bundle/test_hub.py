@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import pytest
 from typer.testing import CliRunner
 
+import jitexport
 from jitexport import errors, hub
 from jitexport.backends.eager import EagerBackend
 from jitexport.bundle import EngineBundle
@@ -177,6 +178,22 @@ def test_a_damaged_bundle_is_not_pushed(stand_in, bundle):
     with pytest.raises(errors.SizeError):
         hub.push(bundle, "me/tiny", endpoint=stand_in.url)
     assert stand_in.repos == {}
+
+
+def test_load_takes_a_hub_id_with_trust_only(pushed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pull = hub.pull
+    monkeypatch.setattr(hub, "pull", lambda *a, **k: pull(*a, **k, endpoint=pushed.url))
+    with pytest.raises(errors.BundleNotFoundError, match="trust=True"):
+        jitexport.load("me/tiny")
+    assert pushed.asked == []
+    assert jitexport.load("me/tiny", trust=True).engines
+    asked = len(pushed.asked)
+    assert jitexport.load("me/tiny", trust=True).engines
+    assert len(pushed.asked) == asked, "the second time it comes from the cache"
+    with pytest.raises(errors.BundleNotFoundError):
+        jitexport.load(tmp_path / "none", trust=True)
 
 
 def test_command_line(pushed, tmp_path, monkeypatch):
