@@ -5,12 +5,11 @@ copy them again, and are kept from it:
 
 - folding the transpose of a linear layer's weight into the graph. Linear layers are exported as Gemm, which reads the
   weight as torch keeps it, and the graph is optimised with the weights as unknowns;
-- ONNX Runtime's prepacking, one reordered copy for each session. It is off; the products of FLUX, with hundreds of
-  rows, took the same time without it.
+- ONNX Runtime's prepacking, one reordered copy for each session, and its layout of its own for convolutions' filters.
+  Both are off; the products of FLUX, with hundreds of rows, took the same time without the first.
 
-So the tensors given to `load` are what the engines read, and changing them in place changes the engines. Convolutions
-(the autoencoder's) are the exception: ONNX Runtime keeps their filters in a layout of its own. While an engine is being
-opened its weights are in memory twice; onnxruntime offers no way around that.
+So the tensors given to `load` are what the engines read, and changing them in place changes the engines. While an
+engine is being opened its weights are in memory twice; onnxruntime offers no way around that.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ class ONNXBackend(Backend):
 
     name = "onnx"
     summary = "ONNX Runtime, its CPU or CUDA execution provider, shared weights"
+    native = False
     providers: Mapping[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
     def missing(self, device: torch.device) -> str | None:
@@ -92,7 +92,7 @@ class ONNXBackend(Backend):
             # From memory, not by path: then the graph can refer to no file.
             session = onnxruntime.InferenceSession(
                 (directory / GRAPH).read_bytes(), options, providers=[self._provider(device)],
-                disabled_optimizers=["ConstantFolding"],  # it would keep what it computes from the weights
+                disabled_optimizers=["ConstantFolding", "NchwcTransformer"],  # they keep what they make of weights
             )
         except Exception as error:  # onnxruntime's errors have no common base
             raise BackendError(
@@ -132,6 +132,7 @@ class ONNXTensorRTBackend(ONNXBackend):
 
     name = "onnx-tensorrt"
     summary = "ONNX Runtime, its TensorRT execution provider"
+    live_weights = False
     providers: Mapping[str, str] = {"cuda": "TensorrtExecutionProvider"}
 
 

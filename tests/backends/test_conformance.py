@@ -81,7 +81,7 @@ def test_takes_inputs_of_any_stride(simple):
     assert same(engine(*strided), engine(*inputs))
 
 
-@pytest.mark.parametrize("name", ["text", "condition", "stage1"])
+@pytest.mark.parametrize("name", ["text", "condition", "stage1", "decode"])
 def test_runs_on_the_tensors_it_was_given(simple, name):
     """Two sets of weights at once, each followed where its tensors change: no copies, nothing shared."""
     inputs = simple.inputs[name]
