@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
+from dataclasses import replace as replaced
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
@@ -35,9 +36,10 @@ from jitexport.bundle.manifest import (
     TokenizerEntry,
     WeightsEntry,
 )
+from jitexport.bundle.references import find_references
 from jitexport.errors import BackendUnavailableError, InputError, VerificationError
 from jitexport.models.base import ModelAdapter
-from jitexport.models.sources import ModelSource, find_source, load_adapter
+from jitexport.models.sources import ModelSource, download, find_source, load_adapter
 from jitexport.plan import CustomSchedule, Plan, plan
 from jitexport.runtime import Pipeline
 from jitexport.schedule import StageSchedule
@@ -194,6 +196,7 @@ def build(
     batch: int = 1,
     device: str = "cpu",
     settings: dict[str, Any] | None = None,
+    weights: Literal["store", "reference"] = "store",
     replace: bool = False,
     command: Sequence[str] = (),
     progress: Progress | None = None,
@@ -209,6 +212,7 @@ def build(
         batch: images per engine run, 1 or more.
         device: "cpu" or "cuda".
         settings: of the model family, for example height and width.
+        weights: "store" copies them into the bundle; "reference" points at the model's own files by digest.
         replace: replace an existing bundle.
         command: what the user typed, for the manifest.
         progress: told about the steps.
@@ -220,6 +224,8 @@ def build(
     progress = progress or Silent()
     if dtype not in TOLERANCE:
         raise InputError("unknown dtype", found=dtype, expected=" or ".join(TOLERANCE))
+    if weights not in ("store", "reference"):
+        raise InputError("unknown weights", found=weights, expected="store or reference")
     if batch < 1:
         raise InputError("batch must be at least 1", found=batch)
     try:
@@ -241,7 +247,8 @@ def build(
     with BundleWriter(target, replace=replace) as writer, torch.inference_mode(False), torch.no_grad():
         progress.begin(["read the model"])
         progress.step("read the model")
-        adapter = load_adapter(source, DTYPES[dtype], settings)
+        folder = source.folder or download(source)
+        adapter = load_adapter(replaced(source, folder=folder), DTYPES[dtype], settings)
         made = plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset, dtype=dtype)
         specs = adapter.specs(made.schedule, batch, dtype)
         progress.begin(["read the model", "weights", *(f"engine {s.name}" for s in specs), "digests"])
@@ -250,8 +257,11 @@ def build(
             adapter, made.schedule, made.method, made.options, batch=batch, dtype=dtype, device=target_device
         )
         progress.step("weights")
-        weights = dict(adapter.tensors())
-        stored, tied = write_weights(writer, weights)
+        tensors = dict(adapter.tensors())
+        references, referenced = (), set()
+        if weights == "reference":
+            references, referenced = find_references(folder, tensors)
+        stored, tied = write_weights(writer, tensors, referenced)
         tokenizers = [
             TokenizerEntry(
                 name=t.name, path=writer.write_text(f"tokenizers/{t.name}.json", t.json), length=t.length
@@ -264,7 +274,7 @@ def build(
             name = f"engines/{spec.name}"
             directory = writer.directory(name)
             engine_backend.build(spec, adapter.module(spec.name), inputs, directory)
-            raw = engine_backend.load(spec, directory, weights, partial(adapter.module, spec.name), target_device)
+            raw = engine_backend.load(spec, directory, tensors, partial(adapter.module, spec.name), target_device)
             engine = Engine(spec, raw, target_device)
             relative, largest = verify_engine(spec, engine, reference.engines[spec.name], inputs, dtype)
             golden = write_golden(writer, spec, inputs, engine(*inputs))
@@ -306,6 +316,8 @@ def build(
                 tokenizers=tuple(tokenizers),
                 weights=stored,
                 tied=tied,
+                references=references,
+                reference_folder=str(folder.resolve()) if references else None,
                 files=files,
             )
         )
@@ -329,9 +341,9 @@ def schedule_entry(made: Plan) -> ScheduleEntry:
 
 
 def write_weights(
-    writer: BundleWriter, weights: dict[str, Tensor]
+    writer: BundleWriter, weights: dict[str, Tensor], referenced: Set[str]
 ) -> tuple[tuple[WeightsEntry, ...], dict[str, str]]:
-    """Each component's tensors as safetensors; a tensor with several names is stored once.
+    """Each component's tensors as safetensors; a tensor with several names is stored once, a referenced one not at all.
 
     Returns:
         The files, and {alias: stored name} for the other names.
@@ -339,12 +351,14 @@ def write_weights(
     stored: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
     tied: dict[str, str] = {}
     components: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in weights.items():
+    for name, tensor in sorted(weights.items(), key=lambda item: item[0] not in referenced):
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if key in stored:
             tied[name] = stored[key]
             continue
         stored[key] = name
+        if name in referenced:
+            continue
         component, _, rest = name.partition(".")
         components.setdefault(component, {})[rest] = tensor
     entries = [

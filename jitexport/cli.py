@@ -39,14 +39,18 @@ Model = Annotated[
     str,
     typer.Option(help=f"A registered model ({', '.join(registry.MODELS)}), a diffusers folder, or a hub id."),
 ]
-Speedup = Annotated[float, typer.Option(min=1, max=10, help="Denoising speed-up over the model's usual steps, 1 to 10.")]
+Speedup = Annotated[
+    float, typer.Option(min=1, max=10, help="Denoising speed-up over the model's usual steps, 1 to 10.")
+]
 Steps = Annotated[str | None, typer.Option(help="Custom schedule: steps per stage, coarse to fine, as 7,4,7.")]
 Ratios = Annotated[str | None, typer.Option(help="Custom schedule: token ratios per stage, as 0.35,0.62,1.")]
 Method = Annotated[str, typer.Option(help=f"Acceleration method: {', '.join(registry.METHODS)}.")]
 Preset = Annotated[str | None, typer.Option(help="The method's settings by name (jit: default, paper, released).")]
 Height = Annotated[int | None, typer.Option(min=1, help="Image height in pixels; the model's usual one by default.")]
 Width = Annotated[int | None, typer.Option(min=1, help="Image width in pixels; the model's usual one by default.")]
-TextTokens = Annotated[int | None, typer.Option(min=1, help="Length of the text sequence; the model's usual one by default.")]
+TextTokens = Annotated[
+    int | None, typer.Option(min=1, help="Length of the text sequence; the model's usual one by default.")
+]
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -115,7 +119,11 @@ class _BuildProgress:
 
     def __init__(self) -> None:
         self._bar = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
             console=err,
         )
         self._task = self._bar.add_task("build")
@@ -171,6 +179,9 @@ def build(
     width: Width = None,
     text_tokens: TextTokens = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    weights: Annotated[
+        str, typer.Option(help="store copies the weights; reference points at the model's own files by digest.")
+    ] = "store",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -181,9 +192,21 @@ def build(
 
     with _BuildProgress() as progress:
         result = build_bundle(
-            model, output=output, speedup=speedup, custom=custom, method=method, preset=preset, backend=backend,
-            dtype=dtype, batch=batch, device=device, settings=_settings(height, width, text_tokens), replace=force,
-            command=["jitexport", *sys.argv[1:]], progress=progress,
+            model,
+            output=output,
+            speedup=speedup,
+            custom=custom,
+            method=method,
+            preset=preset,
+            backend=backend,
+            dtype=dtype,
+            batch=batch,
+            device=device,
+            settings=_settings(height, width, text_tokens),
+            weights=weights,
+            replace=force,
+            command=["jitexport", *sys.argv[1:]],
+            progress=progress,
         )
     manifest = result.manifest
     if as_json:
@@ -196,9 +219,14 @@ def build(
         f"built {result.path}: {len(manifest.engines)} engines, {manifest.size / 1e6:.1f} MB, "
         f"{result.seconds:.0f} s, predicted speed-up {manifest.schedule.predicted_speedup:.2f}x, "
         f"relative error of the engines at most {worst:.1g}",
-        highlight=False, soft_wrap=True,
+        highlight=False,
+        soft_wrap=True,
     )
-    out.print(f'next: jitexport generate {result.path} "{_example_prompt(manifest)}" -o image.png', highlight=False, soft_wrap=True)
+    out.print(
+        f'next: jitexport generate {result.path} "{_example_prompt(manifest)}" -o image.png',
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _example_prompt(manifest: Any) -> str:
@@ -236,23 +264,31 @@ def plan(
     err.print(
         f"{model}: {geometry.height} x {geometry.width} pixels, {made.grid_tokens} image tokens, "
         f"{geometry.rotary.text_tokens} text tokens; full step {_tera(made.cost(made.grid_tokens) / 1e12)} TFLOP",
-        highlight=False, soft_wrap=True,
+        highlight=False,
+        soft_wrap=True,
     )
     table = Table("stage", "steps", "tokens", "share", "TFLOP/step", "TFLOP", "sigma from", "to")
     for stage in made.schedule.stages:
         span = made.schedule.steps_of(stage)
         step = made.cost(stage.tokens) / 1e12
         table.add_row(
-            str(stage.index), str(stage.steps), str(stage.tokens), f"{stage.tokens / made.grid_tokens:.0%}",
-            _tera(step), _tera(step * stage.steps),
-            f"{made.schedule.sigmas[span[0]]:.3f}", f"{made.schedule.sigmas[span[-1] + 1]:.3f}",
+            str(stage.index),
+            str(stage.steps),
+            str(stage.tokens),
+            f"{stage.tokens / made.grid_tokens:.0%}",
+            _tera(step),
+            _tera(step * stage.steps),
+            f"{made.schedule.sigmas[span[0]]:.3f}",
+            f"{made.schedule.sigmas[span[-1] + 1]:.3f}",
         )
     table.add_section()
     table.add_row("all", str(made.schedule.nfe), "", "", "", _tera(made.tflops), "", "")
     out.print(table)
     out.print(
         f"predicted speed-up {made.predicted_speedup:.2f}x over {made.reference_steps} full steps "
-        f"({_tera(made.reference_tflops)} TFLOP)", highlight=False, soft_wrap=True,
+        f"({_tera(made.reference_tflops)} TFLOP)",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -260,7 +296,9 @@ def plan(
 def generate(
     bundle: Bundle,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write; numbered for several images.")] = Path("image.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write; numbered for several images.")] = Path(
+        "image.png"
+    ),
     seed: Annotated[int | None, typer.Option(min=0, max=2**63, help="Image i has seed + i; random by default.")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale, for models that take one.")] = None,
@@ -280,7 +318,9 @@ def generate(
     pipe = jitexport.load(bundle)
     started = time.perf_counter()
     images = pipe(
-        prompt, num_images_per_prompt=num_images, guidance_scale=guidance,
+        prompt,
+        num_images_per_prompt=num_images,
+        guidance_scale=guidance,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(num_images)],
     ).images
     paths = [output if num_images == 1 else output.with_name(f"{output.stem}-{i}.png") for i in range(num_images)]
@@ -321,7 +361,9 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
         facts.add_row(name, value)
     out.print(facts, highlight=False)
     stages = {f"stage{s.index}": s for s in schedule.stages}
-    sizes = {e.name: sum(f.size for f in manifest.files if f.path.startswith(e.directory + "/")) for e in manifest.engines}
+    sizes = {
+        e.name: sum(f.size for f in manifest.files if f.path.startswith(e.directory + "/")) for e in manifest.engines
+    }
     table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error", Column("inputs", overflow="fold"))
     for engine in manifest.engines:
         stage = stages.get(engine.name)
@@ -334,9 +376,7 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
 @app.command()
 def profile(
     bundle: Bundle,
-    against: Annotated[
-        str, typer.Option(help="Also measure these, comma-separated: diffusers, eager.")
-    ] = "",
+    against: Annotated[str, typer.Option(help="Also measure these, comma-separated: diffusers, eager.")] = "",
     prompt: Annotated[str | None, typer.Option(help="Prompt to measure with.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Images measured, after one that is not.")] = 5,
     as_json: Json = False,
@@ -380,13 +420,18 @@ def _print_profiles(profiles: Sequence[Any], conditions: dict[str, Any]) -> None
     if len(profiles) > 1:
         table = Table("prompt to PNG", "median s", "p90 s", "times faster")
         for p in profiles:
-            table.add_row(p.label, f"{p.total.median:.3f}", f"{p.total.p90:.3f}", f"{first.total.median / p.total.median:.2f}")
+            table.add_row(
+                p.label, f"{p.total.median:.3f}", f"{p.total.p90:.3f}", f"{first.total.median / p.total.median:.2f}"
+            )
         out.print(table, highlight=False)
     table = Table(last.label, "median ms", "p90 ms", "share")
     for name, timing in last.phases.items():
         if name != "denoise":
             table.add_row(
-                name, f"{timing.median * 1e3:.1f}", f"{timing.p90 * 1e3:.1f}", f"{timing.median / last.total.median:.1%}"
+                name,
+                f"{timing.median * 1e3:.1f}",
+                f"{timing.p90 * 1e3:.1f}",
+                f"{timing.median / last.total.median:.1%}",
             )
     table.add_section()
     table.add_row("total", f"{last.total.median * 1e3:.1f}", f"{last.total.p90 * 1e3:.1f}", "")

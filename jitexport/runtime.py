@@ -395,6 +395,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     verify: Verify = "full",
+    model: str | os.PathLike[str] | None = None,
     trust: bool = False,
 ) -> Pipeline:
     """Open a prebuilt bundle.
@@ -403,6 +404,7 @@ def load(
         path: the bundle's directory; with `trust` also a hub id "owner/name", downloaded at its first use.
         device: where to run; the device that the bundle was built for by default.
         verify: "full" compares the digest of every file before anything is opened, "size" only their sizes.
+        model: the model's folder, for a bundle that refers to its weights; where it was built from by default.
         trust: take a bundle from a hub: its engines are native code, so this is running a program of its owner.
 
     Raises:
@@ -413,7 +415,7 @@ def load(
         from jitexport import hub  # only for those who ask for it
 
         path = hub.local(path)
-    bundle = EngineBundle.open(path, verify)
+    bundle = EngineBundle.open(path, verify, model)
     manifest = bundle.manifest
     engines = EngineOpener(bundle, device)
     geometry = manifest.geometry.geometry()

@@ -87,6 +87,18 @@ class WeightsEntry(_Entry):
     _path = field_validator("path")(_safe)
 
 
+class ReferenceEntry(_Entry):
+    """A safetensors file of the model's own folder, outside the bundle: {tensor's name in the component: key there}."""
+
+    component: str
+    path: str
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tensors: dict[str, str]
+
+    _path = field_validator("path")(_safe)
+
+
 class TokenizerEntry(_Entry):
     """A tokenizer's JSON file and the length that prompts are padded to."""
 
@@ -192,7 +204,8 @@ class HostEntry(_Entry):
 class Manifest(_Entry):
     """Everything a bundle declares. Unknown and missing fields are errors.
 
-    `tied` names tensors that are other names of a stored one: {alias: stored name}.
+    `tied` names tensors that are other names of a stored one: {alias: stored name}. `references` are weights that are
+    read from the model's folder, by default `reference_folder`; a bundle that stores all of its weights has none.
     """
 
     format_version: Literal[1]
@@ -211,6 +224,8 @@ class Manifest(_Entry):
     tokenizers: tuple[TokenizerEntry, ...]
     weights: tuple[WeightsEntry, ...]
     tied: dict[str, str]
+    references: tuple[ReferenceEntry, ...]
+    reference_folder: str | None
     files: tuple[FileEntry, ...]
 
     @model_validator(mode="after")

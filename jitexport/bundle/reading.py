@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, digest_line, parse_manifest
+from jitexport.bundle.references import check_references, read_references
 from jitexport.errors import (
     BundleNotFoundError,
     DigestError,
@@ -36,14 +37,20 @@ MAX_MANIFEST = 64 * 1024 * 1024
 
 @dataclass(frozen=True)
 class EngineBundle:
-    """A checked bundle on disk."""
+    """A checked bundle on disk; `model` is the folder of weights outside it, where it refers to any."""
 
     path: Path
     manifest: Manifest
+    model: Path | None = None
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], verify: Verify = "full") -> EngineBundle:
+    def open(
+        cls, path: str | os.PathLike[str], verify: Verify = "full", model: str | os.PathLike[str] | None = None
+    ) -> EngineBundle:
         """Read and check a bundle: schema, exactly the declared regular files, sizes and, with "full", all digests.
+
+        Args:
+            model: folder of the weights that the bundle refers to; where it was built from by default.
 
         Raises:
             BundleNotFoundError: no directory with a manifest.
@@ -55,7 +62,8 @@ class EngineBundle:
             raise InputError("unknown verify", found=verify, expected='"full" or "size"')
         manifest = read_manifest(root)
         check_files(root, manifest, verify)
-        return cls(root, manifest)
+        folder = check_references(manifest, Path(model) if model else None, full=verify == "full")
+        return cls(root, manifest, folder)
 
     def weights(self, device: torch.device) -> dict[str, Tensor]:
         """All tensors by full name, "<component>.<name>", in memory of their own.
@@ -64,7 +72,7 @@ class EngineBundle:
             IntegrityError: a file is no safetensors file; only "size" checks let one through.
             ManifestError: a tied name without its tensor.
         """
-        tensors: dict[str, Tensor] = {}
+        tensors = read_references(self.manifest, self.model, device) if self.model else {}
         for entry in self.manifest.weights:
             for key, tensor in read_tensors(self.path, entry.path).items():
                 # A copy: aligned for vector loads, and safe from whoever rewrites the file.
