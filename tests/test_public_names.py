@@ -35,7 +35,7 @@ SCHEDULE = {
 }
 
 OPTIONS = {
-    "build": SCHEDULE | {"--backend", "--dtype", "--batch", "--output", "-o", "--device", "--force"},
+    "build": SCHEDULE | {"--backend", "--dtype", "--batch", "--output", "-o", "--device", "--weights", "--force"},
     "plan": SCHEDULE,
     "generate": {"bundle", "prompt", "--output", "-o", "--seed", "--num-images", "--guidance", "--json"},
     "inspect": {"bundle", "--json"},

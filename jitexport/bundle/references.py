@@ -91,7 +91,9 @@ def check_references(manifest: Manifest, model: Path | None, *, full: bool) -> P
             size = path.stat().st_size
             digest = _sha256(path) if full and size == entry.size else entry.sha256
         except OSError as error:
-            raise MissingFileError(f"cannot read weights outside the bundle: {path}", found=error, remedy=remedy) from error
+            raise MissingFileError(
+                f"cannot read weights outside the bundle: {path}", found=error, remedy=remedy
+            ) from error
         if size != entry.size:
             raise SizeError(f"{path} has another size", found=size, expected=entry.size, remedy=remedy)
         if digest != entry.sha256:
