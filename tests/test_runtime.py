@@ -398,6 +398,7 @@ def test_load_takes_a_device(make_bundle):
 # --- compiled ---
 
 
+@pytest.mark.slow
 def test_compiled_engines_make_the_eager_images(make_bundle, aoti_bundle):
     eager = jitexport.load(make_bundle(custom=CustomSchedule((2, 2), (0.35, 1.0))))
     compiled = jitexport.load(aoti_bundle)
@@ -408,6 +409,7 @@ def test_compiled_engines_make_the_eager_images(make_bundle, aoti_bundle):
         close(found, eager(prompt, **(options | {"generator": seeded(seed)})).images, 1e-3)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_runs_a_compiled_bundle_without_model_code_or_compiler(aoti_bundle, make_bundle, tmp_path):
     code = f"""
 import sys, torch
