@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
+import weakref
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -72,7 +73,7 @@ class AOTInductorBackend(Backend):
             # path, model name, single-threaded, number of runners, device index
             loader = torch._C._aoti.AOTIModelPackageLoader(str(directory), "model", False, 1, index)
             names = loader.get_constant_fqns()
-            constants = {name: weights[name] for name in names}
+            constants = {name: _borrow(weights[name]) for name in names}
             # inactive buffer: no; every constant must be given: yes; the tensors stay ours: yes; copy to device: no
             loader.load_constants(constants, False, True, True, False)
         except (RuntimeError, KeyError) as error:
@@ -86,7 +87,33 @@ class AOTInductorBackend(Backend):
             assert constants is not None
             return loader.boxed_run(list(inputs))
 
+        weakref.finalize(run, _let_go, list(constants.values()))
         return run
+
+
+#: Tensor objects, without memory, whose engine is gone. torch 2.13 never drops its references to user-managed
+#: constants: handed the weights themselves, every load would keep a copy of them for as long as the process lives. So
+#: engines get tensor objects of their own on the weights' memory, which lose it with the engine and are used again.
+_spent: list[Tensor] = []
+
+
+def _borrow(weight: Tensor) -> Tensor:
+    """Another tensor object on the memory of a weight."""
+    with torch.inference_mode(False):
+        try:
+            borrowed = _spent.pop()
+        except IndexError:
+            borrowed = torch.empty(0)
+        borrowed.data = weight.detach()
+    return borrowed
+
+
+def _let_go(borrowed: Sequence[Tensor]) -> None:
+    """Give up the memory of an engine that is gone."""
+    with torch.inference_mode(False):
+        for tensor in borrowed:
+            tensor.data = torch.empty(0)
+    _spent.extend(borrowed)
 
 
 def unpack_package(package: Path, directory: Path) -> None:
