@@ -133,7 +133,7 @@ def test_the_format_page_names_every_field_and_shows_each_in_its_example(text):
     assert shown.keys() == raw.keys()
     for name, value in raw.items():
         assert f"`{name}`" in table
-        inner, other = (v[0] if isinstance(v, list) else v for v in (value, shown[name]))
+        inner, other = (v[0] if isinstance(v, list) and v else v for v in (value, shown[name]))
         if isinstance(inner, dict) and name != "tied":
             assert inner.keys() == other.keys()
             assert all(f"`{key}`" in table for key in inner)
