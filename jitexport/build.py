@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jitexport import registry
 from jitexport._version import __version__
-from jitexport.backends.base import Engine
+from jitexport.backends.base import Engine, Source
 from jitexport.backends.eager import as_engine
 from jitexport.bundle import BundleWriter, Manifest
 from jitexport.bundle.golden import write_golden
@@ -195,6 +195,7 @@ def build(
     dtype: str = "bf16",
     batch: int = 1,
     device: str = "cpu",
+    target: str | None = None,
     settings: dict[str, Any] | None = None,
     weights: Literal["store", "reference"] = "store",
     replace: bool = False,
@@ -211,6 +212,8 @@ def build(
         dtype: "bf16" or "fp32", of weights and engines; the sampler's state is fp32 in any case.
         batch: images per engine run, 1 or more.
         device: "cpu" or "cuda".
+        target: architecture of another machine's GPU, as "sm_89", for backends that can build for one. The engines
+            are then not run here: the manifest has no errors for them, and golden outputs from the eager modules.
         settings: of the model family, for example height and width.
         weights: "store" copies them into the bundle; "reference" points at the model's own files by digest.
         replace: replace an existing bundle.
@@ -232,9 +235,11 @@ def build(
         target_device = torch.device(device)
     except RuntimeError as error:
         raise InputError("unknown device", found=device, expected="cpu or cuda") from error
+    if target is not None:
+        target_device = torch.device("cuda")
     engine_backend = registry.backend(backend)
-    if reason := engine_backend.missing(target_device):
-        raise BackendUnavailableError(f"backend {backend} cannot build for {device} here", found=reason)
+    if reason := engine_backend.cannot_build(target_device, target):
+        raise BackendUnavailableError(f"backend {backend} cannot build for {target or device} here", found=reason)
     if dtype not in (dtypes := engine_backend.dtypes(target_device)):
         raise BackendUnavailableError(
             f"backend {backend} has no {dtype} on {device}", expected=" or ".join(dtypes),
@@ -242,9 +247,9 @@ def build(
         )
     source = model if isinstance(model, ModelSource) else find_source(model)
     label = f"{speedup:g}x" if custom is None else "custom"
-    target = Path(output) if output is not None else Path("engines") / f"{source.name}-{label}"
+    path = Path(output) if output is not None else Path("engines") / f"{source.name}-{label}"
 
-    with BundleWriter(target, replace=replace) as writer, torch.inference_mode(False), torch.no_grad():
+    with BundleWriter(path, replace=replace) as writer, torch.inference_mode(False), torch.no_grad():
         progress.begin(["read the model"])
         progress.step("read the model")
         folder = source.folder or download(source)
@@ -254,14 +259,16 @@ def build(
         progress.begin(["read the model", "weights", *(f"engine {s.name}" for s in specs), "digests"])
 
         reference = eager_pipeline(
-            adapter, made.schedule, made.method, made.options, batch=batch, dtype=dtype, device=target_device
+            adapter, made.schedule, made.method, made.options, batch=batch, dtype=dtype,
+            device=target_device if target is None else torch.device("cpu"),
         )
         progress.step("weights")
         tensors = dict(adapter.tensors())
         references, referenced = (), set()
+        outside = {} if engine_backend.holds_weights else tensors
         if weights == "reference":
-            references, referenced = find_references(folder, tensors)
-        stored, tied = write_weights(writer, tensors, referenced)
+            references, referenced = find_references(folder, outside)
+        stored, tied = write_weights(writer, outside, referenced)
         tokenizers = [
             TokenizerEntry(
                 name=t.name, path=writer.write_text(f"tokenizers/{t.name}.json", t.json), length=t.length
@@ -269,24 +276,30 @@ def build(
             for t in adapter.tokenizers()
         ]
         entries = []
-        for spec, inputs in probe_inputs(reference):
-            progress.step(f"engine {spec.name}")
-            name = f"engines/{spec.name}"
+        probes = {spec.name: inputs for spec, inputs in probe_inputs(reference)}
+        for group in engine_backend.groups(specs):
+            progress.step(f"engine {group[0].name}")
+            name = f"engines/{group[0].name if len(group) == 1 else 'stages'}"
             directory = writer.directory(name)
-            engine_backend.build(spec, adapter.module(spec.name), inputs, directory)
-            raw = engine_backend.load(spec, directory, tensors, partial(adapter.module, spec.name), target_device)
-            engine = Engine(spec, raw, target_device)
-            relative, largest = verify_engine(spec, engine, reference.engines[spec.name], inputs, dtype)
-            golden = write_golden(writer, spec, inputs, engine(*inputs))
-            entries.append(
-                EngineEntry(
-                    name=spec.name, directory=name,
-                    inputs=tuple(TensorEntry(**asdict(s)) for s in spec.inputs),
-                    outputs=tuple(TensorEntry(**asdict(s)) for s in spec.outputs),
-                    golden=golden,
-                    relative_error=relative, max_error=largest,
+            sources = [Source(s, adapter.module(s.name), probes[s.name]) for s in group]
+            engine_backend.build_group(sources, directory, target)
+            for spec in group:
+                engine, inputs = reference.engines[spec.name], probes[spec.name]
+                relative = largest = None
+                if target is None:
+                    make_module = partial(adapter.module, spec.name)
+                    raw = engine_backend.load(spec, directory, tensors, make_module, target_device)
+                    engine = Engine(spec, raw, target_device)
+                    relative, largest = verify_engine(spec, engine, reference.engines[spec.name], inputs, dtype)
+                entries.append(
+                    EngineEntry(
+                        name=spec.name, directory=name,
+                        inputs=tuple(TensorEntry(**asdict(s)) for s in spec.inputs),
+                        outputs=tuple(TensorEntry(**asdict(s)) for s in spec.outputs),
+                        golden=write_golden(writer, spec, inputs, engine(*inputs)),
+                        relative_error=relative, max_error=largest,
+                    )
                 )
-            )
         progress.step("digests")
         configs = plain_configs(adapter.configs)
         manifest = writer.publish(
@@ -311,7 +324,7 @@ def build(
                 backend=backend,
                 dtype=dtype,
                 batch=batch,
-                host=fingerprint(target_device),
+                host=fingerprint(target_device, target),
                 engines=tuple(entries),
                 tokenizers=tuple(tokenizers),
                 weights=stored,
@@ -321,7 +334,7 @@ def build(
                 files=files,
             )
         )
-    return BuildResult(target, manifest, (datetime.now(UTC) - started).total_seconds())
+    return BuildResult(path, manifest, (datetime.now(UTC) - started).total_seconds())
 
 
 def schedule_entry(made: Plan) -> ScheduleEntry:

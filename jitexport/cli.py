@@ -179,6 +179,9 @@ def build(
     width: Width = None,
     text_tokens: TextTokens = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    target: Annotated[
+        str | None, typer.Option(help="Build for another machine's GPU, as sm_89 (--backend tensorrt).")
+    ] = None,
     weights: Annotated[
         str, typer.Option(help="store copies the weights; reference points at the model's own files by digest.")
     ] = "store",
@@ -202,6 +205,7 @@ def build(
             dtype=dtype,
             batch=batch,
             device=device,
+            target=target,
             settings=_settings(height, width, text_tokens),
             weights=weights,
             replace=force,
@@ -214,11 +218,11 @@ def build(
             json.dumps({"bundle": str(result.path), "bytes": manifest.size, "seconds": round(result.seconds, 1)})
         )
         return
-    worst = max(e.relative_error for e in manifest.engines)
+    errors = [e.relative_error for e in manifest.engines if e.relative_error is not None]
+    checked = f"relative error of the engines at most {max(errors):.1g}" if errors else "engines not run here"
     out.print(
         f"built {result.path}: {len(manifest.engines)} engines, {manifest.size / 1e6:.1f} MB, "
-        f"{result.seconds:.0f} s, predicted speed-up {manifest.schedule.predicted_speedup:.2f}x, "
-        f"relative error of the engines at most {worst:.1g}",
+        f"{result.seconds:.0f} s, predicted speed-up {manifest.schedule.predicted_speedup:.2f}x, {checked}",
         highlight=False,
         soft_wrap=True,
     )
@@ -368,8 +372,9 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
     for engine in manifest.engines:
         stage = stages.get(engine.name)
         cells = (str(stage.steps), str(stage.tokens), _tera(stage.step_tflops)) if stage else ("", "", "")
+        error = "not run" if engine.relative_error is None else f"{engine.relative_error:.1g}"
         inputs = ", ".join(f"{i.name}{re.sub(' ', '', str(list(i.shape)))}" for i in engine.inputs)
-        table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", f"{engine.relative_error:.1g}", inputs)
+        table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", error, inputs)
     out.print(table, highlight=False)
 
 

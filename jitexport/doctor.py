@@ -21,6 +21,7 @@ _OPTIONAL = {
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
+    "tensorrt_rtx_cu13": "tensorrt",
 }
 
 

@@ -40,6 +40,7 @@ BACKENDS = {
     "aoti": "jitexport.backends.aoti:AOTInductorBackend",
     "onnx": "jitexport.backends.onnx:ONNXBackend",
     "onnx-tensorrt": "jitexport.backends.onnx:ONNXTensorRTBackend",
+    "tensorrt": "jitexport.backends.tensorrt:TensorRTBackend",
 }
 
 

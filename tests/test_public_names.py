@@ -35,7 +35,8 @@ SCHEDULE = {
 }
 
 OPTIONS = {
-    "build": SCHEDULE | {"--backend", "--dtype", "--batch", "--output", "-o", "--device", "--weights", "--force"},
+    "build": SCHEDULE
+    | {"--backend", "--dtype", "--batch", "--output", "-o", "--device", "--target", "--weights", "--force"},
     "plan": SCHEDULE,
     "generate": {"bundle", "prompt", "--output", "-o", "--seed", "--num-images", "--guidance", "--json"},
     "inspect": {"bundle", "--json"},

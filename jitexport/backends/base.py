@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,15 @@ from jitexport.specs import DTYPE_NAMES, DTYPES, EngineSpec, TensorSpec
 RawEngine = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
+@dataclass(frozen=True)
+class Source:
+    """What an engine is made of: its specification, the module, and an example of its inputs."""
+
+    spec: EngineSpec
+    module: nn.Module
+    example: Sequence[Tensor]
+
+
 class Backend(ABC):
     """Builds and loads engines. Weights stay outside: one copy serves all engines of a bundle."""
 
@@ -24,6 +34,8 @@ class Backend(ABC):
     summary: str
     #: Fields of the host fingerprint that an engine depends on; a bundle is refused where one of them differs.
     host_fields: Sequence[str] = ()
+    #: Whether artifacts hold the weights, so that a bundle needs no files for them.
+    holds_weights: bool = False
     #: Whether engines hold code. Such bundles are taken from a hub only from someone who is trusted.
     native: bool = True
     #: Whether a loaded engine sees the weights' tensors change in place.
@@ -36,6 +48,25 @@ class Backend(ABC):
     def dtypes(self, device: torch.device) -> Sequence[str]:
         """Engine dtypes that the backend runs on the device."""
         return ("bf16", "fp32")
+
+    def cannot_build(self, device: torch.device, target: str | None) -> str | None:
+        """Why this machine cannot build for the device, or for another machine's GPU `target` ("sm_89"); else None."""
+        if target is not None:
+            return f"{self.name} builds for this machine only"
+        return self.missing(device)
+
+    def groups(self, specs: Sequence[EngineSpec]) -> list[list[EngineSpec]]:
+        """Which engines are built together, into one directory: by default each by itself."""
+        return [[s] for s in specs]
+
+    def build_group(self, sources: Sequence[Source], directory: Path, target: str | None = None) -> None:
+        """`build` for a group of engines, which share one module and differ in shapes, and for a target.
+
+        Raises:
+            CompileError: exporting or compiling failed.
+        """
+        for source in sources:
+            self.build(source.spec, source.module, source.example, directory)
 
     @abstractmethod
     def build(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor], directory: Path) -> None:

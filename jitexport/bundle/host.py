@@ -11,9 +11,12 @@ from jitexport.bundle.manifest import HostEntry
 from jitexport.errors import HostMismatchError
 
 
-def fingerprint(device: torch.device) -> HostEntry:
-    """This machine and its versions."""
+def fingerprint(device: torch.device, target: str | None = None) -> HostEntry:
+    """This machine and its versions, with another machine's GPU where `target` names one."""
     cuda = device.type == "cuda"
+    gpu = target
+    if target is None and cuda and torch.cuda.is_available():
+        gpu = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     return HostEntry(
         system=platform.system(),
         machine=platform.machine(),
@@ -23,7 +26,7 @@ def fingerprint(device: torch.device) -> HostEntry:
         python=platform.python_version(),
         device=device.type,
         cuda=torch.version.cuda if cuda else None,
-        gpu="sm_{}{}".format(*torch.cuda.get_device_capability(device)) if cuda and torch.cuda.is_available() else None,
+        gpu=gpu,
     )
 
 

@@ -56,7 +56,8 @@ class EngineEntry(_Entry):
     """An engine: its directory in the bundle, its inputs and outputs, and how far it is from the eager module.
 
     `golden` is the file with an example of its inputs and of what it gave for them where it was built.
-    `relative_error` is ||engine - eager|| / ||eager|| over all outputs, `max_error` the largest difference.
+    `relative_error` is ||engine - eager|| / ||eager|| over all outputs, `max_error` the largest difference. Where the
+    engine was built for another machine's GPU it could not run: both are null, and the golden outputs are eager's.
     """
 
     name: str
@@ -64,8 +65,8 @@ class EngineEntry(_Entry):
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
     golden: str
-    relative_error: float
-    max_error: float
+    relative_error: float | None
+    max_error: float | None
 
     _paths = field_validator("directory", "golden")(_safe)
 
