@@ -185,7 +185,10 @@ class JiTOptions:
         relax_steps: steps of the relaxed micro-flow, of which the released code takes one.
         blur_scale: Gaussian sigma in units of the anchor gap rho^(-1/2).
         blur_sigma_range: limits of the Gaussian sigma, in tokens; None for none.
-        window: width of the importance window W, in tokens.
+        window: width of the importance window W, in tokens, odd.
+
+    Raises:
+        InputError: a value that has no meaning.
     """
 
     timesteps: dict[str, Any]
@@ -194,6 +197,18 @@ class JiTOptions:
     blur_scale: float = 0.4
     blur_sigma_range: tuple[float, float] | None = None
     window: int = 3
+
+    def __post_init__(self) -> None:
+        low, high = self.blur_sigma_range or (0.0, math.inf)
+        checks = {
+            "microflow": self.microflow in ("exact", "relaxed"),
+            "relax_steps": self.relax_steps >= 1,
+            "blur_scale": self.blur_scale > 0,
+            "blur_sigma_range": 0 <= low <= high,
+            "window": self.window >= 1 and self.window % 2 == 1,
+        }
+        if wrong := [name for name, fine in checks.items() if not fine]:
+            raise InputError("JiT option without a meaning", found=", ".join(f"{n}={getattr(self, n)}" for n in wrong))
 
     @property
     def microflow_weight(self) -> float:

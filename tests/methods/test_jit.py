@@ -434,3 +434,19 @@ def test_separable_applies_each_matrix_along_its_axis():
     y = torch.randn(1, 6, 4)
     expected = torch.einsum("ij,kl,bjlc->bikc", a, b, y.view(1, 2, 3, 4)).reshape(1, 6, 4)
     torch.testing.assert_close(separable(TokenGrid((2, 3)), (a, b), y), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"microflow": "sideways"},
+        {"relax_steps": 0},
+        {"blur_scale": 0.0},
+        {"blur_sigma_range": (3.0, 1.0)},
+        {"window": 4},
+        {"colour": "red"},
+    ],
+)
+def test_options_without_a_meaning_are_refused(change):
+    with pytest.raises(InputError):
+        JiT(TokenGrid((4, 4)), JiT.options("paper") | change)
