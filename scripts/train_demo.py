@@ -589,6 +589,10 @@ def export(args: argparse.Namespace) -> None:
         log(f"exporting: {json.dumps(state['progress'])}")
     pipeline = make_pipeline(models).to(torch.float16)
     pipeline.save_pretrained(args.out)
+    # transformers loads in the dtype that a configuration names, diffusers in single precision: they must agree.
+    for name in ("text_encoder", "text_encoder_2"):
+        path = args.out / name / "config.json"
+        write_json(json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}, path)
 
     defaults = {
         "height": IMAGE_SIZE,
