@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import time
 import warnings
@@ -16,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
+from rich.table import Table
 
 from jitexport import registry
 from jitexport._version import __version__
@@ -368,14 +367,16 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
     sizes = {
         e.name: sum(f.size for f in manifest.files if f.path.startswith(e.directory + "/")) for e in manifest.engines
     }
-    table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error", Column("inputs", overflow="fold"))
+    table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error")
     for engine in manifest.engines:
         stage = stages.get(engine.name)
         cells = (str(stage.steps), str(stage.tokens), _tera(stage.step_tflops)) if stage else ("", "", "")
         error = "not run" if engine.relative_error is None else f"{engine.relative_error:.1g}"
-        inputs = ", ".join(f"{i.name}{re.sub(' ', '', str(list(i.shape)))}" for i in engine.inputs)
-        table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", error, inputs)
+        table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", error)
     out.print(table, highlight=False)
+    for engine in manifest.engines:
+        takes, gives = (", ".join(map(str, specs)) for specs in (engine.spec().inputs, engine.spec().outputs))
+        out.print(f"{engine.name}({takes}) -> {gives}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
