@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from dataclasses import replace as replaced
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jitexport import registry
 from jitexport._version import __version__
-from jitexport.backends.base import Engine, Source
+from jitexport.backends.base import Backend, Engine, Source
 from jitexport.backends.eager import as_engine
 from jitexport.bundle import BundleWriter, Manifest
 from jitexport.bundle.golden import write_golden
@@ -43,7 +43,7 @@ from jitexport.models.sources import ModelSource, download, find_source, load_ad
 from jitexport.plan import CustomSchedule, Plan, plan
 from jitexport.runtime import Pipeline
 from jitexport.schedule import StageSchedule
-from jitexport.specs import DTYPES, EngineSpec
+from jitexport.specs import DTYPE_NAMES, DTYPES, EngineSpec
 
 #: Largest ||engine - eager|| / ||eager|| that a build accepts. bf16 keeps 8 bits, and compilers may keep more of them
 #: between operations than eager does, so the two differ by a few rounding errors.
@@ -225,26 +225,9 @@ def build(
     """
     started = datetime.now(UTC)
     progress = progress or Silent()
-    if dtype not in TOLERANCE:
-        raise InputError("unknown dtype", found=dtype, expected=" or ".join(TOLERANCE))
+    engine_backend, target_device = check_request(backend, dtype, batch, device, target)
     if weights not in ("store", "reference"):
         raise InputError("unknown weights", found=weights, expected="store or reference")
-    if batch < 1:
-        raise InputError("batch must be at least 1", found=batch)
-    try:
-        target_device = torch.device(device)
-    except RuntimeError as error:
-        raise InputError("unknown device", found=device, expected="cpu or cuda") from error
-    if target is not None:
-        target_device = torch.device("cuda")
-    engine_backend = registry.backend(backend)
-    if reason := engine_backend.cannot_build(target_device, target):
-        raise BackendUnavailableError(f"backend {backend} cannot build for {target or device} here", found=reason)
-    if dtype not in (dtypes := engine_backend.dtypes(target_device)):
-        raise BackendUnavailableError(
-            f"backend {backend} has no {dtype} on {device}", expected=" or ".join(dtypes),
-            remedy=f"--dtype {dtypes[0]}, or another --backend",
-        )
     source = model if isinstance(model, ModelSource) else find_source(model)
     label = f"{speedup:g}x" if custom is None else "custom"
     path = Path(output) if output is not None else Path("engines") / f"{source.name}-{label}"
@@ -275,31 +258,9 @@ def build(
             )
             for t in adapter.tokenizers()
         ]
-        entries = []
-        probes = {spec.name: inputs for spec, inputs in probe_inputs(reference)}
-        for group in engine_backend.groups(specs):
-            progress.step(f"engine {group[0].name}")
-            name = f"engines/{group[0].name if len(group) == 1 else 'stages'}"
-            directory = writer.directory(name)
-            sources = [Source(s, adapter.module(s.name), probes[s.name]) for s in group]
-            engine_backend.build_group(sources, directory, target)
-            for spec in group:
-                engine, inputs = reference.engines[spec.name], probes[spec.name]
-                relative = largest = None
-                if target is None:
-                    make_module = partial(adapter.module, spec.name)
-                    raw = engine_backend.load(spec, directory, tensors, make_module, target_device)
-                    engine = Engine(spec, raw, target_device)
-                    relative, largest = verify_engine(spec, engine, reference.engines[spec.name], inputs, dtype)
-                entries.append(
-                    EngineEntry(
-                        name=spec.name, directory=name,
-                        inputs=tuple(TensorEntry(**asdict(s)) for s in spec.inputs),
-                        outputs=tuple(TensorEntry(**asdict(s)) for s in spec.outputs),
-                        golden=write_golden(writer, spec, inputs, engine(*inputs)),
-                        relative_error=relative, max_error=largest,
-                    )
-                )
+        engines = build_engines(
+            writer, engine_backend, adapter, reference, tensors, target_device, target, progress
+        )
         progress.step("digests")
         configs = plain_configs(adapter.configs)
         manifest = writer.publish(
@@ -325,7 +286,7 @@ def build(
                 dtype=dtype,
                 batch=batch,
                 host=fingerprint(target_device, target),
-                engines=tuple(entries),
+                engines=engines,
                 tokenizers=tuple(tokenizers),
                 weights=stored,
                 tied=tied,
@@ -335,6 +296,80 @@ def build(
             )
         )
     return BuildResult(path, manifest, (datetime.now(UTC) - started).total_seconds())
+
+
+def check_request(
+    backend: str, dtype: str, batch: int, device: str, target: str | None
+) -> tuple[Backend, torch.device]:
+    """The backend and the device of a build, checked before any work.
+
+    Raises:
+        InputError: a value that no build could have.
+        UnknownNameError: no such backend.
+        BackendUnavailableError: the backend cannot build that here.
+    """
+    if dtype not in TOLERANCE:
+        raise InputError("unknown dtype", found=dtype, expected=" or ".join(TOLERANCE))
+    if batch < 1:
+        raise InputError("batch must be at least 1", found=batch)
+    try:
+        target_device = torch.device(device if target is None else "cuda")
+    except RuntimeError as error:
+        raise InputError("unknown device", found=device, expected="cpu or cuda") from error
+    engine_backend = registry.backend(backend)
+    if reason := engine_backend.cannot_build(target_device, target):
+        raise BackendUnavailableError(f"backend {backend} cannot build for {target or device} here", found=reason)
+    if dtype not in (dtypes := engine_backend.dtypes(target_device)):
+        raise BackendUnavailableError(
+            f"backend {backend} has no {dtype} on {target_device}", expected=" or ".join(dtypes),
+            remedy=f"--dtype {dtypes[0]}, or another --backend",
+        )
+    return engine_backend, target_device
+
+
+def build_engines(
+    writer: BundleWriter,
+    backend: Backend,
+    adapter: ModelAdapter,
+    reference: Pipeline,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    target: str | None,
+    progress: Progress,
+) -> tuple[EngineEntry, ...]:
+    """Compile all engines of a pipeline into the bundle, verify each against the eager one, and store golden examples.
+
+    With a `target`, engines cannot run here: they are not verified, and the examples come from the eager modules.
+
+    Raises:
+        CompileError: an engine cannot be compiled.
+        VerificationError: an engine disagrees with the eager module.
+    """
+    entries = []
+    dtype = DTYPE_NAMES[reference.dtype]
+    probes = {spec.name: inputs for spec, inputs in probe_inputs(reference)}
+    for group in backend.groups([engine.spec for engine in reference.engines.values()]):
+        progress.step(f"engine {group[0].name}")
+        name = f"engines/{group[0].name if len(group) == 1 else 'stages'}"
+        directory = writer.directory(name)
+        backend.build_group([Source(s, adapter.module(s.name), probes[s.name]) for s in group], directory, target)
+        for spec in group:
+            engine, inputs = reference.engines[spec.name], probes[spec.name]
+            relative = largest = None
+            if target is None:
+                raw = backend.load(spec, directory, weights, partial(adapter.module, spec.name), device)
+                engine = Engine(spec, raw, device)
+                relative, largest = verify_engine(spec, engine, reference.engines[spec.name], inputs, dtype)
+            entries.append(
+                EngineEntry(
+                    name=spec.name, directory=name,
+                    inputs=tuple(TensorEntry(**asdict(s)) for s in spec.inputs),
+                    outputs=tuple(TensorEntry(**asdict(s)) for s in spec.outputs),
+                    golden=write_golden(writer, spec, inputs, engine(*inputs)),
+                    relative_error=relative, max_error=largest,
+                )
+            )
+    return tuple(entries)
 
 
 def schedule_entry(made: Plan) -> ScheduleEntry:
