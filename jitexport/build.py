@@ -122,18 +122,14 @@ def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]
 
     ids = pipeline.tokenize([PROBE_PROMPT] * batch)
     yield ready("text", ids)
-    text = pipeline.engines["text"]
-    known = dict(zip([s.name for s in text.spec.outputs], text(*ids), strict=True))
-    known["sigmas"] = torch.tensor(pipeline.schedule.sigmas[:-1], device=device)
-    known["guidance"] = torch.full((batch,), float(pipeline.defaults.guidance_scale or 0), device=device)
-    spec = pipeline.engines["condition"].spec
-    yield ready("condition", [known[s.name] for s in spec.inputs])
-    condition = pipeline.encode([PROBE_PROMPT] * batch, pipeline.defaults.guidance_scale)
+    guidance = pipeline.defaults.guidance_scale
+    yield ready("condition", pipeline.condition_inputs(pipeline.engines["text"](*ids), guidance))
+    condition = pipeline.encode([PROBE_PROMPT] * batch, guidance)
     for stage in pipeline.schedule.stages:
         positions = geometry.grid.coordinates(device)[: stage.tokens].expand(batch, -1, -1)
         cos, sin = geometry.rotary.tables(positions)
         step = pipeline.schedule.steps_of(stage)[0]
-        known |= {"tokens": noise(stage.tokens).to(pipeline.dtype), "cos": cos, "sin": sin}
+        known = {"tokens": noise(stage.tokens).to(pipeline.dtype), "cos": cos, "sin": sin}
         known |= {"modulation": condition.modulation[step], **condition.static}
         yield ready(stage.name, [known[s.name] for s in pipeline.engines[stage.name].spec.inputs])
     yield ready("decode", [noise(geometry.grid.tokens)])

@@ -416,7 +416,7 @@ def profile(
         )
     if as_json:
         report = {"conditions": profiling.conditions(), "bundle": str(bundle), "repeats": repeats}
-        typer.echo(json.dumps(report | {"profiles": [profiling.as_dict(p) for p in profiles]}))
+        typer.echo(json.dumps(report | {"profiles": [asdict(p) for p in profiles]}))
         return
     _print_profiles(profiles, profiling.conditions())
 

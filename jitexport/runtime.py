@@ -209,17 +209,20 @@ class Pipeline:
         Args:
             prompts: exactly `batch_size` of them.
         """
-        text = self.engines["text"]
-        embeddings = text(*self.tokenize(prompts))
-        available = {spec.name: value for spec, value in zip(text.spec.outputs, embeddings, strict=True)}
-        available["sigmas"] = torch.tensor(self.schedule.sigmas[:-1], device=self.device)
-        if guidance_scale is not None:
-            available["guidance"] = torch.full((self.batch_size,), float(guidance_scale), device=self.device)
+        embeddings = self.engines["text"](*self.tokenize(prompts))
         condition = self.engines["condition"]
-        modulation, *static = condition(*(available[spec.name] for spec in condition.spec.inputs))
+        modulation, *static = condition(*self.condition_inputs(embeddings, guidance_scale))
         return Condition(
             modulation, {s.name: v for s, v in zip(condition.spec.outputs[1:], static, strict=True)}
         )
+
+    def condition_inputs(self, embeddings: Sequence[Tensor], guidance_scale: float | None) -> list[Tensor]:
+        """What the condition engine takes, in its order, from the text engine's outputs."""
+        available = {s.name: value for s, value in zip(self.engines["text"].spec.outputs, embeddings, strict=True)}
+        available["sigmas"] = torch.tensor(self.schedule.sigmas[:-1], device=self.device)
+        if guidance_scale is not None:
+            available["guidance"] = torch.full((self.batch_size,), float(guidance_scale), device=self.device)
+        return [available[spec.name] for spec in self.engines["condition"].spec.inputs]
 
     def denoise(self, condition: Condition, draws: Draws, on_step: OnStep | None = None) -> Tensor:
         """The stage loop: clean latents [B, N, C], fp32."""
