@@ -382,72 +382,116 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
 @app.command()
 def profile(
     bundle: Bundle,
-    against: Annotated[str, typer.Option(help="Also measure these, comma-separated: diffusers, eager.")] = "",
+    against: Annotated[
+        str, typer.Option(help="Also measure these, comma-separated: diffusers, compile, few-step, eager.")
+    ] = "",
     prompt: Annotated[str | None, typer.Option(help="Prompt to measure with.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Images measured, after one that is not.")] = 5,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Images measured, after one that is not; at most 3 of what it is compared with.")
+    ] = 5,
+    timeline: Annotated[Path | None, typer.Option(help="Draw where the time goes into this PNG.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace of one image into this JSON.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure where the time of an image goes, and compare with the ordinary pipeline."""
+    for path in (timeline, trace):
+        if path is not None and not path.parent.is_dir():
+            raise InputError("no such folder", found=path.parent, remedy="create it, or choose another file")
+
     from jitexport import profile as profiling
     from jitexport import runtime
     from jitexport.bundle.reading import read_manifest
 
     peers = [p for p in against.split(",") if p]
-    if wrong := set(peers) - {"diffusers", "eager"}:
-        raise InputError("unknown peer", found=", ".join(sorted(wrong)), expected="diffusers, eager")
-    if peers:
-        _quiet_libraries()
+    if wrong := set(peers) - set(profiling.PEERS):
+        raise InputError("unknown peer", found=", ".join(sorted(wrong)), expected=", ".join(profiling.PEERS))
+    _quiet_libraries()
     pipe = runtime.load(bundle)
     manifest = read_manifest(bundle)
+    schedule = manifest.schedule
     prompt = prompt or _example_prompt(manifest)
-    profiles = []
-    with err.status("measuring") as status:
-        for peer in peers:
-            status.update(f"measuring {peer}")
-            if peer == "diffusers":
-                steps = manifest.schedule.reference_steps
-                profiles.append(profiling.diffusers_profile(manifest, prompt, steps=steps, repeats=min(repeats, 3)))
-            else:
-                profiles.append(profiling.eager_profile(manifest, prompt, dtype="fp32", repeats=min(repeats, 3)))
-        status.update("measuring the bundle")
-        label = f"{manifest.method.name}, {manifest.backend} {manifest.dtype}"
-        profiles.append(
-            profiling.profile_pipeline(pipe, label, profiling.step_flops(manifest), prompt, repeats=repeats)
+    with err.status("measuring the bundle") as status:  # first, so that its memory is its own
+        measured = profiling.profile_pipeline(
+            pipe,
+            f"{manifest.method.name}, {manifest.backend} {manifest.dtype}",
+            prompt,
+            flops=profiling.engine_flops(manifest),
+            speedup=(schedule.reference_steps, schedule.predicted_speedup),
+            repeats=repeats,
         )
+        if trace is not None:
+            status.update("tracing")
+            profiling.chrome_trace(pipe, prompt, trace)
+        profiles = []
+        for peer in peers:
+            status.update(f"measuring {peer}: {profiling.PEERS[peer]}")
+            profiles.append(profiling.measure_peer(peer, manifest, prompt, repeats=min(repeats, 3)))
+    profiles.append(measured)
+    conditions = profiling.conditions()
+    if timeline is not None:
+        from jitexport.profile.timeline import draw_timeline
+
+        draw_timeline(profiles, conditions, timeline)
     if as_json:
-        report = {"conditions": profiling.conditions(), "bundle": str(bundle), "repeats": repeats}
-        typer.echo(json.dumps(report | {"profiles": [asdict(p) for p in profiles]}))
-        return
-    _print_profiles(profiles, profiling.conditions())
+        report = {"conditions": conditions, "bundle": str(bundle), "profiles": [asdict(p) for p in profiles]}
+        typer.echo(json.dumps(report))
+    else:
+        _print_profiles(profiles)
+        facts = ", ".join(f"{k} {v}" for k, v in conditions.items() if v is not None)
+        err.print(facts, highlight=False, soft_wrap=True)
+    for path in (timeline, trace):
+        if path is not None:
+            err.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-def _print_profiles(profiles: Sequence[Any], conditions: dict[str, Any]) -> None:
+def _milliseconds(timing: Any) -> tuple[str, str]:
+    return f"{timing.median * 1e3:.1f}", f"{timing.p90 * 1e3:.1f}"
+
+
+def _print_profiles(profiles: Sequence[Any]) -> None:
+    """The totals of all, and the phases, engines and steps of the last."""
     first, last = profiles[0], profiles[-1]
     if len(profiles) > 1:
-        table = Table("prompt to PNG", "median s", "p90 s", "times faster")
+        table = Table("prompt to PNG", "median s", "p90 s", "times faster", "peak MB")
         for p in profiles:
-            table.add_row(
-                p.label, f"{p.total.median:.3f}", f"{p.total.p90:.3f}", f"{first.total.median / p.total.median:.2f}"
-            )
+            faster = first.total.median / p.total.median
+            peak = p.peak_memory.get("gpu") or p.peak_memory.get("process")
+            memory = "" if peak is None else f"{peak / 1e6:.0f}"
+            table.add_row(p.label, f"{p.total.median:.3f}", f"{p.total.p90:.3f}", f"{faster:.2f}", memory)
         out.print(table, highlight=False)
-    table = Table(last.label, "median ms", "p90 ms", "share")
+
+    table = Table(last.label, "median ms", "p90 ms", "share", title=f"phases, {last.repeats} images")
     for name, timing in last.phases.items():
         if name != "denoise":
-            table.add_row(
-                name,
-                f"{timing.median * 1e3:.1f}",
-                f"{timing.p90 * 1e3:.1f}",
-                f"{timing.median / last.total.median:.1%}",
-            )
+            table.add_row(name, *_milliseconds(timing), f"{timing.median / last.total.median:.1%}")
     table.add_section()
-    table.add_row("total", f"{last.total.median * 1e3:.1f}", f"{last.total.p90 * 1e3:.1f}", "")
+    table.add_row("total", *_milliseconds(last.total), "")
     out.print(table, highlight=False)
-    table = Table("stage", "tokens", "steps", "ms/step", "GFLOP/s")
-    for s in last.stages:
-        table.add_row(s.name, str(s.tokens), str(s.steps), f"{s.step.median * 1e3:.1f}", f"{s.gflops_per_second:.0f}")
+
+    table = Table("engine", "tokens", "runs", "median ms", "p90 ms", "GFLOP", "GFLOP/s", "of ceiling", title="engines")
+    for e in last.engines:
+        work = ("", "", "")
+        if e.flops is not None:
+            work = (f"{e.flops / 1e9:.2f}", f"{e.flops_per_second / 1e9:.0f}", f"{e.ceiling_share:.0%}")
+        table.add_row(e.name, str(e.tokens or ""), str(e.runs), *_milliseconds(e.run), *work)
     out.print(table, highlight=False)
+
+    table = Table("step", "stage", "sigma", "engine ms", "p90 ms", "loop ms", "p90 ms", title="steps")
+    for s in last.steps:
+        table.add_row(str(s.step), s.stage, f"{s.sigma:.3f}", *_milliseconds(s.engine), *_milliseconds(s.loop))
+    out.print(table, highlight=False)
+
+    out.print(f"ceiling: {last.ceiling / 1e9:.0f} GFLOP/s, the best large matrix product in this run", highlight=False)
     out.print(f"the loop around the engines takes {last.overhead:.2%} of denoising", highlight=False)
-    err.print(", ".join(f"{k} {v}" for k, v in conditions.items() if v is not None), highlight=False, soft_wrap=True)
+    out.print(
+        f"denoising speed-up {last.speedup.realised:.2f}x over the reference steps on the full stage's engine, "
+        f"{last.speedup.predicted:.2f}x predicted: {last.speedup.share:.0%} realised",
+        highlight=False,
+        soft_wrap=True,
+    )
+    memory = {"process": "of memory in the process", "gpu": "on the GPU"}
+    peaks = [f"{last.peak_memory[k] / 1e6:.0f} MB {text}" for k, text in memory.items() if last.peak_memory.get(k)]
+    out.print(f"at most {', '.join(peaks)}", highlight=False)
 
 
 @app.command()

@@ -45,7 +45,7 @@ OPTIONS = {
     "unpack": {"archive", "--output", "-o", "--force", "--json"},
     "push": {"bundle", "repo", "--public"},
     "pull": {"repo", "--output", "-o", "--trust", "--revision", "--force"},
-    "profile": {"bundle", "--against", "--prompt", "--repeats", "--json"},
+    "profile": {"bundle", "--against", "--prompt", "--repeats", "--timeline", "--trace", "--json"},
     "doctor": {"--json"},
 }
 

@@ -1,0 +1,352 @@
+"""A pipeline, phase by phase and step by step."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from jitexport.backends.base import Engine
+from jitexport.bundle.manifest import Manifest
+from jitexport.profile.measure import PeakMemory, Timing, matmul_rate, now, png
+from jitexport.runtime import Pipeline
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of one image's time.
+
+    Attributes:
+        phase: text, condition, draw, the stage's name (a run of its engine), transition, lift, decode or image.
+        start, end: seconds since the image began.
+        step: of the denoising loop; None outside it.
+    """
+
+    phase: str
+    start: float
+    end: float
+    step: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """One step of the denoising loop: its engine, and what the loop does around it (gather, lift, Euler step)."""
+
+    step: int
+    stage: str
+    sigma: float
+    engine: Timing
+    loop: Timing
+
+
+@dataclass(frozen=True)
+class EngineTiming:
+    """Runs of one engine.
+
+    Attributes:
+        runs: of it for one batch of images.
+        tokens: that a stage's engine takes; None for the others.
+        run: seconds of one run.
+        flops: of one run, counted on meta tensors; None where the model's code is not installed.
+        flops_per_second: achieved, from the median.
+        ceiling_share: of the machine's own matrix products in the same dtype.
+    """
+
+    name: str
+    runs: int
+    tokens: int | None
+    run: Timing
+    flops: float | None
+    flops_per_second: float | None
+    ceiling_share: float | None
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Of denoising over the reference steps at all tokens, run by the bundle's own full engine.
+
+    Attributes:
+        predicted: from FLOPs.
+        realised: reference steps x seconds of one run of the full stage / seconds of denoising.
+    """
+
+    predicted: float
+    realised: float
+
+    @property
+    def share(self) -> float:
+        """Realised over predicted."""
+        return self.realised / self.predicted
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One way of making an image.
+
+    Attributes:
+        total: prompt to PNG bytes, of `batch` images.
+        phases: seconds of each phase of `Span`, and of denoise: draw, stages, transitions and lifts together.
+        overhead: share of denoising that is not its engines.
+        ceiling: FLOP/s of this machine's matrix products in the engines' dtype, in this run.
+        peak_memory: bytes, of the process and of the GPU.
+        timeline: the image whose total is the median.
+    """
+
+    label: str
+    batch: int
+    repeats: int
+    total: Timing
+    phases: dict[str, Timing] = field(default_factory=dict)
+    engines: list[EngineTiming] = field(default_factory=list)
+    steps: list[StepTiming] = field(default_factory=list)
+    overhead: float | None = None
+    speedup: Speedup | None = None
+    ceiling: float | None = None
+    peak_memory: dict[str, int | None] = field(default_factory=dict)
+    timeline: list[Span] = field(default_factory=list)
+
+
+class Recorder:
+    """A pipeline whose engines and steps leave spans behind. It shares everything else with the original."""
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self.device = pipe.device
+        self.schedule = pipe.schedule
+        self.runs: list[Span] = []
+        self.step_ends: list[float] = []
+        self.pipe = copy.copy(pipe)
+        self.pipe.engines = {name: _Recorded(engine, self) for name, engine in pipe.engines.items()}
+
+    def image(self, prompt: str, seed: int) -> list[Span]:
+        """Make one batch of images, up to PNG bytes; its spans in order, a transition before each stage's steps."""
+        pipe, batch = self.pipe, self.pipe.batch_size
+        self.runs, self.step_ends = [], []
+        begin = now(self.device)
+        condition = pipe.encode([prompt] * batch, pipe.defaults.guidance_scale)
+        encoded = now(self.device)
+        draws = pipe.draw([torch.Generator().manual_seed(seed + i) for i in range(batch)])
+        draws = type(draws)(*(None if t is None else t.to(self.device) for t in draws.__dict__.values()))
+        drawn = now(self.device)
+        latents = pipe.denoise(condition, draws, self._on_step)
+        denoised = now(self.device)
+        pictures = pipe.decode(latents)
+        decoded = now(self.device)
+        for image in pipe.to_images(pictures, "pil"):
+            png(image)
+        end = now(self.device)
+
+        text, _, *steps = self.runs  # the last one decodes
+        spans = [
+            Span("text", begin, text.end),
+            Span("condition", text.end, encoded),
+            Span("draw", encoded, drawn),
+            *self._loop(steps[:-1], drawn),
+            Span("decode", denoised, decoded),
+            Span("image", decoded, end),
+        ]
+        return [replace(s, start=s.start - begin, end=s.end - begin) for s in spans]
+
+    def _on_step(self, step: int, sigma: float, latents: Tensor) -> None:
+        self.step_ends.append(now(self.device))
+
+    def _loop(self, runs: Sequence[Span], begin: float) -> list[Span]:
+        """Spans of the loop: what lies before a stage's first engine run is its transition, the rest are lifts."""
+        spans = []
+        for stage in self.schedule.stages:
+            before = "transition"
+            for step in self.schedule.steps_of(stage):
+                end = self.step_ends[step]
+                for run in [r for r in runs if begin <= r.start < end]:
+                    spans += [Span(before, begin, run.start, step), Span(stage.name, run.start, run.end, step)]
+                    before, begin = "lift", run.end
+                spans.append(Span(before, begin, end, step))
+                before, begin = "lift", end
+        return spans
+
+
+class _Recorded:
+    """An engine that leaves a span at every run."""
+
+    def __init__(self, engine: Engine, recorder: Recorder) -> None:
+        self._engine = engine
+        self._recorder = recorder
+        self.spec = engine.spec
+        self.device = engine.device
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        start = now(self.device)
+        outputs = self._engine(*inputs)
+        self._recorder.runs.append(Span(self.spec.name, start, now(self.device)))
+        return outputs
+
+
+@torch.inference_mode()
+def profile_pipeline(
+    pipe: Pipeline,
+    label: str,
+    prompt: str,
+    *,
+    flops: Mapping[str, float] | None = None,
+    speedup: tuple[int, float] | None = None,
+    repeats: int,
+    warmup: int = 1,
+) -> Profile:
+    """Time every phase of a pipeline.
+
+    On a GPU the device is waited for at every span, so phases add up to more than a call takes; the total is that of
+    calls of their own.
+
+    Args:
+        flops: of one run of each engine, by name.
+        speedup: the ordinary pipeline's steps, and the speed-up over them that FLOPs predict.
+        repeats, warmup: images measured, and images before them that are not.
+    """
+    recorder = Recorder(pipe)
+    flops = flops or {}
+    ceiling = matmul_rate(pipe.dtype, pipe.device)
+    memory = PeakMemory(pipe.device)
+    images: list[list[Span]] = []
+    totals = []
+    for i in range(warmup + repeats):
+        spans = recorder.image(prompt, i)
+        total = spans[-1].end if pipe.device.type == "cpu" else call_seconds(pipe, prompt, i)
+        if i >= warmup:
+            images.append(spans)
+            totals.append(total)
+    peak = {"process": memory.process(), "gpu": memory.gpu()}
+    ceiling = max(ceiling, matmul_rate(pipe.dtype, pipe.device))
+
+    stages = {s.name: s for s in pipe.schedule.stages}
+    names = ["text", "condition", "draw", *stages, "transition", "lift", "decode", "image"]
+    sums = [{name: sum(s.seconds for s in spans if s.phase == name) for name in names} for spans in images]
+    for one in sums:
+        one["denoise"] = sum(one[name] for name in ("draw", *stages, "transition", "lift"))
+    phases = {name: Timing.of([one[name] for one in sums]) for name in (*names, "denoise")}
+
+    runs: dict[str, list[float]] = {}
+    for spans in images:
+        for span in spans:
+            runs.setdefault(span.phase, []).append(span.seconds)
+    engines = []
+    for name in ("text", "condition", *stages, "decode"):
+        timing = Timing.of(runs[name])
+        rate = flops[name] / timing.median if name in flops else None
+        engines.append(
+            EngineTiming(
+                name,
+                len(runs[name]) // repeats,
+                stages[name].tokens if name in stages else None,
+                timing,
+                flops.get(name),
+                rate,
+                None if rate is None else rate / ceiling,
+            )
+        )
+    realised = None
+    if speedup is not None:
+        steps, predicted = speedup
+        full = max(stages.values(), key=lambda s: s.tokens)
+        realised = Speedup(predicted, steps * statistics.median(runs[full.name]) / phases["denoise"].median)
+    middle = totals.index(statistics.median_low(totals))
+    return Profile(
+        label=label,
+        batch=pipe.batch_size,
+        repeats=repeats,
+        total=Timing.of(totals),
+        phases=phases,
+        engines=engines,
+        steps=_steps(images, pipe),
+        overhead=statistics.median(1 - sum(one[s] for s in stages) / one["denoise"] for one in sums),
+        speedup=realised,
+        ceiling=ceiling,
+        peak_memory=peak,
+        timeline=images[middle],
+    )
+
+
+def _steps(images: Sequence[Sequence[Span]], pipe: Pipeline) -> list[StepTiming]:
+    """Engine and loop seconds of each step over all images; a stage's first step has its transition in the loop."""
+    found = []
+    for stage in pipe.schedule.stages:
+        for step in pipe.schedule.steps_of(stage):
+            inside = [[s for s in spans if s.step == step] for spans in images]
+            engine = [sum(s.seconds for s in spans if s.phase == stage.name) for spans in inside]
+            loop = [sum(s.seconds for s in spans if s.phase != stage.name) for spans in inside]
+            found.append(StepTiming(step, stage.name, pipe.schedule.sigmas[step], Timing.of(engine), Timing.of(loop)))
+    return found
+
+
+def call_seconds(pipe: Pipeline, prompt: str, seed: int) -> float:
+    """Seconds of one ordinary call for a full batch, up to PNG bytes."""
+    begin = now(pipe.device)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(pipe.batch_size)]
+    for image in pipe([prompt] * pipe.batch_size, generator=generators).images:
+        png(image)
+    return now(pipe.device) - begin
+
+
+def profile_call(call: Callable[[int], Sequence[Image.Image]], label: str, *, repeats: int, warmup: int = 1) -> Profile:
+    """Time a function from a seed to images as a whole, PNG encoding included."""
+    seconds: list[float] = []
+    count = 0
+    for i in range(warmup + repeats):
+        start = time.perf_counter()
+        images = call(i)
+        for image in images:
+            png(image)
+        if i >= warmup:
+            seconds.append(time.perf_counter() - start)
+        count = len(images)
+    return Profile(label, count, repeats, Timing.of(seconds))
+
+
+def engine_flops(manifest: Manifest) -> dict[str, float]:
+    """FLOPs of one run of each engine, by name, counted on meta tensors; empty where the model's code is missing."""
+    from jitexport import registry
+    from jitexport.flops import count_flops
+    from jitexport.specs import DTYPES
+
+    try:
+        family = registry.family(manifest.model.family)
+    except ImportError:
+        return {}
+    adapter = family.from_configs(manifest.model.configs, manifest.model.settings, DTYPES[manifest.dtype])
+    return {e.name: count_flops(adapter.module(e.name), e.spec()) for e in manifest.engines}
+
+
+@torch.inference_mode()
+def chrome_trace(pipe: Pipeline, prompt: str, path: Path) -> None:
+    """Write a trace of one call, after one that is not traced, for chrome://tracing or Perfetto.
+
+    Every operator and kernel that PyTorch sees is in it; an AOTInductor engine is one block, named after the engine.
+    """
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    class Named:
+        def __init__(self, engine: Engine) -> None:
+            self.engine = engine
+            self.spec = engine.spec
+
+        def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+            with record_function(f"engine {self.spec.name}"):
+                return self.engine(*inputs)
+
+    named = copy.copy(pipe)
+    named.engines = {name: Named(engine) for name, engine in pipe.engines.items()}
+    call_seconds(named, prompt, 0)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if pipe.device.type == "cuda" else [])
+    with profile(activities=activities) as recorded:
+        call_seconds(named, prompt, 1)
+    recorded.export_chrome_trace(str(path))

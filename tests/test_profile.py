@@ -1,0 +1,193 @@
+"""The profile of a tiny eager bundle: what adds up, what is counted, and what stands in the reports."""
+
+import json
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+
+import jitexport
+from jitexport import profile as profiling
+from jitexport import registry
+from jitexport.bundle.reading import read_manifest
+from jitexport.errors import InputError
+from jitexport.flops import count_flops
+from jitexport.plan import CustomSchedule
+from jitexport.profile.measure import PeakMemory, Timing, shortest
+from jitexport.profile.phases import Recorder
+from jitexport.profile.timeline import draw_timeline
+from tests.test_cli import run  # noqa: F401
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bundle(make_bundle):
+    return make_bundle(custom=CustomSchedule((2, 1, 2), (0.35, 0.62, 1.0)))
+
+
+@pytest.fixture(scope="module")
+def pipe(bundle):
+    return jitexport.load(bundle)
+
+
+@pytest.fixture(scope="module")
+def measured(pipe, bundle):
+    flops = profiling.engine_flops(read_manifest(bundle))
+    return profiling.profile_pipeline(pipe, "tiny", "a red fox", flops=flops, speedup=(50, 20.0), repeats=3)
+
+
+# --- measure ---
+
+
+@pytest.mark.parametrize(
+    ("seconds", "median", "p90"),
+    [([3.0], 3.0, 3.0), ([1.0, 2.0], 1.5, 2.0), ([5.0, 1.0, 2.0], 2.0, 5.0), (list(range(1, 12)), 6, 10)],
+)
+def test_timing_is_median_and_90th_percentile(seconds, median, p90):
+    assert Timing.of(seconds) == Timing(median, p90)
+
+
+def test_shortest_takes_the_fastest_run_after_the_first():
+    waits = iter([0.0, 0.03, 0.01, 0.02, 0.03])
+    assert 0.01 <= shortest(lambda: time.sleep(next(waits)), CPU, 0.05) < 0.02
+
+
+def test_rates_are_of_this_machine():
+    rate = profiling.matmul_rate(torch.float32, CPU, seconds=0.02)
+    x = torch.randn(1024, 1024)
+    once = 2 * 1024**3 / shortest(lambda: x @ x, CPU, 0.1)
+    assert 0.2 < rate / once < 20
+    assert 1e8 < profiling.copy_rate(CPU, size=2**24, seconds=0.02) < 1e13
+
+
+def test_peak_memory_counts_from_its_making():
+    kept = torch.ones(2**25)  # 128 MiB
+    del kept
+    memory = PeakMemory(CPU)
+    before = memory.process()
+    kept = torch.ones(2**26)
+    assert memory.process() - before > 0.9 * kept.nbytes
+    assert memory.gpu() is None
+
+
+# --- phases ---
+
+
+def test_spans_follow_each_other_and_cover_the_image(pipe):
+    spans = Recorder(pipe).image("a red fox", 0)
+    assert spans[0].start == 0 and all(s.start <= s.end for s in spans)
+    assert all(0 <= b.start - a.end < 0.05 for a, b in pairwise(spans))
+    loop = [(s.phase, s.step) for s in spans if s.step is not None]
+    expected = []
+    for stage, steps in (("stage2", [0, 1]), ("stage1", [2]), ("stage0", [3, 4])):
+        for i in steps:
+            expected += [("transition" if i == steps[0] else "lift", i), (stage, i), ("lift", i)]
+    assert loop == expected
+    assert [s.phase for s in spans if s.step is None] == ["text", "condition", "draw", "decode", "image"]
+
+
+def test_recording_changes_neither_the_image_nor_the_pipeline(pipe):
+    engines = dict(pipe.engines)
+    recorder = Recorder(pipe)
+    latents = []
+    denoise = recorder.pipe.denoise
+    recorder.pipe.denoise = lambda *args: latents.append(denoise(*args)) or latents[-1]
+    with torch.inference_mode():
+        recorder.image("a red fox", 7)
+    wanted = pipe("a red fox", generator=torch.Generator().manual_seed(7), output_type="latent").images
+    assert torch.equal(latents[0], wanted)
+    assert pipe.engines == engines
+
+
+def test_profile_of_one_image_adds_up(pipe):
+    once = profiling.profile_pipeline(pipe, "tiny", "a red fox", repeats=1)
+    seconds = {name: timing.median for name, timing in once.phases.items()}
+    assert sum(seconds.values()) - seconds["denoise"] == pytest.approx(once.total.median, abs=0.05)
+    loop = sum(seconds[n] for n in ("draw", "transition", "lift"))
+    assert once.overhead == pytest.approx(loop / seconds["denoise"])
+    assert sum(s.engine.median + s.loop.median for s in once.steps) == pytest.approx(
+        seconds["denoise"] - seconds["draw"]
+    )
+    assert once.speedup is None and all(e.flops is None for e in once.engines)
+
+
+def test_profile_has_every_step_and_what_was_realised(measured, pipe):
+    assert [(s.step, s.stage, s.sigma) for s in measured.steps] == [
+        (i, f"stage{k}", pipe.schedule.sigmas[i]) for i, k in enumerate((2, 2, 1, 0, 0))
+    ]
+    full = next(e for e in measured.engines if e.name == "stage0")
+    assert measured.speedup.realised == pytest.approx(50 * full.run.median / measured.phases["denoise"].median)
+    assert measured.speedup.share == pytest.approx(measured.speedup.realised / 20)
+    assert measured.timeline[-1].end == pytest.approx(measured.total.median)
+
+
+def test_engines_have_their_flops_and_runs(measured, bundle):
+    found = {e.name: e for e in measured.engines}
+    assert {name: (e.runs, e.tokens) for name, e in found.items()} == {
+        "text": (1, None), "condition": (1, None), "decode": (1, None),
+        "stage2": (2, 33), "stage1": (1, 59), "stage0": (2, 96),
+    }  # fmt: skip
+    manifest = read_manifest(bundle)
+    family = registry.family(manifest.model.family)
+    adapter = family.from_configs(manifest.model.configs, manifest.model.settings, torch.float32)
+    spec = next(e.spec() for e in manifest.engines if e.name == "stage1")
+    assert found["stage1"].flops == count_flops(adapter.module("stage1"), spec) > 0
+    assert found["stage1"].flops_per_second == pytest.approx(found["stage1"].flops / found["stage1"].run.median)
+    assert found["stage1"].ceiling_share == pytest.approx(found["stage1"].flops_per_second / measured.ceiling)
+
+
+# --- peers ---
+
+
+@pytest.mark.parametrize(("peer", "label"), [("diffusers", "50 steps, eager fp32"), ("few-step", "5 steps")])
+def test_peers_run_the_bundles_model(bundle, tiny_flux, monkeypatch, peer, label):
+    monkeypatch.setattr("jitexport.profile.peers.model_folder", lambda manifest: tiny_flux)
+    found = profiling.measure_peer(peer, read_manifest(bundle), "a red fox", repeats=1)
+    assert label in found.label and found.batch == 1 and 0 < found.total.median <= found.total.p90
+
+
+def test_unknown_peer(bundle):
+    with pytest.raises(InputError, match="unknown peer"):
+        profiling.measure_peer("magic", read_manifest(bundle), "a red fox", repeats=1)
+
+
+# --- reports ---
+
+
+def test_timeline_is_a_picture(measured, tmp_path):
+    from PIL import Image
+
+    peer = profiling.profile_call(lambda seed: [Image.new("RGB", (8, 8))], "a peer", repeats=2)
+    for profiles, path in (([measured], tmp_path / "one.png"), ([peer, measured], tmp_path / "two.png")):
+        draw_timeline(profiles, profiling.conditions(), path)
+    one, two = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
+    assert one.width == two.width > 800 and two.height > one.height > 400
+
+
+def test_trace_names_the_engines(pipe, tmp_path):
+    profiling.chrome_trace(pipe, "a red fox", tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = [e["name"] for e in events if e["name"].startswith("engine ") and e.get("ph") == "X"]
+    assert sorted(set(names)) == sorted(f"engine {n}" for n in pipe.engines)
+    assert names.count("engine stage0") == 2
+
+
+def test_command(run, bundle, tmp_path):  # noqa: F811
+    code, out, err = run(
+        "profile", bundle, "--repeats", "1", "--prompt", "a red fox", "--json",
+        "--timeline", tmp_path / "t.png", "--trace", tmp_path / "t.json",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads(out)
+    (profile,) = report["profiles"]
+    assert profile["ceiling"] > 0 and profile["peak_memory"]["process"] > 0 and len(profile["steps"]) == 5
+    assert (tmp_path / "t.png").is_file() and json.loads((tmp_path / "t.json").read_text())
+
+
+def test_command_prints_what_it_measured(run, bundle):  # noqa: F811
+    code, out, _ = run("profile", bundle, "--repeats", "1", "--prompt", "a red fox")
+    assert code == 0
+    for text in ("transition", "stage1", "of denoising", "predicted", "GFLOP/s", "of memory in the process"):
+        assert text in out
