@@ -1,0 +1,206 @@
+"""CUDA graphs: the whole denoising loop recorded once per loaded bundle, then replayed as one launch.
+
+Every shape of the loop is fixed, transitions and activation included, and nothing in it waits for the device; only
+values differ between images. So one recording serves all prompts, seeds and guidance scales: a call copies its
+condition and its draws into the recording's input buffers, replays it, and copies the latents out.
+
+Weights are read where they are: changed in place, they are the next replay's weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from jitexport.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+#: Reads the tensors that it is given by name, and nothing else that changes between calls.
+Function = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+class Recorder(Protocol):
+    """Turns work on fixed tensors into something that can be done again."""
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """Run `work` until it has allocated and compiled all that it needs, then record it.
+
+        Returns:
+            What does it again, and the tensor that then holds its result.
+        """
+
+    def before(self) -> None:
+        """Called before a recording's buffers are written."""
+
+    def after(self) -> None:
+        """Called after its result has been read."""
+
+
+class CUDARecorder:
+    """Records CUDA graphs, all in one memory pool.
+
+    Graphs that share a pool may overwrite each other's intermediate tensors. That is safe here: they run one after the
+    other, in the order in which they were recorded, and results are copied out before the next one begins.
+    """
+
+    #: Runs before a recording: libraries allocate workspaces and choose kernels in the first ones.
+    WARMUP = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._done: torch.cuda.Event | None = None
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """See `Recorder`.
+
+        Raises:
+            RuntimeError: the work waits for the device or does something else that a graph cannot hold, or
+                (torch.OutOfMemoryError) memory is short.
+        """
+        with torch.cuda.device(self.device):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(self.WARMUP):
+                    work()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: other threads of a server may allocate meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                output = work()
+        return graph.replay, output
+
+    def before(self) -> None:
+        """Wait, on the device, for the last use of the buffers: it may have been on another thread's stream."""
+        if self._done is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._done)
+
+    def after(self) -> None:
+        """Mark the end of this use."""
+        self._done = torch.cuda.current_stream(self.device).record_event()
+
+
+class Recording:
+    """A function of tensors of fixed shapes, recorded at its first call.
+
+    Calls from several threads take turns.
+
+    Args:
+        function: see `Function`.
+        lock: shared by the recordings of one recorder.
+    """
+
+    def __init__(self, function: Function, recorder: Recorder, lock: threading.RLock) -> None:
+        self._function = function
+        self._recorder = recorder
+        self._lock = lock
+        self._replay: Callable[[], None] | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._output: Tensor | None = None
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The function's value at `inputs`; the tensor is the caller's own.
+
+        Raises:
+            InputError: other names, shapes or dtypes than at the first call.
+            RuntimeError: at the first call, where the function cannot be recorded.
+        """
+        with self._lock, torch.no_grad():
+            self._recorder.before()
+            if self._replay is None:
+                self._record(inputs)
+            if (found := _kinds(inputs)) != (expected := _kinds(self._buffers)):
+                raise InputError("a recorded loop takes tensors of fixed shapes", found=found, expected=expected)
+            for name, buffer in self._buffers.items():
+                buffer.copy_(inputs[name])
+            self._replay()
+            result = self._output.clone()
+            self._recorder.after()
+        return result
+
+    def _record(self, inputs: Mapping[str, Tensor]) -> None:
+        # Ordinary tensors, not inference mode's, so that calls inside and outside of it may write to them.
+        with torch.inference_mode(False):
+            buffers = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inputs.items()}
+        self._replay, self._output = self._recorder.record(lambda: self._function(buffers))
+        self._buffers = buffers
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+
+class LoopGraph:
+    """The denoising loop as one graph, or where that cannot be had, each stage's engine as one.
+
+    Args:
+        loop: the loop, given how to run a stage's engine, as a `Function`. An engine of None is the ordinary one.
+        engines: what runs each stage, by name: inputs of its specification, in order, to its only output.
+        recorder: how to record.
+    """
+
+    def __init__(
+        self,
+        loop: Callable[[Mapping[str, Tensor], Mapping[str, Callable[..., Sequence[Tensor]]]], Tensor],
+        engines: Mapping[str, Callable[..., Sequence[Tensor]]],
+        recorder: Recorder,
+    ) -> None:
+        self._loop = loop
+        self._engines = engines
+        self._recorder = recorder
+        self._lock = threading.RLock()
+        self._levels = [self._whole, self._by_stage, self._plain]
+        self._run: Function | None = None
+
+    @property
+    def level(self) -> str | None:
+        """What runs as a graph: "loop", "stages" or "nothing"; None before the first call."""
+        names = {2: "loop", 1: "stages", 0: "nothing"}
+        return None if self._run is None else names[len(self._levels)]
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The loop's latents at `inputs`."""
+        while True:
+            run = self._ready()
+            try:
+                return run(inputs)
+            except RuntimeError as error:  # includes out of memory
+                if not self._fall_back(run, error):
+                    raise
+
+    def _ready(self) -> Function:
+        with self._lock:
+            if self._run is None:
+                self._run = self._levels.pop(0)()
+            return self._run
+
+    def _fall_back(self, failed: Function, error: RuntimeError) -> bool:
+        """Go one level down, unless another thread has; False where there is none."""
+        with self._lock:
+            if self._run is failed:
+                if not self._levels:
+                    return False
+                logger.warning("CUDA graph of the %s failed, using smaller ones: %s", self.level, error)
+                self._run = None
+            return True
+
+    def _whole(self) -> Function:
+        return Recording(lambda inputs: self._loop(inputs, self._engines), self._recorder, self._lock)
+
+    def _by_stage(self) -> Function:
+        engines = {name: self._recorded(engine) for name, engine in self._engines.items()}
+        return lambda inputs: self._loop(inputs, engines)
+
+    def _recorded(self, engine: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:
+        recording = Recording(lambda named: engine(*named.values())[0], self._recorder, self._lock)
+        return lambda *inputs: [recording({str(i): value for i, value in enumerate(inputs)})]
+
+    def _plain(self) -> Function:
+        return lambda inputs: self._loop(inputs, self._engines)

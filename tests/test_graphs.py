@@ -1,0 +1,209 @@
+"""The buffers and the fallbacks of recorded loops, on any machine; real graphs where there is a CUDA device.
+
+Where there is none, a stand-in for the recorder runs the work again at every replay, on the same buffers and into the
+same output tensor, as a graph would. That the loop can be recorded at all is checked with fake CUDA tensors: whatever
+waits for a device, or copies from one to another, raises.
+"""
+
+import threading
+
+import pytest
+import torch
+
+from jitexport.errors import InputError
+from jitexport.graphs import CUDARecorder, LoopGraph, Recording
+
+
+class Rerun:
+    """Records by keeping the work, as a graph keeps its kernels."""
+
+    def __init__(self, fail=lambda attempt: False):
+        self.recorded = 0
+        self.replayed = 0
+        self._attempts = 0
+        self._fail = fail
+
+    def record(self, work):
+        self._attempts += 1
+        if self._fail(self._attempts):
+            raise torch.OutOfMemoryError("no memory")
+        output = work().clone()
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            with torch.inference_mode():  # where an output of it may be written to, as a graph may write anywhere
+                output.copy_(work())
+
+        return replay, output
+
+    def before(self):
+        pass
+
+    def after(self):
+        pass
+
+
+def inputs(seed, **more):
+    generator = torch.Generator().manual_seed(seed)
+    return {"a": torch.randn(3, 4, generator=generator), "b": torch.randn(4, generator=generator)} | more
+
+
+def function(named):
+    return named["a"] * 2 + named["b"]
+
+
+def recording(recorder):
+    return Recording(function, recorder, threading.RLock())
+
+
+def test_one_recording_serves_all_values():
+    recorder = Rerun()
+    recorded = recording(recorder)
+    for seed in range(4):
+        given = inputs(seed)
+        kept = {name: value.clone() for name, value in given.items()}
+        assert torch.equal(recorded(given), function(kept))
+        assert all(torch.equal(given[name], kept[name]) for name in kept)
+    assert (recorder.recorded, recorder.replayed) == (1, 4)
+
+
+def test_results_are_the_callers_own():
+    recorded = recording(Rerun())
+    first = recorded(inputs(0))
+    kept = first.clone()
+    recorded(inputs(1))
+    assert torch.equal(first, kept)
+
+
+def test_the_first_inputs_are_not_the_buffers():
+    recorded = recording(Rerun())
+    first = inputs(0)
+    kept = first["a"].clone()
+    recorded(first)
+    recorded(inputs(1))
+    assert torch.equal(first["a"], kept)
+
+
+def test_calls_inside_and_outside_of_inference_mode():
+    recorded = recording(Rerun())
+    with torch.inference_mode():
+        inside = recorded(inputs(0))
+    outside = recorded(inputs(0))
+    with torch.inference_mode():
+        again = recorded({name: value.clone() for name, value in inputs(0).items()})
+    assert torch.equal(inside, outside) and torch.equal(inside, again)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": torch.zeros(3, 4)},
+        {"a": torch.zeros(2, 4), "b": torch.zeros(4)},
+        {"a": torch.zeros(3, 4).double(), "b": torch.zeros(4)},
+        {"a": torch.zeros(3, 4), "b": torch.zeros(4), "c": torch.zeros(1)},
+    ],
+)
+def test_other_shapes_are_refused(other):
+    recorded = recording(Rerun())
+    recorded(inputs(0))
+    with pytest.raises(InputError, match="fixed shapes"):
+        recorded(other)
+
+
+def test_threads_take_turns():
+    recorder = Rerun()
+    recorded = recording(recorder)
+    results = {}
+
+    def work(seed):
+        results[seed] = [recorded(inputs(seed)) for _ in range(20)]
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert recorder.recorded == 1
+    assert all(torch.equal(r, function(inputs(seed))) for seed, many in results.items() for r in many)
+
+
+# --- the loop and its fallbacks ---
+
+
+def engine(x, scale):
+    return [x * scale]
+
+
+def loop(named, engines):
+    """Two engines, the first one twice, and arithmetic of the loop's own between them."""
+    x = named["x"]
+    for name in ("coarse", "coarse", "fine"):
+        x = x + engines[name](x, named["scale"])[0]
+    return x
+
+
+def loop_inputs(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {"x": torch.randn(5, generator=generator), "scale": torch.randn((), generator=generator)}
+
+
+def loop_graph(recorder):
+    return LoopGraph(loop, {"coarse": engine, "fine": engine}, recorder)
+
+
+@pytest.mark.parametrize(
+    ("fails", "level", "recordings", "messages"),
+    [
+        (lambda attempt: False, "loop", 1, []),
+        (lambda attempt: attempt == 1, "stages", 2, ["the loop"]),
+        (lambda attempt: attempt in (1, 3), "nothing", 1, ["the loop", "the stages"]),
+        (lambda attempt: True, "nothing", 0, ["the loop", "the stages"]),
+    ],
+)
+def test_falls_back_where_memory_is_short(caplog, fails, level, recordings, messages):
+    recorder = Rerun(fails)
+    graph = loop_graph(recorder)
+    assert graph.level is None
+    for seed in range(3):
+        named = loop_inputs(seed)
+        expected = loop(named, {"coarse": engine, "fine": engine})
+        assert torch.equal(graph(named), expected)
+    assert (graph.level, recorder.recorded) == (level, recordings)
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == len(messages) and all(m in w for m, w in zip(messages, warned, strict=True))
+
+
+def test_an_error_of_the_loop_itself_is_raised():
+    def broken(named, engines):
+        raise RuntimeError("broken engine")
+
+    graph = LoopGraph(broken, {}, Rerun())
+    with pytest.raises(RuntimeError, match="broken engine"):
+        graph(loop_inputs(0))
+
+
+# --- on a GPU ---
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_is_the_loop():
+    device = torch.device("cuda")
+    graph = loop_graph(CUDARecorder(device))
+    for seed in range(3):
+        named = {name: value.to(device) for name, value in loop_inputs(seed).items()}
+        torch.testing.assert_close(graph(named), loop(named, {"coarse": engine, "fine": engine}))
+    assert graph.level == "loop"
+
+
+@pytest.mark.gpu
+def test_work_that_waits_for_the_device_is_not_recorded(caplog):
+    device = torch.device("cuda")
+
+    def waits(named, engines):
+        return named["x"] * named["scale"].item()
+
+    graph = LoopGraph(waits, {}, CUDARecorder(device))
+    named = {name: value.to(device) for name, value in loop_inputs(0).items()}
+    torch.testing.assert_close(graph(named), waits(named, {}))
+    assert graph.level == "stages"  # of which there are none: the loop runs as it is
