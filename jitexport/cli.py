@@ -14,7 +14,15 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from jitexport import registry
@@ -492,6 +500,112 @@ def _print_profiles(profiles: Sequence[Any]) -> None:
     memory = {"process": "of memory in the process", "gpu": "on the GPU"}
     peaks = [f"{last.peak_memory[k] / 1e6:.0f} MB {text}" for k, text in memory.items() if last.peak_memory.get(k)]
     out.print(f"at most {', '.join(peaks)}", highlight=False)
+
+
+class _EvaluationProgress:
+    """Progress of an evaluation on stderr: a bar on a terminal, a line per source elsewhere."""
+
+    def __init__(self) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err)
+        self._task = self._bar.add_task("evaluate")
+        self._work = self._done = 0.0
+        self._since = time.monotonic()
+
+    def __enter__(self) -> _EvaluationProgress:
+        if err.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, work: float) -> None:
+        self._work = work
+        self._bar.update(self._task, total=work)
+
+    def step(self, name: str) -> None:
+        self._bar.update(self._task, description=name)
+        if not err.is_terminal:
+            seconds = time.monotonic() - self._since
+            left = seconds / self._done * (self._work - self._done) if self._done else 0
+            estimate = f", about {left:.0f} s left" if left else ""
+            err.print(f"{name}{estimate}", markup=False, highlight=False)
+
+    def advance(self, work: float) -> None:
+        self._done += work
+        self._bar.advance(self._task, work)
+
+
+@app.command()
+def evaluate(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles of one model.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="One prompt a line, or GenEval's .jsonl; captions of the demo model, or a few of ours."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take that many prompts.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Images of each prompt: 1, for GenEval 4.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Steps of the ordinary sampler, or a bundle; the model's usual steps.")
+    ] = None,
+    timed: Annotated[int, typer.Option(min=0, help="Images timed for each latency.")] = 5,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report, results and images; a run goes on from there.")
+    ] = Path("out/evaluation"),
+    as_json: Json = False,
+) -> None:
+    """Compare the quality and speed of bundles with the ordinary sampler's, over many prompts."""
+    against: int | Path | None = None
+    if reference is not None:
+        against = int(reference) if reference.isdecimal() else Path(reference)
+    _quiet_libraries()
+    from jitexport.evaluate import evaluate as run_evaluation
+    from jitexport.evaluate import write_report
+
+    with _EvaluationProgress() as progress:
+        result = run_evaluation(
+            bundles,
+            folder=output / "images",
+            prompts=prompts,
+            limit=limit,
+            seeds=seeds,
+            reference=against,
+            timed=timed,
+            progress=progress,
+        )
+    report = write_report(result, output / "report.html")
+    (output / "results.json").write_text(result.to_json() + "\n", encoding="utf-8")
+    if as_json:
+        typer.echo(result.to_json())
+        return
+    _print_scores(result)
+    for name, reason in result.missing.items():
+        err.print(f"not measured: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    typer.echo(report)
+
+
+def _print_scores(result: Any) -> None:
+    """A row a measure and a column a source, which fits a terminal where the other way round does not."""
+    from jitexport.evaluate.metrics import MEASURES
+    from jitexport.evaluate.report import cell, interval
+
+    table = Table("", *(row.label for row in result.rows))
+    first = result.reference.latency
+    table.add_row("steps", *(str(row.steps) for row in result.rows))
+    table.add_row("TFLOP", *(_tera(row.tflops) for row in result.rows))
+    if first is not None:
+        table.add_row("seconds", *(f"{row.latency.median:.2f}" if row.latency else "" for row in result.rows))
+        ratios = (f"{first.median / row.latency.median:.2f}" if row.latency else "" for row in result.rows)
+        table.add_row("times faster", *ratios)
+    for name in result.measures:
+        cells = []
+        for row in result.rows:
+            score = row.scores.get(name)
+            limits = interval(name, score) if score else ""
+            cells.append(cell(name, score) + (f"\n{limits}" if limits else ""))
+        table.add_row(MEASURES[name].title, *cells)
+    out.print(table, highlight=False)
 
 
 @app.command()

@@ -18,11 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from demo_quality import FOLDER, Judge, Source, choose_prompts, generators, make_pictures, reference_pictures, summarise
+from demo_quality import Source, generators, make_pictures, score, summarise
 from rich.console import Console
 from rich.table import Table
 
 import jitexport
+from jitexport.evaluate.demo import DemoData, Judge
 from jitexport.methods.jit import JiT
 from jitexport.profile import conditions
 from jitexport.schedule import BETA_PAPER, BETA_RELEASED, beta_sigmas
@@ -60,9 +61,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    captions = json.loads((FOLDER / "captions.json").read_text(encoding="utf-8"))
-    prompts = choose_prompts(captions, args.prompts)
-    judge = Judge(reference_pictures(FOLDER, captions), captions["colours"])
+    data = DemoData()
+    prompts, judge = data.prompts(args.prompts), Judge.of(data)
     table = Table("bundle", "micro-flow", "beta", "least blur", "name", "pair", "background", "sharpness", "PSNR dB")
     rows = []
     for path in args.bundles:
@@ -76,7 +76,7 @@ def main() -> None:
             label = f"{path.name}, {microflow}, {beta}, {blur}"
             began = time.perf_counter()
             pictures = make_pictures(Source(label, generate, pipe.batch_size), prompts)
-            scores = [judge.score(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
+            scores = [score(judge, prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
             row = {"bundle": path.name, "microflow": microflow, "beta": beta, "least_blur": blur} | summarise(scores)
             row["seconds"] = round(time.perf_counter() - began, 1)
             rows.append(row)

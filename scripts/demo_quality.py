@@ -1,16 +1,10 @@
-"""Measure the quality of the demo model's pictures, from diffusers and from engine bundles, on the same prompts.
+"""Count how many of the demo model's pictures are right, from diffusers and from engine bundles, on the same prompts.
 
     python scripts/demo_quality.py --diffusers 50 --bundle engines/demo-4x --json quality.json --sheet quality.png
 
 Half of the prompts are (name, colour) pairs held out of training, half are trained ones; each has its own fixed seed.
-Every picture is compared with the 1000 pictures that the data consists of, made from the atlas in the model's folder:
-
-- name, pair: the nearest of the 1000 pictures (mean squared error of RGB at 64 x 64) has the prompted name; has the
-  prompted name and colour;
-- background: the median colour of the 4-pixel border at 256 x 256 is nearest to the prompted one of the ten colours;
-- sharpness: mean gradient magnitude of the luminance at 128 x 128, relative to the prompted picture (median; 1 is as
-  sharp as the data, and noise raises it too);
-- PSNR to the prompted picture at 128 x 128 (median).
+The scores are those of `jitexport.evaluate.demo`; sharpness and PSNR are medians. `jitexport evaluate` compares bundles
+with the ordinary sampler's images of the same seeds; this script takes diffusers' own pipeline as well.
 
 Counts come with Wilson's 95% interval.
 """
@@ -20,7 +14,6 @@ import datetime
 import json
 import math
 import platform
-import random
 import shlex
 import statistics
 import sys
@@ -30,30 +23,20 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from jitexport.evaluate.demo import DemoData, DemoPrompt, DemoScore, Judge
+from jitexport.evaluate.statistics import wilson
+
 FOLDER = Path(__file__).parent.parent / "jitexport" / "assets" / "demo"
 SHEET_PROMPTS, SHEET_COLUMNS, SHEET_PICTURE, SHEET_LABEL = 48, 8, 160, 14
-TRAINED_CHOICE_SEED = 1
 
 # Prompts and one seed each -> pictures.
 Generate = Callable[[list[str], list[int]], list[Image.Image]]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt of the evaluation."""
-
-    name: str
-    colour: str
-    held_out: bool
-    seed: int
-    text: str
 
 
 @dataclass(frozen=True)
@@ -66,115 +49,20 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Score:
-    """What was measured on one picture."""
+class Score(DemoScore):
+    """The scores of an image, and what it was asked for."""
 
     prompt: str
     held_out: bool
     seed: int
-    nearest: str
-    name_right: bool
-    pair_right: bool
-    background_right: bool
-    sharpness: float
-    psnr: float
-
-
-# --- prompts and reference pictures -----------------------------------------------------------------------------------
-
-
-def choose_prompts(captions: dict, count: int) -> list[Prompt]:
-    """`count` prompts, held-out and trained ones in turn, spread evenly over the objects; always the same ones."""
-    names, colours = captions["names"], list(captions["colours"])
-    held_out = dict(captions["held_out"])
-    choice = random.Random(TRAINED_CHOICE_SEED)
-    trained = {name: choice.choice([c for c in colours if c != held_out[name]]) for name in names}
-    prompts = []
-    for index in range(count):
-        pairs, is_held_out = (held_out, True) if index % 2 == 0 else (trained, False)
-        name = names[index // 2 * len(names) // math.ceil(count / 2)]
-        colour = pairs[name]
-        text = captions["caption"].replace("<name>", name).replace("<colour>", colour)
-        prompts.append(
-            Prompt(name, colour, is_held_out, names.index(name) * len(colours) + colours.index(colour), text)
-        )
-    return prompts
-
-
-def reference_pictures(folder: Path, captions: dict) -> dict[tuple[str, str], Image.Image]:
-    """The 1000 pictures of the data, 128 x 128 RGB, by (name, colour)."""
-    layout = captions["reference"]
-    size, columns = layout["size"], layout["columns"]
-    atlas = Image.open(folder / layout["file"])
-    pictures = {}
-    for index, name in enumerate(captions["names"]):
-        row, column = divmod(index, columns)
-        box = (column * size, row * size, (column + 1) * size, (row + 1) * size)
-        item = atlas.crop(box)
-        for colour, rgb in captions["colours"].items():
-            background = Image.new("RGBA", item.size, (*rgb, 255))
-            pictures[name, colour] = Image.alpha_composite(background, item).convert("RGB")
-    return pictures
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------
 
 
-def pixels(picture: Image.Image, size: int) -> np.ndarray:
-    """RGB in 0..255 at `size`: [size, size, 3]."""
-    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BOX), dtype=np.float32)
-
-
-def gradient(rgb: np.ndarray) -> float:
-    """Mean gradient magnitude of the luminance: [H, W, 3] -> a number."""
-    luminance = rgb @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # [H, W]
-    across, down = np.diff(luminance, axis=1)[:-1], np.diff(luminance, axis=0)[:, :-1]
-    return float(np.hypot(across, down).mean())
-
-
-def border_colour(picture: Image.Image, width: int = 4) -> np.ndarray:
-    """Median colour of the outermost pixels: [3]."""
-    rgb = pixels(picture, 256)
-    inside = np.zeros(rgb.shape[:2], dtype=bool)
-    inside[width:-width, width:-width] = True
-    return np.median(rgb[~inside], axis=0)
-
-
-class Judge:
-    """Compares pictures with the reference pictures."""
-
-    def __init__(self, references: dict[tuple[str, str], Image.Image], colours: dict[str, list[int]]) -> None:
-        self.references = references
-        self.pairs = list(references)
-        self.small = np.stack([pixels(picture, 64).ravel() for picture in references.values()])  # [1000, 64 * 64 * 3]
-        self.colours = list(colours)
-        self.colour_values = np.array(list(colours.values()), dtype=np.float32)  # [10, 3]
-
-    def score(self, prompt: Prompt, picture: Image.Image) -> Score:
-        name, colour = self.pairs[int(np.square(self.small - pixels(picture, 64).ravel()).mean(1).argmin())]
-        distances = np.square(self.colour_values - border_colour(picture)).sum(1)
-        wanted, made = pixels(self.references[prompt.name, prompt.colour], 128), pixels(picture, 128)
-        error = max(float(np.square(wanted - made).mean()), 1e-6)
-        return Score(
-            prompt=prompt.text,
-            held_out=prompt.held_out,
-            seed=prompt.seed,
-            nearest=f"{name}, {colour}",
-            name_right=name == prompt.name,
-            pair_right=(name, colour) == (prompt.name, prompt.colour),
-            background_right=self.colours[int(distances.argmin())] == prompt.colour,
-            sharpness=gradient(made) / gradient(wanted),
-            psnr=10 * math.log10(255**2 / error),
-        )
-
-
-def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval for a share."""
-    share = hits / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return (centre - spread) / scale, (centre + spread) / scale
+def score(judge: Judge, prompt: DemoPrompt, picture: Image.Image) -> Score:
+    found = judge.score(prompt.name, prompt.colour, picture)
+    return Score(**vars(found), prompt=prompt.text, held_out=prompt.held_out, seed=prompt.seed)
 
 
 def summarise(scores: list[Score]) -> dict:
@@ -222,7 +110,7 @@ def bundle_source(path: Path) -> Source:
     return Source(path.name, generate, pipeline.batch_size)
 
 
-def make_pictures(source: Source, prompts: list[Prompt]) -> list[Image.Image]:
+def make_pictures(source: Source, prompts: list[DemoPrompt]) -> list[Image.Image]:
     """One picture a prompt, in batches, with a progress bar."""
     pictures: list[Image.Image] = []
     starts = range(0, len(prompts), source.batch)
@@ -235,7 +123,7 @@ def make_pictures(source: Source, prompts: list[Prompt]) -> list[Image.Image]:
 # --- reports ----------------------------------------------------------------------------------------------------------
 
 
-def sheet(prompts: list[Prompt], pictures: list[Image.Image]) -> Image.Image:
+def sheet(prompts: list[DemoPrompt], pictures: list[Image.Image]) -> Image.Image:
     """Contact sheet of SHEET_PROMPTS pictures with their prompts; held-out pairs are marked with a star."""
     count = min(SHEET_PROMPTS, len(prompts))
     rows, cell = math.ceil(count / SHEET_COLUMNS), SHEET_PICTURE + SHEET_LABEL
@@ -300,15 +188,14 @@ def main() -> None:
     if not (2 <= args.prompts <= 200 and args.prompts % 2 == 0):
         parser.error(f"--prompts must be an even number from 2 to 200, not {args.prompts}")
 
-    captions = json.loads((args.folder / "captions.json").read_text(encoding="utf-8"))
-    prompts = choose_prompts(captions, args.prompts)
-    judge = Judge(reference_pictures(args.folder, captions), captions["colours"])
+    data = DemoData(args.folder)
+    prompts, judge = data.prompts(args.prompts), Judge.of(data)
     results = []
     for source in sources(args):
         began = time.perf_counter()
         pictures = make_pictures(source, prompts)
         seconds = time.perf_counter() - began
-        scores = [judge.score(prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
+        scores = [score(judge, prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
         results.append(
             {
                 "source": source.label,

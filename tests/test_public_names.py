@@ -46,6 +46,9 @@ OPTIONS = {
     "push": {"bundle", "repo", "--public"},
     "pull": {"repo", "--output", "-o", "--trust", "--revision", "--force"},
     "profile": {"bundle", "--against", "--prompt", "--repeats", "--timeline", "--trace", "--json"},
+    "evaluate": {
+        "bundles", "--prompts", "--limit", "--seeds", "--reference", "--timed", "--output", "-o", "--json",
+    },
     "doctor": {"--json"},
 }
 
