@@ -42,11 +42,16 @@ def measured(pipe, bundle):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "median", "p90"),
-    [([3.0], 3.0, 3.0), ([1.0, 2.0], 1.5, 2.0), ([5.0, 1.0, 2.0], 2.0, 5.0), (list(range(1, 12)), 6, 10)],
+    ("seconds", "median", "p10", "p90"),
+    [
+        ([3.0], 3.0, 3.0, 3.0),
+        ([1.0, 2.0], 1.5, 1.0, 2.0),
+        ([5.0, 1.0, 2.0], 2.0, 1.0, 5.0),
+        (list(range(11, 0, -1)), 6, 2, 10),
+    ],
 )
-def test_timing_is_median_and_90th_percentile(seconds, median, p90):
-    assert Timing.of(seconds) == Timing(median, p90)
+def test_timing_is_median_and_percentiles(seconds, median, p10, p90):
+    assert Timing.of(seconds) == Timing(median, p10, p90)
 
 
 def test_shortest_takes_the_fastest_run_after_the_first():

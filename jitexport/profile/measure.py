@@ -27,16 +27,18 @@ def now(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds over repeats: median and 90th percentile."""
+    """Seconds over repeats: median, and 10th and 90th percentile (the nearest measurement)."""
 
     median: float
+    p10: float
     p90: float
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
         """From single measurements, at least one."""
         ordered = sorted(seconds)
-        return cls(statistics.median(ordered), ordered[min(len(ordered) - 1, round(0.9 * (len(ordered) - 1)))])
+        last = len(ordered) - 1
+        return cls(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
 
 
 # --- ceilings --------------------------------------------------------------------------------------------------------
