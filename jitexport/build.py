@@ -92,12 +92,13 @@ def eager_pipeline(
     device: torch.device,
 ) -> Pipeline:
     """The adapter's modules as a pipeline, without compiling anything: the reference for every backend."""
-    specs = adapter.specs(schedule, batch, dtype)
+    chosen = registry.method(method)(adapter.geometry.grid, options, adapter.geometry.patch)
+    specs = adapter.specs(schedule, batch, dtype, preview=chosen.previews)
     for component in adapter.components.values():
         component.to(device)
     return Pipeline(
         engines={s.name: Engine(s, as_engine(adapter.module(s.name)), device) for s in specs},
-        method=registry.method(method)(adapter.geometry.grid, options),
+        method=chosen,
         schedule=schedule,
         geometry=adapter.geometry,
         defaults=adapter.defaults,
@@ -125,13 +126,15 @@ def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]
     guidance = pipeline.defaults.guidance_scale
     yield ready("condition", pipeline.condition_inputs(pipeline.engines["text"](*ids), guidance))
     condition = pipeline.encode([PROBE_PROMPT] * batch, guidance)
-    for stage in pipeline.schedule.stages:
+    for stage in pipeline.schedule.engines:
         positions = geometry.grid.coordinates(device)[: stage.tokens].expand(batch, -1, -1)
         cos, sin = geometry.rotary.tables(positions)
         step = pipeline.schedule.steps_of(stage)[0]
         known = {"tokens": noise(stage.tokens).to(pipeline.dtype), "cos": cos, "sin": sin}
         known |= {"modulation": condition.modulation[step], **condition.static}
         yield ready(stage.name, [known[s.name] for s in pipeline.engines[stage.name].spec.inputs])
+    if "preview" in pipeline.engines:
+        yield ready("preview", [noise(geometry.grid.halved().tokens)])
     yield ready("decode", [noise(geometry.grid.tokens)])
 
 
@@ -202,7 +205,7 @@ def build(
 
     Args:
         model: a registered name, a diffusers folder or a hub id.
-        output: the bundle's directory; engines/<model>-<speed-up>x by default.
+        output: the bundle's directory; engines/<model>-<speed-up>x by default, with the method's name unless it is jit.
         speedup, custom, method, preset: see `jitexport.plan.plan`.
         backend: a registered backend.
         dtype: "bf16" or "fp32", of weights and engines; the sampler's state is fp32 in any case.
@@ -226,6 +229,7 @@ def build(
         raise InputError("unknown weights", found=weights, expected="store or reference")
     source = model if isinstance(model, ModelSource) else find_source(model)
     label = f"{speedup:g}x" if custom is None else "custom"
+    label = label if method == "jit" else f"{method}-{label}"
     path = Path(output) if output is not None else Path("engines") / f"{source.name}-{label}"
 
     with BundleWriter(path, replace=replace) as writer, torch.inference_mode(False), torch.no_grad():
@@ -234,13 +238,11 @@ def build(
         folder = source.folder or download(source)
         adapter = load_adapter(replaced(source, folder=folder), DTYPES[dtype], settings)
         made = plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset, dtype=dtype)
-        specs = adapter.specs(made.schedule, batch, dtype)
-        progress.begin(["read the model", "weights", *(f"engine {s.name}" for s in specs), "digests"])
-
         reference = eager_pipeline(
             adapter, made.schedule, made.method, made.options, batch=batch, dtype=dtype,
             device=target_device if target is None else torch.device("cpu"),
         )
+        progress.begin(["read the model", "weights", *(f"engine {name}" for name in reference.engines), "digests"])
         progress.step("weights")
         tensors = dict(adapter.tensors())
         references, referenced = (), set()
@@ -376,9 +378,11 @@ def schedule_entry(made: Plan) -> ScheduleEntry:
             for s in made.schedule.stages
         ),
         sigmas=made.schedule.sigmas,
+        ends=made.schedule.ends,
         speedup=made.speedup,
         predicted_speedup=made.predicted_speedup,
         reference_steps=made.reference_steps,
+        preview_tflops=made.preview / 1e12,
         tflops=made.tflops,
         reference_tflops=made.reference_tflops,
     )

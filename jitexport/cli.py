@@ -49,10 +49,12 @@ Model = Annotated[
 Speedup = Annotated[
     float, typer.Option(min=1, max=10, help="Denoising speed-up over the model's usual steps, 1 to 10.")
 ]
-Steps = Annotated[str | None, typer.Option(help="Custom schedule: steps per stage, coarse to fine, as 7,4,7.")]
+Steps = Annotated[str | None, typer.Option(help="Custom schedule: steps per stage, as 7,4,7.")]
 Ratios = Annotated[str | None, typer.Option(help="Custom schedule: token ratios per stage, as 0.35,0.62,1.")]
 Method = Annotated[str, typer.Option(help=f"Acceleration method: {', '.join(registry.METHODS)}.")]
-Preset = Annotated[str | None, typer.Option(help="The method's settings by name (jit: default, paper, released).")]
+Preset = Annotated[
+    str | None, typer.Option(help="The method's settings by name: default, paper, ...; another name lists them.")
+]
 Height = Annotated[int | None, typer.Option(min=1, help="Image height in pixels; the model's usual one by default.")]
 Width = Annotated[int | None, typer.Option(min=1, help="Image width in pixels; the model's usual one by default.")]
 TextTokens = Annotated[
@@ -279,8 +281,7 @@ def plan(
         soft_wrap=True,
     )
     table = Table("stage", "steps", "tokens", "share", "TFLOP/step", "TFLOP", "sigma from", "to")
-    for stage in made.schedule.stages:
-        span = made.schedule.steps_of(stage)
+    for stage, steps_of_stage in made.schedule:
         step = made.cost(stage.tokens) / 1e12
         table.add_row(
             str(stage.index),
@@ -289,10 +290,12 @@ def plan(
             f"{stage.tokens / made.grid_tokens:.0%}",
             _tera(step),
             _tera(step * stage.steps),
-            f"{made.schedule.sigmas[span[0]]:.3f}",
-            f"{made.schedule.sigmas[span[-1] + 1]:.3f}",
+            f"{steps_of_stage[0].sigma:.3f}",
+            f"{steps_of_stage[-1].sigma_next:.3f}",
         )
     table.add_section()
+    if made.preview:
+        table.add_row("preview", "", "", "", "", _tera(made.preview / 1e12), "", "")
     table.add_row("all", str(made.schedule.nfe), "", "", "", _tera(made.tflops), "", "")
     out.print(table)
     out.print(
@@ -372,13 +375,14 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
         facts.add_row(name, value)
     out.print(facts, highlight=False)
     stages = {f"stage{s.index}": s for s in schedule.stages}
+    steps = {name: sum(s.steps for s in schedule.stages if s.index == stage.index) for name, stage in stages.items()}
     sizes = {
         e.name: sum(f.size for f in manifest.files if f.path.startswith(e.directory + "/")) for e in manifest.engines
     }
     table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error")
     for engine in manifest.engines:
         stage = stages.get(engine.name)
-        cells = (str(stage.steps), str(stage.tokens), _tera(stage.step_tflops)) if stage else ("", "", "")
+        cells = (str(steps[engine.name]), str(stage.tokens), _tera(stage.step_tflops)) if stage else ("", "", "")
         error = "not run" if engine.relative_error is None else f"{engine.relative_error:.1g}"
         table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", error)
     out.print(table, highlight=False)

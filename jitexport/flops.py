@@ -59,6 +59,17 @@ def step_cost(adapter: ModelAdapter, dtype: str) -> StepCost:
     return StepCost(a - linear * 64 - quadratic * 64**2, linear, quadratic)
 
 
+def preview_cost(adapter: ModelAdapter, dtype: str) -> float:
+    """FLOPs of decoding one image at half its sides: convolutions and attention of the autoencoder.
+
+    Args:
+        adapter: a model on the meta device.
+    """
+    schedule = StageSchedule((Stage(0, 1, 1),), (1.0, 0.0))
+    spec = next(s for s in adapter.specs(schedule, 1, dtype, preview=True) if s.name == "preview")
+    return count_flops(adapter.module("preview"), spec)
+
+
 def meta_adapter(adapter: ModelAdapter, dtype: str) -> ModelAdapter:
     """The same model without weights, on the meta device."""
     return type(adapter).from_configs(adapter.configs, adapter.settings(), DTYPES[dtype])

@@ -34,6 +34,20 @@ class TokenGrid:
         """N, the number of tokens of the full grid."""
         return math.prod(self.shape)
 
+    def halved(self) -> TokenGrid:
+        """The grid of cells of 2 x 2 tokens: a quarter of them, on the last two axes.
+
+        Raises:
+            ScheduleError: an odd number of rows or columns.
+        """
+        *frames, height, width = self.shape
+        if height % 2 or width % 2:
+            raise ScheduleError(
+                "half the resolution needs an even number of token rows and columns", found=self.shape,
+                remedy="another image size, or a method that keeps the resolution",
+            )
+        return TokenGrid((*frames, height // 2, width // 2))
+
     def coordinates(self, device: torch.device | str | None = None) -> Tensor:
         """Integer coordinates of every token, [N, 2] or [N, 3]."""
         axes = [torch.arange(n, device=device) for n in self.shape]

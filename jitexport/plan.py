@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jitexport import registry
 from jitexport.errors import ScheduleError
-from jitexport.flops import StepCost, meta_adapter, step_cost
+from jitexport.flops import StepCost, meta_adapter, preview_cost, step_cost
 from jitexport.methods.base import Method
 from jitexport.models.base import ModelAdapter
-from jitexport.schedule import (
-    Stage,
-    StageSchedule,
-    beta_sigmas,
-    make_stages,
-    solve_stages,
-    stage_cost,
-    uniform_sigmas,
-)
+from jitexport.schedule import CustomSchedule, StageSchedule, Target, check_speedup, stage_cost
+
+__all__ = ["CustomSchedule", "Plan", "parse_custom", "plan"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +22,13 @@ class Plan:
     Attributes:
         speedup: as asked for; None for a custom schedule.
         cost: FLOPs of a step of one image by its tokens.
+        preview: FLOPs of the picture that the method looks at between stages, 0 where it does not.
         method, preset, options: of the acceleration method.
     """
 
     schedule: StageSchedule
     cost: StepCost
+    preview: float
     grid_tokens: int
     reference_steps: int
     speedup: float | None
@@ -43,8 +38,8 @@ class Plan:
 
     @property
     def tflops(self) -> float:
-        """TFLOPs of all steps of one image."""
-        return stage_cost(self.schedule.stages, self.cost) / 1e12
+        """TFLOPs of all steps of one image, and of the preview where there is one."""
+        return (stage_cost(self.schedule.stages, self.cost) + self.preview) / 1e12
 
     @property
     def reference_tflops(self) -> float:
@@ -55,26 +50,6 @@ class Plan:
     def predicted_speedup(self) -> float:
         """Reference FLOPs over the schedule's."""
         return self.reference_tflops / self.tflops
-
-
-@dataclass(frozen=True)
-class CustomSchedule:
-    """A schedule given by hand: steps and token ratios per stage, coarse to fine."""
-
-    steps: tuple[int, ...]
-    ratios: tuple[float, ...]
-
-
-def timesteps(adapter: ModelAdapter, options: dict[str, Any], nfe: int) -> tuple[float, ...]:
-    """Noise levels that a method's options ask for, nfe + 1 values."""
-    kind = options["timesteps"]["kind"]
-    if kind == "beta":
-        return beta_sigmas(nfe, options["timesteps"]["alpha"], options["timesteps"]["beta"])
-    if kind == "uniform":
-        return uniform_sigmas(nfe)
-    if kind == "native":
-        return adapter.native_sigmas(nfe)
-    raise ScheduleError("unknown timesteps", found=kind, expected="beta, uniform or native")
 
 
 def plan(
@@ -101,41 +76,36 @@ def plan(
         UnknownNameError: no such method.
     """
     reference_steps = reference_steps or adapter.defaults.num_inference_steps
-    tokens = adapter.geometry.grid.tokens
-    cost = step_cost(meta_adapter(adapter, dtype), dtype)
     if custom is not None:
-        stages: Sequence[Stage] = make_stages(tokens, custom.steps, custom.ratios)
         speedup = None
     else:
-        stages = solve_stages(speedup, tokens, cost, reference_steps)
-    if custom is None and speedup == 1:
-        method, preset = "dense", None
+        check_speedup(speedup)
+        if speedup == 1:
+            method, preset = "dense", None
     method_class: type[Method] = registry.method(method)
-    if method == "dense" and len(stages) > 1:
-        raise ScheduleError(
-            "the dense method runs all tokens at every step",
-            found=f"stages of {', '.join(str(s.tokens) for s in stages)} tokens",
-            expected="a single stage",
-            remedy="a number of steps (--steps 12), a speed-up of 1, or another method",
-        )
     preset = preset or method_class.presets[0]
     options = method_class.options(preset)
-    nfe = sum(s.steps for s in stages)
-    schedule = StageSchedule(tuple(stages), timesteps(adapter, options, nfe))
-    return Plan(schedule, cost, tokens, reference_steps, speedup, method, preset, options)
+    geometry = adapter.geometry
+    chosen = method_class(geometry.grid, options, geometry.patch)
+    meta = meta_adapter(adapter, dtype)
+    cost = step_cost(meta, dtype)
+    preview = preview_cost(meta, dtype) if chosen.previews else 0.0
+    target = Target(speedup, custom, cost, reference_steps, adapter.native_sigmas, preview)
+    schedule = chosen.schedule(target)
+    return Plan(schedule, cost, preview, geometry.grid.tokens, reference_steps, speedup, method, preset, options)
 
 
 def parse_custom(steps: str, ratios: str | None) -> CustomSchedule:
     """A custom schedule from comma-separated text: steps "7,4,7" and ratios "0.35,0.62,1".
 
-    A single number of steps needs no ratios: it means all tokens.
+    Without ratios a method takes its own; a single number of steps means all tokens for those that have none.
 
     Raises:
         ScheduleError: text that is no list of numbers.
     """
     try:
         counts = tuple(int(s) for s in steps.split(","))
-        shares = tuple(float(r) for r in ratios.split(",")) if ratios else (1.0,)
+        shares = tuple(float(r) for r in ratios.split(",")) if ratios is not None else None
     except ValueError:
         raise ScheduleError(
             "steps and ratios must be comma-separated numbers",

@@ -79,7 +79,8 @@ class Pipeline:
     A call keeps no state on the pipeline, so calls from several threads do not disturb each other.
 
     Attributes:
-        engines: by name: text, condition, stage<k>, decode; each for exactly `batch_size` images.
+        engines: by name: text, condition, stage<k>, decode, and preview where the method looks at pictures between
+            stages; each for exactly `batch_size` images.
         batch_size: images per engine run; longer lists are run in chunks, the last one padded.
         weights: what the engines read, and can be changed between calls; None where they hold copies of their own.
     """
@@ -238,7 +239,11 @@ class Pipeline:
 
             return velocity
 
-        return sample(self.method, self.schedule, draws, begin_stage, on_step)
+        return sample(self.method, self.schedule, draws, begin_stage, on_step, self.preview)
+
+    def preview(self, latents: Tensor) -> Tensor:
+        """Latents of half the sides [B, N / 4, C] -> pictures [B, 3, H / 2, W / 2] in [0, 1], fp32."""
+        return self.engines["preview"](latents)[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, N, C] -> pictures [B, 3, H, W] in [0, 1], fp32."""
@@ -279,7 +284,8 @@ class Pipeline:
             generator: one per image, or one that goes on from image to image; a fresh seed for each call by default.
                 All randomness comes from here: the image of a seed is the same whatever runs beside it.
             latents: initial noise instead of drawn one, packed [n, N, C] or [n, C, H, W].
-            noise: noise field of the micro-flow (JiT), likewise.
+            noise: noise for later, likewise: of the micro-flow (JiT), or of each change of resolution, one field after
+                the other, [n, F * N, C] (RALU, Bottleneck).
             anchors: first active tokens (JiT), [n, m], int64.
             output_type: "pil", "np" ([n, H, W, 3]), "pt" ([n, 3, H, W]) or "latent" (packed, [n, N, C]).
             callback_on_step_end: called after every step of every chunk as callback(pipeline, step, timestep,
@@ -359,16 +365,19 @@ class Pipeline:
         if len(generators) != n:
             raise InputError("one generator per image is needed", found=len(generators), expected=n)
         drawn = self.draw(generators)
-        first = self.schedule.stages[0]
+        for name, given, used in (("noise", noise, drawn.noise), ("anchors", anchors, drawn.anchors)):
+            if given is not None and used is None:
+                raise InputError(f"this bundle's method and schedule draw no {name}", remedy=f"leave {name} out")
+        fields = self.method.noise_fields(self.schedule)
         return (
             drawn.latents if latents is None else self._packed("latents", latents, n),
-            drawn.noise if noise is None else self._packed("noise", noise, n),
-            drawn.anchors if anchors is None else self._anchors(anchors, n, first.tokens),
+            drawn.noise if noise is None else self._packed("noise", noise, n, fields),
+            drawn.anchors if anchors is None else self._anchors(anchors, n, drawn.anchors.shape[1]),
         )
 
-    def _packed(self, name: str, value: Tensor, n: int) -> Tensor:
+    def _packed(self, name: str, value: Tensor, n: int, fields: int = 1) -> Tensor:
         geometry = self.geometry
-        packed = (n, geometry.grid.tokens, geometry.channels)
+        packed = (n, fields * geometry.grid.tokens, geometry.channels)
         if not isinstance(value, Tensor):
             raise InputError(f"{name} do not fit", found=type(value).__name__, expected="a tensor")
         if tuple(value.shape) == (n, *geometry.latent_shape):
@@ -423,7 +432,12 @@ def load(
     engines = EngineOpener(bundle, device)
     geometry = manifest.geometry.geometry()
     with _declared("acceleration method"):
-        method = registry.method(manifest.method.name)(geometry.grid, manifest.method.options)
+        method = registry.method(manifest.method.name)(geometry.grid, manifest.method.options, geometry.patch)
+    if method.previews and not any(entry.name == "preview" for entry in manifest.engines):
+        raise ManifestError(
+            "the bundle lacks an engine", found=f"no preview, which the method {method.name} needs",
+            remedy="build the bundle again",
+        )
     with _declared("tokenizers"):
         tokenizers = [FastTokenizer.from_file(str(bundle.path / t.path)) for t in manifest.tokenizers]
     return Pipeline(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jitexport.grid import pack
-from jitexport.methods.base import Draws, Method
+from jitexport.methods.base import Draws, Method, Preview
 from jitexport.schedule import Stage, StageSchedule
 
 #: (tokens [B, m, C], step index) -> velocity [B, m, C]
@@ -34,7 +34,7 @@ def draw(
         patch: side of a token's patch in latent pixels.
         generators: one per image; they may be the same object, which then continues from image to image.
     """
-    with_noise, with_anchors = method.needs(schedule.stages[0])
+    fields = method.noise_fields(schedule)
 
     def field(generator: torch.Generator) -> Tensor:
         return pack(torch.randn((1, *latent_shape), generator=generator, device=generator.device), patch)
@@ -42,10 +42,9 @@ def draw(
     latents, noise, anchors = [], [], []
     for generator in generators:
         latents.append(field(generator))
-        if with_noise:
-            noise.append(field(generator))
-        if with_anchors:
-            anchors.append(method.draw_anchors(schedule.stages[0], generator))
+        noise += [torch.cat([field(generator) for _ in range(fields)], dim=1)] if fields else []
+        drawn = method.draw_anchors(schedule, generator)
+        anchors += [] if drawn is None else [drawn]
     return Draws(
         latents=torch.cat(latents),
         noise=torch.cat(noise) if noise else None,
@@ -59,27 +58,27 @@ def sample(
     draws: Draws,
     begin_stage: Callable[[Stage, Tensor], Velocity],
     on_step: OnStep | None = None,
+    preview: Preview | None = None,
 ) -> Tensor:
     """Integrate from noise to data through all stages; returns the clean latents [B, N, C], fp32.
 
     Args:
         begin_stage: given a stage and its tokens' positions [B, m, d], returns the stage's velocity function.
         on_step: called after every step; an exception it raises ends the loop.
+        preview: decodes latents of half the sides, for methods that look at pictures between stages.
     """
-    sigmas = schedule.sigmas
     state = None
-    for stage in schedule.stages:
-        steps = schedule.steps_of(stage)
+    for stage, steps in schedule:
         if state is None:
             state = method.start(draws, stage)
         else:
-            state = method.transition(state, stage, sigmas[steps[0]])
+            state = method.transition(state, stage, steps[0].sigma, preview)
         velocity = begin_stage(stage, method.positions(state))
-        for i in steps:
+        for i, sigma, sigma_next in steps:
             u = velocity(method.tokens(state), i)
-            state = method.step(state, u, sigmas[i], sigmas[i + 1])
+            state = method.step(state, u, sigma, sigma_next)
             if on_step is not None:
-                changed = on_step(i, sigmas[i + 1], method.latents(state))
+                changed = on_step(i, sigma_next, method.latents(state))
                 if changed is not None:
                     state = method.with_latents(state, changed)
     return method.latents(state)

@@ -1,13 +1,16 @@
 """Stage schedules: how many steps run at how many tokens, and at which noise levels.
 
-Stages run from coarse (few tokens) to fine (all tokens). Noise levels are diffusers' sigmas: 1 is noise, 0 is data.
+A stage is a run of steps on one set of tokens; stages of as many tokens share an engine. Noise levels are diffusers'
+sigmas: 1 is noise, 0 is data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +26,14 @@ BETA_RELEASED = (1.4, 0.425)
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of steps at one token count; `index` counts down to 0, the stage that has all tokens."""
+    """Steps that run on one set of tokens.
+
+    Attributes:
+        index: 0 for all tokens, 1 for the next smaller count, and so on. Stages of as many tokens share an index,
+            and with it an engine, wherever they stand in the schedule.
+        tokens: that the transformer sees.
+        steps: transformer evaluations.
+    """
 
     index: int
     tokens: int
@@ -35,48 +45,144 @@ class Stage:
         return f"stage{self.index}"
 
 
+class Step(NamedTuple):
+    """An Euler step: its number in the schedule, and the noise levels that it goes from and to."""
+
+    index: int
+    sigma: float
+    sigma_next: float
+
+
 @dataclass(frozen=True)
 class StageSchedule:
-    """Stages from coarse to fine and the noise levels of their steps.
+    """Stages in the order in which they run, and the noise levels of their steps.
+
+    Iterating gives each stage with its steps.
 
     Attributes:
-        stages: token counts strictly increase; the last stage has all tokens of the grid.
-        sigmas: NFE + 1 strictly decreasing noise levels; step i goes from sigmas[i] to sigmas[i + 1]; the last is 0.
+        stages: the last one has all tokens of the grid.
+        sigmas: noise level that each of the NFE steps starts from, and the last one that is reached, 0.
+        ends: noise level that each stage reaches, for methods that put noise back between stages; empty where each
+            stage reaches the one that the next starts from.
 
     Raises:
-        ScheduleError: an empty stage, token counts that do not increase, or sigmas that do not fit the steps.
+        ScheduleError: an empty stage, indices that do not rank the token counts, or noise levels that do not fit.
     """
 
     stages: tuple[Stage, ...]
     sigmas: tuple[float, ...]
+    ends: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.stages or any(s.steps < 1 or s.tokens < 1 for s in self.stages):
             raise ScheduleError("every stage needs at least one step and one token", found=self.stages)
-        counts = [s.tokens for s in self.stages]
-        if any(a >= b for a, b in pairwise(counts)):
+        if self.stages != number([(s.tokens, s.steps) for s in self.stages]):
             raise ScheduleError(
-                "stages must activate more tokens each time", found=counts, expected="strictly increasing token counts"
+                "stage indices must rank the token counts", found=[(s.index, s.tokens) for s in self.stages],
+                expected="0 for the most tokens, 1 for the next count, and so on",
             )
-        if [s.index for s in self.stages] != list(range(len(self.stages)))[::-1]:
-            raise ScheduleError("stage indices must count down to 0", found=[s.index for s in self.stages])
-        falling = all(a > b for a, b in pairwise(self.sigmas))  # false with NaN
-        if len(self.sigmas) != self.nfe + 1 or not falling or self.sigmas[-1] != 0:
+        if self.stages[-1].index != 0:
+            raise ScheduleError("the last stage must have all tokens", found=[s.tokens for s in self.stages])
+        if len(self.sigmas) != self.nfe + 1 or self.sigmas[-1] != 0:
             raise ScheduleError(
-                "noise levels do not fit the stages",
-                found=self.sigmas,
-                expected=f"{self.nfe + 1} strictly decreasing values that end with 0",
+                "noise levels do not fit the stages", found=self.sigmas,
+                expected=f"{self.nfe + 1} values of which the last is 0",
             )
+        if self.ends and (len(self.ends) != len(self.stages) or self.ends[-1] != 0):
+            raise ScheduleError(
+                "noise levels at the ends of the stages do not fit", found=self.ends,
+                expected=f"{len(self.stages)} values of which the last is 0, or none",
+            )
+        if len({id(s) for s in self.stages}) < len(self.stages):  # `steps_of` tells stages apart by identity
+            object.__setattr__(self, "stages", number([(s.tokens, s.steps) for s in self.stages]))
+        reached = math.inf
+        for stage, steps in self:
+            if not all(step.sigma > step.sigma_next for step in steps):  # false with NaN
+                raise ScheduleError(
+                    "noise levels do not fit the stages", found=(*(s.sigma for s in steps), steps[-1].sigma_next),
+                    expected=f"strictly decreasing values within a stage, here {stage.name}",
+                )
+            if reached < math.inf and steps[0].sigma < reached:
+                raise ScheduleError(
+                    "noise levels do not fit the stages", found=f"{reached}, then {steps[0].sigma} in {stage.name}",
+                    expected="a stage that starts at the noise level that the last one reached, or above it",
+                )
+            reached = steps[-1].sigma_next
+
+    def __iter__(self) -> Iterator[tuple[Stage, tuple[Step, ...]]]:
+        for k, stage in enumerate(self.stages):
+            numbers = self.steps_of(stage)
+            levels = list(self.sigmas[numbers.start : numbers.stop + 1])
+            if self.ends:
+                levels[-1] = self.ends[k]
+            yield stage, tuple(Step(i, a, b) for i, (a, b) in zip(numbers, pairwise(levels), strict=True))
 
     @property
     def nfe(self) -> int:
         """Number of transformer evaluations."""
         return sum(s.steps for s in self.stages)
 
+    @property
+    def engines(self) -> tuple[Stage, ...]:
+        """One stage for each token count, coarse to fine: those that need an engine of their own."""
+        return tuple(sorted({s.index: s for s in reversed(self.stages)}.values(), key=lambda s: -s.index))
+
     def steps_of(self, stage: Stage) -> range:
-        """Indices into `sigmas` of a stage's steps."""
-        first = sum(s.steps for s in self.stages if s.index > stage.index)
-        return range(first, first + stage.steps)
+        """Numbers of the steps of one of this schedule's stages, which is found by identity: equal ones may recur."""
+        first = 0
+        for other in self.stages:
+            if other is stage:
+                return range(first, first + stage.steps)
+            first += other.steps
+        raise ScheduleError("not a stage of this schedule", found=stage, expected="one of its `stages`")
+
+
+def number(runs: Iterable[tuple[int, int]]) -> tuple[Stage, ...]:
+    """Stages from pairs of token count and steps in the order in which they run."""
+    runs = list(runs)
+    counts = sorted({tokens for tokens, _ in runs}, reverse=True)
+    return tuple(Stage(counts.index(tokens), tokens, steps) for tokens, steps in runs)
+
+
+@dataclass(frozen=True)
+class CustomSchedule:
+    """A schedule given by hand: steps per stage in the order in which they run, and the share of the tokens of each.
+
+    Without ratios a method takes its own; those that have none run all tokens in a single stage.
+    """
+
+    steps: tuple[int, ...]
+    ratios: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a method makes a schedule for.
+
+    Attributes:
+        speedup: over `reference_steps` steps at all tokens, 1 to 10; None with `custom`.
+        custom: a schedule by hand, which is taken instead.
+        cost: FLOPs of a step of one image at a token count.
+        reference_steps: steps of the ordinary pipeline.
+        native_sigmas: noise levels of the ordinary pipeline with n steps, n + 1 values.
+        preview: FLOPs of decoding one image at half its sides.
+    """
+
+    speedup: float | None
+    custom: CustomSchedule | None
+    cost: Callable[[int], float]
+    reference_steps: int
+    native_sigmas: Callable[[int], tuple[float, ...]]
+    preview: float = 0.0
+
+    def budget(self, tokens: int) -> float:
+        """FLOPs that the asked speed-up leaves for all steps.
+
+        Raises:
+            ScheduleError: the speed-up is out of range.
+        """
+        check_speedup(self.speedup)
+        return self.reference_steps * self.cost(tokens) / self.speedup
 
 
 def beta_sigmas(n: int, alpha: float, beta: float) -> tuple[float, ...]:
@@ -94,6 +200,27 @@ def beta_sigmas(n: int, alpha: float, beta: float) -> tuple[float, ...]:
 def uniform_sigmas(n: int) -> tuple[float, ...]:
     """1, ..., 1/n, 0: the ordinary flow-matching grid, n + 1 values."""
     return (*np.linspace(1, 1 / n, n).tolist(), 0.0)
+
+
+def timesteps(kind: dict[str, Any], n: int, native: Callable[[int], tuple[float, ...]]) -> tuple[float, ...]:
+    """Noise levels by an option: {"kind": "beta", "alpha", "beta"}, {"kind": "uniform"} or {"kind": "native"}.
+
+    Args:
+        native: the model's own noise levels for a number of steps.
+
+    Returns:
+        n + 1 values.
+
+    Raises:
+        ScheduleError: another kind.
+    """
+    if kind["kind"] == "beta":
+        return beta_sigmas(n, kind["alpha"], kind["beta"])
+    if kind["kind"] == "uniform":
+        return uniform_sigmas(n)
+    if kind["kind"] == "native":
+        return native(n)
+    raise ScheduleError("unknown timesteps", found=kind["kind"], expected="beta, uniform or native")
 
 
 def split_steps(nfe: int, ends: Sequence[float] = STAGE_ENDS) -> tuple[int, ...]:
@@ -125,7 +252,7 @@ def make_stages(grid_tokens: int, steps: Sequence[int], ratios: Sequence[float])
             merged[tokens] = merged.get(tokens, 0) + n
     if grid_tokens not in merged:
         raise ScheduleError("the last stage needs at least one step", found=tuple(steps))
-    return tuple(Stage(len(merged) - 1 - i, tokens, n) for i, (tokens, n) in enumerate(merged.items()))
+    return number(merged.items())
 
 
 #: The published schedules (Table 4): NFE and token ratios by the speed-up they are named after, for 50 reference steps.
@@ -142,6 +269,26 @@ _RATIO_KNOTS = ((1.0, 1.0, 1.0), (2.0, 0.50, 0.75), (4.0, 0.35, 0.62), (7.0, 0.3
 _DENSE = 0.97
 
 MAX_SPEEDUP = 10.0
+
+
+def check_speedup(speedup: float) -> None:
+    """Refuse speed-ups outside 1 to 10, and what is no number.
+
+    Raises:
+        ScheduleError: such a one.
+    """
+    if not 1 <= speedup <= MAX_SPEEDUP:
+        raise ScheduleError("speed-up out of range", found=speedup, expected=f"a number from 1 to {MAX_SPEEDUP:g}")
+
+
+def too_fast(speedup: float, reference_steps: int) -> ScheduleError:
+    """The error of a speed-up that no schedule of a method reaches."""
+    return ScheduleError(
+        f"a speed-up of {speedup:g} leaves less than one step",
+        found=f"{reference_steps} reference steps",
+        expected=f"a speed-up of at most {reference_steps}",
+        remedy="ask for a smaller speed-up",
+    )
 
 
 def stage_cost(stages: Sequence[Stage], cost: Callable[[int], float]) -> float:
@@ -167,8 +314,7 @@ def solve_stages(
     Raises:
         ScheduleError: the speed-up is out of range, or one step already costs more than the budget.
     """
-    if not 1 <= speedup <= MAX_SPEEDUP:
-        raise ScheduleError("speed-up out of range", found=speedup, expected=f"a number from 1 to {MAX_SPEEDUP:g}")
+    check_speedup(speedup)
     if speedup == 1:
         return make_stages(grid_tokens, [reference_steps], [1.0])
     if speedup in PAPER_PRESETS and reference_steps == PAPER_REFERENCE_STEPS:
@@ -192,9 +338,4 @@ def solve_stages(
             middle = (low + high) / 2
             low, high = (middle, high) if stage_cost(stages_at(nfe, middle), cost) <= budget else (low, middle)
         return stages_at(nfe, low)
-    raise ScheduleError(
-        f"a speed-up of {speedup:g} leaves less than one step",
-        found=f"{reference_steps} reference steps",
-        expected=f"a speed-up of at most {reference_steps}",
-        remedy="ask for a smaller speed-up",
-    )
+    raise too_fast(speedup, reference_steps)

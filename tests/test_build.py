@@ -163,7 +163,7 @@ def left_in(folder):
         ({"speedup": float("nan")}, ScheduleError, "out of range"),
         ({"custom": CustomSchedule((2, 2), (0.5, 0.9))}, ScheduleError, "rise to 1"),
         ({"method": "nonesuch"}, UnknownNameError, "unknown method"),
-        ({"method": "dense"}, ScheduleError, "all tokens"),
+        ({"method": "dense", "custom": CustomSchedule((2, 2))}, ScheduleError, "all tokens"),
         ({"preset": "nonesuch"}, InputError, "preset"),
         ({"backend": "nonesuch"}, UnknownNameError, "unknown backend"),
         ({"dtype": "fp8"}, InputError, "dtype"),

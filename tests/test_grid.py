@@ -68,3 +68,10 @@ def test_packing_of_other_patches_inverts():
     latents = torch.randn(1, 3, 6, 9)
     assert torch.equal(unpack(pack(latents, 3), TokenGrid((2, 3)), 3), latents)
     assert torch.equal(pack(latents, 1)[0, 10], latents[0, :, 1, 1])
+
+
+def test_half_the_sides():
+    assert TokenGrid((6, 4)).halved() == TokenGrid((3, 2)) and TokenGrid((5, 6, 4)).halved() == TokenGrid((5, 3, 2))
+    for shape in [(5, 4), (4, 5), (2, 3, 4)]:
+        with pytest.raises(ScheduleError, match="even number"):
+            TokenGrid(shape).halved()

@@ -3,8 +3,8 @@ import torch
 
 from jitexport.errors import InputError, ScheduleError, UnknownNameError
 from jitexport.models.flux import FluxAdapter
-from jitexport.plan import CustomSchedule, parse_custom, plan, timesteps
-from jitexport.schedule import BETA_PAPER, BETA_RELEASED, beta_sigmas, uniform_sigmas
+from jitexport.plan import CustomSchedule, parse_custom, plan
+from jitexport.schedule import BETA_PAPER, BETA_RELEASED, beta_sigmas, timesteps, uniform_sigmas
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,17 @@ def test_dense_runs_any_number_of_full_steps(small):
     assert made.schedule.sigmas == small.native_sigmas(12) and made.predicted_speedup == pytest.approx(50 / 12)
 
 
-@pytest.mark.parametrize("given", [{"speedup": 4}, {"custom": CustomSchedule((2, 2), (0.5, 1.0))}])
-def test_dense_has_no_stages_of_fewer_tokens(small, given):
+def test_dense_takes_as_few_steps_as_a_speedup_asks_for(small, schnell):
+    made = plan(small, method="dense", speedup=4)
+    assert shape(made) == [(12, 96)] and made.predicted_speedup == pytest.approx(50 / 12)
+    with pytest.raises(ScheduleError, match="at most 4"):
+        plan(schnell, method="dense", speedup=5)
+
+
+@pytest.mark.parametrize(("steps", "ratios"), [((2, 2), (0.5, 1.0)), ((2,), (0.5,)), ((0,), None)])
+def test_dense_has_no_stages_of_fewer_tokens(small, steps, ratios):
     with pytest.raises(ScheduleError, match="all tokens at every step"):
-        plan(small, method="dense", **given)
+        plan(small, method="dense", custom=CustomSchedule(steps, ratios))
 
 
 def test_unknown_names(small):
@@ -85,11 +92,12 @@ def test_speedups_out_of_range(small, speedup):
 
 
 def test_timesteps_by_kind(small):
-    assert timesteps(small, {"timesteps": {"kind": "uniform"}}, 5) == uniform_sigmas(5)
-    assert timesteps(small, {"timesteps": {"kind": "native"}}, 5) == small.native_sigmas(5)
-    assert timesteps(small, {"timesteps": {"kind": "beta", "alpha": 2, "beta": 1}}, 5) == beta_sigmas(5, 2, 1)
+    native = small.native_sigmas
+    assert timesteps({"kind": "uniform"}, 5, native) == uniform_sigmas(5)
+    assert timesteps({"kind": "native"}, 5, native) == native(5)
+    assert timesteps({"kind": "beta", "alpha": 2, "beta": 1}, 5, native) == beta_sigmas(5, 2, 1)
     with pytest.raises(ScheduleError, match="unknown timesteps"):
-        timesteps(small, {"timesteps": {"kind": "karras"}}, 5)
+        timesteps({"kind": "karras"}, 5, native)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,8 @@ def test_timesteps_by_kind(small):
     [
         ("7,4,7", "0.35,0.62,1", CustomSchedule((7, 4, 7), (0.35, 0.62, 1.0))),
         (" 3 , 2 ", "0.5, 1.0", CustomSchedule((3, 2), (0.5, 1.0))),
-        ("12", None, CustomSchedule((12,), (1.0,))),
+        ("12", None, CustomSchedule((12,))),
+        ("4,5,6", None, CustomSchedule((4, 5, 6))),
     ],
 )
 def test_custom_schedules_as_text(steps, ratios, expected):

@@ -14,6 +14,7 @@ from jitexport.schedule import (
     StageSchedule,
     beta_sigmas,
     make_stages,
+    number,
     solve_stages,
     split_steps,
     stage_cost,
@@ -159,8 +160,10 @@ def test_steps_of_a_stage_index_its_noise_levels():
         ((), (0.0,), "at least one step"),
         ((Stage(0, 10, 0),), (0.0,), "at least one step"),
         ((Stage(0, 0, 1),), (1.0, 0.0), "at least one step"),
-        ((Stage(1, 10, 1), Stage(0, 10, 1)), (1.0, 0.5, 0.0), "activate more tokens"),
-        ((Stage(0, 5, 1), Stage(1, 10, 1)), (1.0, 0.5, 0.0), "count down"),
+        ((Stage(1, 10, 1), Stage(0, 10, 1)), (1.0, 0.5, 0.0), "rank the token counts"),
+        ((Stage(0, 5, 1), Stage(1, 10, 1)), (1.0, 0.5, 0.0), "rank the token counts"),
+        ((Stage(0, 10, 1), Stage(1, 5, 1)), (1.0, 0.5, 0.0), "last stage must have all"),
+        ((Stage(1, 5, 1), Stage(0, 10, 1)), (0.5, 0.7, 0.0), "noise levels"),
         ((Stage(0, 10, 2),), (1.0, 0.0), "noise levels"),
         ((Stage(0, 10, 2),), (1.0, 0.5, 0.1), "noise levels"),
         ((Stage(0, 10, 2),), (0.5, 0.5, 0.0), "noise levels"),
@@ -171,6 +174,39 @@ def test_steps_of_a_stage_index_its_noise_levels():
 def test_impossible_schedules(stages, sigmas, message):
     with pytest.raises(ScheduleError, match=message):
         StageSchedule(stages, sigmas)
+
+
+def test_stages_of_as_many_tokens_share_an_engine():
+    stages = number([(96, 4), (24, 1), (24, 1), (96, 2)])
+    assert [(s.index, s.name, s.steps) for s in stages] == [
+        (0, "stage0", 4), (1, "stage1", 1), (1, "stage1", 1), (0, "stage0", 2),
+    ]
+    schedule = StageSchedule(stages, uniform_sigmas(8))
+    assert [(s.name, s.tokens) for s in schedule.engines] == [("stage1", 24), ("stage0", 96)]
+    assert [list(schedule.steps_of(s)) for s in schedule.stages] == [[0, 1, 2, 3], [4], [5], [6, 7]]
+    twice = StageSchedule((stages[1], stages[1], stages[3]), uniform_sigmas(4))
+    assert [[s.index for s in steps] for _, steps in twice] == [[0], [1], [2, 3]]
+    with pytest.raises(ScheduleError, match="not a stage of this schedule"):
+        schedule.steps_of(Stage(1, 24, 1))
+
+
+def test_steps_go_from_level_to_level_and_the_last_of_a_stage_to_its_end():
+    stages = number([(24, 2), (96, 2)])
+    joined = StageSchedule(stages, (1.0, 0.8, 0.5, 0.2, 0.0))
+    assert [[s[:] for s in steps] for _, steps in joined] == [
+        [(0, 1.0, 0.8), (1, 0.8, 0.5)], [(2, 0.5, 0.2), (3, 0.2, 0.0)],
+    ]
+    noised = StageSchedule(stages, (1.0, 0.8, 0.7, 0.2, 0.0), (0.5, 0.0))
+    assert [[s[:] for s in steps] for _, steps in noised] == [
+        [(0, 1.0, 0.8), (1, 0.8, 0.5)], [(2, 0.7, 0.2), (3, 0.2, 0.0)],
+    ]
+
+
+@pytest.mark.parametrize("ends", [(0.5,), (0.5, 0.1), (0.9, 0.0), (0.75, 0.0), (0.5, 0.3, 0.0), (float("nan"), 0.0)])
+def test_ends_that_do_not_fit(ends):
+    """Too few, not ending at 0, above the step before, above the start of the next stage, too many, no number."""
+    with pytest.raises(ScheduleError, match="noise levels"):
+        StageSchedule(number([(24, 2), (96, 2)]), (1.0, 0.8, 0.7, 0.2, 0.0), ends)
 
 
 # --- solving ---

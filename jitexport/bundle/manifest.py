@@ -17,7 +17,7 @@ from jitexport.positions import Rotary
 from jitexport.schedule import Stage, StageSchedule
 from jitexport.specs import EngineSpec, TensorSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
 
@@ -153,7 +153,7 @@ class GeometryEntry(_Entry):
 
 
 class StageEntry(_Entry):
-    """A stage of the schedule and the cost of one of its steps."""
+    """A stage of the schedule, in the order in which they run, and the cost of one of its steps."""
 
     index: int
     tokens: int
@@ -162,19 +162,25 @@ class StageEntry(_Entry):
 
 
 class ScheduleEntry(_Entry):
-    """Stages, noise levels, and the speed-up that their FLOPs predict over the reference steps."""
+    """Stages, noise levels, and the speed-up that their FLOPs predict over the reference steps.
+
+    `sigmas` and `ends` as in `jitexport.schedule.StageSchedule`. `preview_tflops` is what a method spends on looking at
+    a picture between stages; `tflops` includes it.
+    """
 
     stages: tuple[StageEntry, ...]
     sigmas: tuple[float, ...]
+    ends: tuple[float, ...]
     speedup: float | None
     predicted_speedup: float
     reference_steps: int
+    preview_tflops: float
     tflops: float
     reference_tflops: float
 
     def schedule(self) -> StageSchedule:
         """As a `StageSchedule`."""
-        return StageSchedule(tuple(Stage(s.index, s.tokens, s.steps) for s in self.stages), self.sigmas)
+        return StageSchedule(tuple(Stage(s.index, s.tokens, s.steps) for s in self.stages), self.sigmas, self.ends)
 
 
 class MethodEntry(_Entry):
@@ -209,7 +215,7 @@ class Manifest(_Entry):
     read from the model's folder, by default `reference_folder`; a bundle that stores all of its weights has none.
     """
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     jitexport_version: str
     created: str
     command: str
@@ -238,8 +244,8 @@ class Manifest(_Entry):
         if missing := used - set(declared):
             raise ValueError(f"files that are used but not declared: {sorted(missing)}")
         names = [e.name for e in self.engines]
-        wanted = ["text", "condition", *(s.name for s in self.schedule.schedule().stages), "decode"]
-        if sorted(names) != sorted(wanted):
+        wanted = ["text", "condition", *(s.name for s in self.schedule.schedule().engines), "decode"]
+        if sorted(n for n in names if n != "preview") != sorted(wanted) or names.count("preview") > 1:
             raise ValueError(f"engines are {names}, the schedule needs {wanted}")
         for problem in self._contradictions():
             raise ValueError(problem)
@@ -268,7 +274,7 @@ class Manifest(_Entry):
             return
         static = {o.name: (o.shape, o.dtype) for o in condition.outputs[1:]}
         modulation = (condition.outputs[0].shape[1:], condition.outputs[0].dtype)
-        for stage in schedule.stages:
+        for stage in schedule.engines:
             tokens = ((self.batch, stage.tokens, geometry.channels), self.dtype)
             angles = ((self.batch, text + stage.tokens, sum(axes) // 2), "fp32")
             spec = specs[stage.name]
@@ -280,6 +286,10 @@ class Manifest(_Entry):
         latents = ((self.batch, geometry.grid.tokens, geometry.channels), "fp32")
         if [(i.shape, i.dtype) for i in decode.inputs] != [latents] or len(decode.outputs) != 1:
             yield "the decode engine does not take the latents of the grid and give pictures"
+        if preview := specs.get("preview"):
+            latents = ((self.batch, geometry.grid.halved().tokens, geometry.channels), "fp32")
+            if [(i.shape, i.dtype) for i in preview.inputs] != [latents] or len(preview.outputs) != 1:
+                yield "the preview engine does not take latents of half the sides and give pictures"
 
     @property
     def defaults(self) -> ModelDefaults:

@@ -2,13 +2,14 @@
 
 A method owns the state of the image being denoised. The loop asks it for the tokens that the transformer sees and for
 their positions, hands it the velocity, and tells it when a stage begins. Token counts per stage are fixed, so every
-tensor has a fixed shape; only index values are data.
+tensor has a fixed shape; only index values are data. A method also makes its own schedules: which token counts run, in
+which order, at which noise levels.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor
 
 from jitexport.grid import TokenGrid
-from jitexport.schedule import Stage
+from jitexport.schedule import Stage, StageSchedule, Target
 
 State = TypeVar("State")
+
+#: Latents of half the grid's sides [B, N / 4, C] -> pictures [B, 3, height / 2, width / 2] in [0, 1].
+Preview = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Draws:
 
     Attributes:
         latents: initial noise, [B, N, C], fp32.
-        noise: noise field for tokens that join later, [B, N, C], fp32; None where the method has no use for it.
+        noise: fresh noise for later, F fields of the grid one after the other, [B, F * N, C], fp32; None if F = 0.
         anchors: indices of the first active tokens, [B, m], int64; None where all tokens are active.
     """
 
@@ -42,37 +46,48 @@ class Method(ABC, Generic[State]):
     Args:
         grid: the full token grid.
         options: the method's settings, as `options()` returned them at build time.
+        patch: side of a token's patch in latent pixels, for methods that change the resolution.
     """
 
     name: str
     #: Names of the option presets, best first; see `options`.
     presets: Sequence[str]
+    #: Whether `transition` needs pictures of half the sides, and a bundle therefore an engine `preview`.
+    previews: bool = False
 
     @abstractmethod
-    def __init__(self, grid: TokenGrid, options: dict[str, Any]) -> None: ...
+    def __init__(self, grid: TokenGrid, options: dict[str, Any], patch: int = 1) -> None: ...
 
     @classmethod
     @abstractmethod
     def options(cls, preset: str) -> dict[str, Any]:
         """The settings of a named preset, as plain JSON values that go into a bundle's manifest.
 
-        The key `timesteps` names the noise levels: {"kind": "beta", "alpha": ..., "beta": ...} or {"kind": "native"}.
+        The key `timesteps` names the noise levels: see `jitexport.schedule.timesteps`.
         """
 
     @abstractmethod
-    def needs(self, first: Stage) -> tuple[bool, bool]:
-        """Whether a schedule starting with stage `first` draws a noise field, and whether it draws anchors."""
+    def schedule(self, target: Target) -> StageSchedule:
+        """The schedule that makes denoising as much faster as asked for, or the one given by hand.
 
-    @abstractmethod
-    def draw_anchors(self, first: Stage, generator: torch.Generator) -> Tensor:
-        """Indices of one image's first active tokens, [m], int64, on the generator's device."""
+        Raises:
+            ScheduleError: there is none.
+        """
+
+    def noise_fields(self, schedule: StageSchedule) -> int:
+        """Number of noise fields to draw beside the initial latents."""
+        return 0
+
+    def draw_anchors(self, schedule: StageSchedule, generator: torch.Generator) -> Tensor | None:
+        """Indices of one image's first active tokens, [m], int64, on the generator's device; None for all tokens."""
+        return None
 
     @abstractmethod
     def start(self, draws: Draws, stage: Stage) -> State:
         """State before the first step."""
 
     @abstractmethod
-    def transition(self, state: State, stage: Stage, sigma: float) -> State:
+    def transition(self, state: State, stage: Stage, sigma: float, preview: Preview | None = None) -> State:
         """State at the start of a later stage, whose first step is about to run at noise level sigma."""
 
     @abstractmethod
@@ -81,7 +96,7 @@ class Method(ABC, Generic[State]):
 
     @abstractmethod
     def positions(self, state: State) -> Tensor:
-        """Grid coordinates of those tokens, [B, m, 2 or 3]."""
+        """Coordinates of those tokens, [B, m, 2 or 3], in steps of the full grid unless the method says otherwise."""
 
     @abstractmethod
     def step(self, state: State, velocity: Tensor, sigma: float, sigma_next: float) -> State:
@@ -89,8 +104,8 @@ class Method(ABC, Generic[State]):
 
     @abstractmethod
     def latents(self, state: State) -> Tensor:
-        """All tokens of the full grid, [B, N, C]."""
+        """All tokens of the full grid, [B, N, C]; in a stage of lower resolution, those of it, enlarged."""
 
     @abstractmethod
     def with_latents(self, state: State, latents: Tensor) -> State:
-        """The state with other latents [B, N, C], as a callback may ask for."""
+        """The state with other latents [B, N, C], as a callback may ask for; undoes `latents`."""

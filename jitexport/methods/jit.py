@@ -19,8 +19,17 @@ from torch import Tensor
 
 from jitexport.errors import InputError
 from jitexport.grid import TokenGrid, gather_tokens, scatter_tokens
-from jitexport.methods.base import Draws, Method
-from jitexport.schedule import BETA_PAPER, BETA_RELEASED, Stage
+from jitexport.methods.base import Draws, Method, Preview
+from jitexport.schedule import (
+    BETA_PAPER,
+    BETA_RELEASED,
+    Stage,
+    StageSchedule,
+    Target,
+    make_stages,
+    solve_stages,
+    timesteps,
+)
 
 # --- first anchors (B.1) ---------------------------------------------------------------------------------------------
 
@@ -263,7 +272,7 @@ class JiT(Method[JiTState]):
     name = "jit"
     presets = tuple(PRESETS)
 
-    def __init__(self, grid: TokenGrid, options: dict[str, Any]) -> None:
+    def __init__(self, grid: TokenGrid, options: dict[str, Any], patch: int = 1) -> None:
         self.grid = grid
         try:
             self.settings = JiTOptions(**options)
@@ -278,12 +287,23 @@ class JiT(Method[JiTState]):
             raise InputError("unknown JiT preset", found=preset, expected=f"one of: {', '.join(PRESETS)}")
         return asdict(PRESETS[preset])
 
-    def needs(self, first: Stage) -> tuple[bool, bool]:
-        sparse = first.tokens < self.grid.tokens
-        return sparse, sparse
+    def schedule(self, target: Target) -> StageSchedule:
+        """The published schedules (Table 4) for 4 and 7 over 50 steps, solved ones elsewhere."""
+        n, custom = self.grid.tokens, target.custom
+        if custom is not None:
+            stages = make_stages(n, custom.steps, custom.ratios or (1.0,))
+        else:
+            stages = solve_stages(target.speedup, n, target.cost, target.reference_steps)
+        nfe = sum(s.steps for s in stages)
+        return StageSchedule(stages, timesteps(self.settings.timesteps, nfe, target.native_sigmas))
 
-    def draw_anchors(self, first: Stage, generator: torch.Generator) -> Tensor:
-        return first_anchors(self.grid, first.tokens, generator)
+    def noise_fields(self, schedule: StageSchedule) -> int:
+        """One, for the micro-flow, where tokens are left out."""
+        return int(schedule.stages[0].tokens < self.grid.tokens)
+
+    def draw_anchors(self, schedule: StageSchedule, generator: torch.Generator) -> Tensor | None:
+        m = schedule.stages[0].tokens
+        return first_anchors(self.grid, m, generator) if m < self.grid.tokens else None
 
     def blur_radius(self, rho: float) -> tuple[float, int]:
         """Gaussian sigma and kernel radius, in tokens, at active share rho (Algorithm 2, steps 10-11)."""
@@ -305,7 +325,9 @@ class JiT(Method[JiTState]):
         noise = draws.noise if draws.noise is not None else draws.latents
         return JiTState(draws.latents, noise, self.lifter(anchors))
 
-    def transition(self, state: JiTState, stage: Stage, sigma: float) -> JiTState:
+    def transition(
+        self, state: JiTState, stage: Stage, sigma: float, preview: Preview | None = None
+    ) -> JiTState:
         """ITA, then DMF for the tokens that it activates, at the noise level of the step about to run."""
         mean = tuple(m.to(state.y.device) for m in self.mean)
         anchors, new = activate(state.lift.anchors, importance(self.grid, mean, state.velocity), stage.tokens)

@@ -5,9 +5,11 @@ A family turns a diffusers pipeline into modules of fixed shape, which backends 
     text        token ids of each tokenizer                         -> embeddings
     condition   embeddings, sigmas [S] and, where used, guidance    -> modulation [S, B, M], then static inputs
     stage<k>    tokens [B, m, C], rotary tables, modulation [B, M], static inputs -> velocity [B, m, C]
+    preview     tokens [B, N / 4, C]                                -> images [B, 3, H / 2, W / 2] in [0, 1]
     decode      tokens [B, N, C]                                    -> images [B, 3, H, W] in [0, 1]
 
-Whatever does not change inside the denoising loop belongs to `condition`, which runs once per image.
+Whatever does not change inside the denoising loop belongs to `condition`, which runs once per image. `stage<k>` serves
+all stages of as many tokens. `preview` is there for methods that look at pictures between stages.
 """
 
 from __future__ import annotations
@@ -111,8 +113,8 @@ class ModelAdapter(ABC):
         """The noise levels of the ordinary pipeline with n steps, n + 1 values that end with 0."""
 
     @abstractmethod
-    def specs(self, schedule: StageSchedule, batch: int, dtype: str) -> list[EngineSpec]:
-        """Engines that a bundle needs: text, condition, one per stage, decode."""
+    def specs(self, schedule: StageSchedule, batch: int, dtype: str, *, preview: bool = False) -> list[EngineSpec]:
+        """Engines that a bundle needs: text, condition, one per token count, preview where asked for, decode."""
 
     @abstractmethod
     def module(self, name: str) -> nn.Module:

@@ -11,6 +11,7 @@ The modules below run diffusers' own weights under their own names, arranged for
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,20 @@ def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor
     return norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
+def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate * update for x [B, L, D] and a vector [B, D]."""
+    return (x + gate[:, None] * update).to(x.dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of x [B, L, H, Dh] by angles [B, L, Dh / 2], in fp32."""
+    """Rotate neighbouring pairs of x [B, L, H, Dh] by angles [B, L, Dh / 2], in fp32.
+
+    The result holds the first of each pair, then the second of each: scores of queries and keys do not depend on the
+    order of a head's dimensions, and compilers vectorise halves where they cannot vectorise pairs.
+    """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
+    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
 
 
 def project(linear: nn.Linear, x: Tensor, head_dim: int, norm: nn.Module | None = None) -> Tensor:
@@ -95,25 +105,62 @@ def project(linear: nn.Linear, x: Tensor, head_dim: int, norm: nn.Module | None 
     return heads if norm is None else norm(heads)
 
 
+def by_parts(x: Tensor) -> bool:
+    """Whether plain products and elementwise steps beat PyTorch's fused kernels: bf16 on CPUs, where the fused ones
+    run no faster than in fp32 while plain products reach the bf16 rate and Inductor fuses what lies between them."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Full attention over heads [B, L, H, Dh] with rotary positions -> [B, L, D]."""
     q, k, v = (x.transpose(1, 2) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v))  # [B, H, L, Dh]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        out = blockwise_attention(q, k, v)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v)
+    out = blockwise_attention(q, k, v) if by_parts(q) else F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tensor:
-    """Attention by plain matrix products over blocks of queries, for bf16 on CPUs; heads [B, H, L, Dh].
+    """Attention by plain matrix products over blocks of at most `block` queries; heads [B, H, L, Dh].
 
-    PyTorch's fused kernel runs bf16 no faster than fp32 there, while plain products reach the bf16 rate, and the scores
-    of a block stay in the cache. Scores are rounded to bf16: against fp32, a stage is as exact either way.
+    The scores of a block stay in the cache. They are rounded to bf16: against fp32, a stage is as exact either way.
     """
-    k = k.transpose(-1, -2)
-    q = q * q.shape[-1] ** -0.5
-    return torch.cat([torch.softmax(part @ k, dim=-1) @ v for part in q.split(block, dim=2)], dim=2)
+    queries = q.shape[2]
+    blocks = -(-queries // block)
+    # Products copy operands that do not lie in memory as they need them, for every block: they are laid out once.
+    q = (q * q.shape[-1] ** -0.5).contiguous()
+    k, v = k.contiguous().transpose(-1, -2), v.contiguous()
+    return torch.cat([softmax_product(part @ k, v) for part in q.split(-(-queries // blocks), dim=2)], dim=2)
+
+
+def softmax_product(scores: Tensor, v: Tensor) -> Tensor:
+    """softmax(scores [B, H, L, L']) @ v [B, H, L', Dh], divided by the sums after the product, where there is less."""
+    scores = scores.float()
+    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+    product = weights.to(v.dtype) @ v
+    return (product.float() / weights.sum(dim=-1, keepdim=True)).to(v.dtype)
+
+
+def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
+    """GELU by the tanh approximation of a linear layer.
+
+    By parts, with 1 + tanh(u) = 2 sigmoid(2 u): one exponential instead of a slow tanh.
+    """
+    if not by_parts(x):
+        return F.gelu(linear(x), approximate="tanh")
+    y = linear_fp32(linear, x)
+    return (y * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))).to(x.dtype)
+
+
+def linear_fp32(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer before an elementwise step in fp32; by parts, its bias is added in that step's kernel."""
+    if not by_parts(x):
+        return linear(x)
+    y = F.linear(x, linear.weight).float()
+    return y if linear.bias is None else y + linear.bias
+
+
+def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
+    """diffusers' `FeedForward` with its tanh GELU, [B, L, D] -> [B, L, D]."""
+    return linear_fp32(ff.net[2], linear_gelu(ff.net[0].proj, x))
 
 
 def double_block(
@@ -132,10 +179,10 @@ def double_block(
     v = torch.cat([project(attn.add_v_proj, c, d), project(attn.to_v, x, d)], dim=1)
     c, x = attend(q, k, v, cos, sin).split([text.shape[1], image.shape[1]], dim=1)
 
-    image = image + gate_i[:, None] * attn.to_out[0](x)
-    image = image + gate_i2[:, None] * block.ff(modulate(block.norm2, image, shift_i2, scale_i2))
-    text = text + gate_t[:, None] * attn.to_add_out(c)
-    text = text + gate_t2[:, None] * block.ff_context(modulate(block.norm2_context, text, shift_t2, scale_t2))
+    image = gated(image, gate_i, linear_fp32(attn.to_out[0], x))
+    image = gated(image, gate_i2, feed_forward(block.ff, modulate(block.norm2, image, shift_i2, scale_i2)))
+    text = gated(text, gate_t, linear_fp32(attn.to_add_out, c))
+    text = gated(text, gate_t2, feed_forward(block.ff_context, modulate(block.norm2_context, text, shift_t2, scale_t2)))
     return image, text
 
 
@@ -147,7 +194,7 @@ def single_block(block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, s
     h = modulate(block.norm.norm, x, shift, scale)
     q, k = project(attn.to_q, h, d, attn.norm_q), project(attn.to_k, h, d, attn.norm_k)
     a = attend(q, k, project(attn.to_v, h, d), cos, sin)
-    return x + gate[:, None] * block.proj_out(torch.cat([a, block.act_mlp(block.proj_mlp(h))], dim=-1))
+    return gated(x, gate, linear_fp32(block.proj_out, torch.cat([a, linear_gelu(block.proj_mlp, h)], dim=-1)))
 
 
 class FluxStage(nn.Module):
@@ -329,7 +376,7 @@ class FluxAdapter(ModelAdapter):
         self.scheduler.set_timesteps(None if sigmas is not None else n, sigmas=sigmas, mu=mu)
         return tuple(self.scheduler.sigmas.tolist())
 
-    def specs(self, schedule: StageSchedule, batch: int, dtype: str) -> list[EngineSpec]:
+    def specs(self, schedule: StageSchedule, batch: int, dtype: str, *, preview: bool = False) -> list[EngineSpec]:
         transformer = self.components["transformer"]
         config = transformer.config
         doubles, singles, d = config.num_layers, config.num_single_layers, transformer.inner_dim
@@ -356,6 +403,13 @@ class FluxAdapter(ModelAdapter):
                 (TensorSpec("velocity", token_shape, dtype),),
             )
 
+        def decoder(name: str, grid: TokenGrid, smaller: int) -> EngineSpec:
+            return EngineSpec(
+                name,
+                (TensorSpec("latents", (batch, grid.tokens, geometry.channels), "fp32"),),
+                (TensorSpec("images", (batch, 3, geometry.height // smaller, geometry.width // smaller), "fp32"),),
+            )
+
         return [
             EngineSpec(
                 "text",
@@ -367,12 +421,9 @@ class FluxAdapter(ModelAdapter):
                 (embeds, pooled, TensorSpec("sigmas", (schedule.nfe,), "fp32"), *guidance),
                 (TensorSpec("modulation", (schedule.nfe, batch, width), dtype), context),
             ),
-            *(stage(s.name, s.tokens) for s in schedule.stages),
-            EngineSpec(
-                "decode",
-                (TensorSpec("latents", (batch, geometry.grid.tokens, geometry.channels), "fp32"),),
-                (TensorSpec("images", (batch, 3, geometry.height, geometry.width), "fp32"),),
-            ),
+            *(stage(s.name, s.tokens) for s in schedule.engines),
+            *([decoder("preview", geometry.grid.halved(), 2)] if preview else []),
+            decoder("decode", geometry.grid, 1),
         ]
 
     def module(self, name: str) -> nn.Module:
@@ -381,8 +432,9 @@ class FluxAdapter(ModelAdapter):
             module: nn.Module = FluxText(parts["text_encoder"], parts["text_encoder_2"])
         elif name == "condition":
             module = FluxCondition(parts["transformer"])
-        elif name == "decode":
-            module = FluxDecode(parts["vae"], self.geometry.grid)
+        elif name in ("preview", "decode"):
+            grid = self.geometry.grid
+            module = FluxDecode(parts["vae"], grid.halved() if name == "preview" else grid)
         else:
             module = FluxStage(parts["transformer"])
         return module.eval()

@@ -39,7 +39,7 @@ def test_junk_is_refused(junk):
         parse_manifest(junk, "it")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.5, True, None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", 1.5, True, None, [1]])
 def test_only_the_known_format_version(text, version):
     assert "another format" in refused(json.loads(text) | {"format_version": version})
 
@@ -85,7 +85,10 @@ def test_contradictions_are_refused(text):
     assert "declared twice" in refused(edit(raw, "files", to=[*raw["files"], raw["files"][0]]))
     assert "used but not declared" in refused(edit(raw, "files", to=raw["files"][1:]))
     assert "the schedule needs" in refused(edit(raw, "engines", to=raw["engines"][1:]))
-    assert "strictly decreasing" in refused(edit(raw, "schedule", "sigmas", to=raw["schedule"]["sigmas"][::-1]))
+    *levels, last = raw["schedule"]["sigmas"]
+    assert "of which the last is 0" in refused(edit(raw, "schedule", "sigmas", to=[last, *levels]))
+    assert "strictly decreasing" in refused(edit(raw, "schedule", "sigmas", to=[*levels[::-1], last]))
+    assert "ends of the stages" in refused(edit(raw, "schedule", "ends", to=[0.5]))
     assert refused(edit(raw, "schedule", "stages", 0, "tokens", to=7))
 
 

@@ -3,7 +3,7 @@ import torch
 from jitexport.grid import TokenGrid
 from jitexport.methods.base import Draws
 from jitexport.methods.dense import Dense
-from jitexport.schedule import Stage
+from jitexport.schedule import Stage, StageSchedule
 
 GRID = TokenGrid((2, 3))
 STAGE = Stage(0, 6, 2)
@@ -30,7 +30,8 @@ def test_step_is_eulers_in_fp32():
 
 
 def test_asks_for_no_randomness_but_the_latents():
-    assert dense().needs(STAGE) == (False, False)
+    schedule = StageSchedule((STAGE,), (1.0, 0.5, 0.0))
+    assert dense().noise_fields(schedule) == 0 and dense().draw_anchors(schedule, torch.Generator()) is None
 
 
 def test_uses_the_models_own_noise_levels():

@@ -27,7 +27,7 @@ from jitexport.methods.jit import (
     separable,
     structural_mask,
 )
-from jitexport.schedule import Stage
+from jitexport.schedule import Stage, StageSchedule, make_stages, number, uniform_sigmas
 
 #: Even, odd, non-square, tiny, one-row and video grids.
 SHAPES = [(8, 8), (7, 7), (5, 9), (3, 2), (1, 6), (6, 1), (1, 1), (2, 5, 3), (3, 4, 4), (1, 3, 3)]
@@ -376,6 +376,16 @@ def test_transition_activates_the_most_important_and_moves_only_them(shape, pres
     assert torch.equal(after.lift.nearest, nearest_anchor(method.grid, after.lift.anchors))
 
 
+def draw_or_all(method, schedule, generator):
+    anchors = method.draw_anchors(schedule, generator)
+    return torch.arange(method.grid.tokens)[None] if anchors is None else anchors[None]
+
+
+def continuous(tokens, ratios):
+    stages = make_stages(tokens, [1] * len(ratios), ratios)
+    return StageSchedule(stages, uniform_sigmas(len(stages)))
+
+
 sides = st.integers(1, 9)
 
 
@@ -385,11 +395,12 @@ def test_anchor_sets_are_nested_and_of_exactly_int_of_their_share(h, w, ratios, 
     n = h * w
     counts = sorted({max(1, int(n * r)) for r in [*ratios, 1.0]})
     generator = seeded(seed)
-    first = Stage(len(counts) - 1, counts[0], 1)
+    schedule = StageSchedule(number([(m, 1) for m in counts]), uniform_sigmas(len(counts)))
+    first = schedule.stages[0]
     draws = Draws(
         torch.randn(1, n, 2, generator=generator),
         torch.randn(1, n, 2, generator=generator),
-        method.draw_anchors(first, generator)[None],
+        draw_or_all(method, schedule, generator),
     )
     state, seen = method.start(draws, first), [set(draws.anchors[0].tolist())]
     for i, m in enumerate(counts[1:], start=2):
@@ -412,8 +423,9 @@ def test_positions_are_the_coordinates_of_the_active_tokens():
 
 def test_randomness_is_only_asked_for_where_tokens_are_left_out():
     method = jit((4, 4))
-    assert method.needs(Stage(1, 5, 1)) == (True, True)
-    assert method.needs(Stage(0, 16, 1)) == (False, False)
+    sparse, full = (continuous(16, ratios) for ratios in ([0.35, 1.0], [1.0]))
+    assert method.noise_fields(sparse) == 1 and method.draw_anchors(sparse, seeded()).shape == (5,)
+    assert method.noise_fields(full) == 0 and method.draw_anchors(full, seeded()) is None
 
 
 def test_nearest_map_and_blur_are_made_once_a_stage(monkeypatch):
