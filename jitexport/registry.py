@@ -32,6 +32,7 @@ MODELS = {
 METHODS = {
     "dense": "jitexport.methods.dense:Dense",
     "jit": "jitexport.methods.jit:JiT",
+    "ralu": "jitexport.methods.ralu:RALU",
 }
 
 #: Ways of running a stage module.
