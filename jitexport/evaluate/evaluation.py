@@ -109,6 +109,14 @@ class Evaluation:
         """Measures that some row has, in the report's order."""
         return [name for name in MEASURES if any(name in row.scores for row in self.rows)]
 
+    def differences(self, measure: str, base: str) -> dict[str, Score]:
+        """Mean difference of every other row to the row `base`, prompt by prompt, in a measure of single images.
+
+        Prompts differ far more than sources do, so this tells sources apart where the intervals of their means overlap.
+        """
+        values = {row.label: np.array(row.values[measure]) for row in self.rows if measure in row.values}
+        return {label: statistics.mean(v - values[base]) for label, v in values.items() if label != base}
+
     def to_json(self) -> str:
         """All of it as JSON text."""
         plain = asdict(self) | {"folder": str(self.folder), "measures": {n: asdict(MEASURES[n]) for n in self.measures}}

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -58,6 +59,7 @@ def write_report(
         colours=colours(evaluation.rows),
         best=best(evaluation),
         cell=cell,
+        half_width=half_width,
         conditions={k: v for k, v in evaluation.conditions.items() if v is not None},
         curves=data_uri(curves(evaluation), "image/png"),
         sheet=contact_sheet(evaluation, prompts, size),
@@ -81,13 +83,21 @@ def colours(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def cell(name: str, score: Score | None) -> str:
-    """A score as text: value and half of its interval's width."""
+    """A score's value as text."""
     if score is None:
         return ""
     measure = MEASURES[name]
     if measure.share:
         return f"{score.value:.1%}" if 0 < score.value < 1 else f"{score.value:.0%}"
     return f"{score.value:.{measure.digits}f}"
+
+
+def half_width(name: str, score: Score | None) -> str:
+    """Half of a score's interval as text; empty where there is none."""
+    if score is None or score.low is None or score.high is None:
+        return ""
+    half = (score.high - score.low) / 2
+    return f"±{100 * half:.0f} pts" if MEASURES[name].share else f"±{half:.2g}"
 
 
 def interval(name: str, score: Score) -> str:
@@ -143,7 +153,7 @@ class _Axis:
     values: dict[str, float]
 
 
-def curves(evaluation: Evaluation, measures: Sequence[str] | None = None, *, dpi: int = 110) -> bytes:
+def curves(evaluation: Evaluation, measures: Sequence[str] | None = None, *, dpi: int = 130) -> bytes:
     """Quality against latency and against FLOPs, a column for each measure, as PNG bytes.
 
     Raises:
@@ -163,7 +173,7 @@ def curves(evaluation: Evaluation, measures: Sequence[str] | None = None, *, dpi
         _Axis("GFLOP an image", {r.label: r.tflops * 1e3 for r in rows}),
     ]
     axes_of_x = [axis for axis in axes_of_x if axis.values]
-    figure = Figure(figsize=(4.6 * max(len(names), 1), 3.9 * len(axes_of_x) + 0.5), layout="constrained", dpi=dpi)
+    figure = Figure(figsize=(3.7 * max(len(names), 1), 3.3 * len(axes_of_x) + 0.4), layout="constrained", dpi=dpi)
     grid = figure.subplots(len(axes_of_x), max(len(names), 1), squeeze=False)
     palette = colours(rows)
     for line, axis in zip(grid, axes_of_x, strict=True):
@@ -178,7 +188,9 @@ def curves(evaluation: Evaluation, measures: Sequence[str] | None = None, *, dpi
     return stream.getvalue()
 
 
-def _curve(plot, rows: Sequence[Row], axis: _Axis, name: str, palette: dict[str, str]) -> None:
+def _curve(plot: Any, rows: Sequence[Row], axis: _Axis, name: str, palette: dict[str, str]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     measure = MEASURES[name]
     by_method: dict[str, list[Row]] = {}
     for row in rows:
@@ -200,6 +212,9 @@ def _curve(plot, rows: Sequence[Row], axis: _Axis, name: str, palette: dict[str,
                 row.label, (a, b), xytext=(5, 4), textcoords="offset points", fontsize=6.5, color=palette[method]
             )
     plot.set_xscale("log")
+    plot.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    plot.xaxis.set_minor_formatter(NullFormatter())
     plot.set_xlabel(axis.title + " (log)")
     arrow = {"higher": " (higher is better)", "lower": " (lower is better)", "one": " (1 is best)"}[measure.better]
     plot.set_title(measure.title + arrow, fontsize=9)

@@ -1,0 +1,190 @@
+"""The JiT papers' ablations on the demo model.
+
+    python scripts/ablations.py                  # goes on where it was interrupted; --minutes 3 stops after a while
+
+Without the spatial approximation, without ITA, without the DMF target (main paper, Table 3); 2, 3 and 4 stages (C.1);
+aggressive, default and conservative ratios (C.2); uniform against Beta timesteps (B.4). Each with the exact micro-flow
+of the text and with the relaxed one of the released code, everything else as the preset `paper` has it, at 18 steps.
+Images come from the eager modules in bf16, the scores and intervals are those of `jitexport evaluate`.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from comparison import Deadline, OutOfTime, Printing, built, write_results
+from torch import Tensor
+
+from jitexport.build import eager_pipeline
+from jitexport.evaluate import Evaluation, compare, write_report
+from jitexport.evaluate.evaluation import demo_prompts
+from jitexport.evaluate.report import markdown_table
+from jitexport.evaluate.sources import Source, bundle_source, quiet, relabelled
+from jitexport.evaluate.statistics import Score
+from jitexport.flops import meta_adapter, step_cost
+from jitexport.grid import gather_tokens, scatter_tokens
+from jitexport.methods.jit import JiT, JiTState, activate, microflow, microflow_target
+from jitexport.models.base import ModelAdapter
+from jitexport.models.sources import find_source, load_adapter
+from jitexport.runtime import Pipeline
+from jitexport.schedule import CustomSchedule, Stage, StageSchedule, Target, stage_cost
+
+DTYPE, BATCH = "bf16", 4
+STEPS, RATIOS = (7, 4, 7), (0.35, 0.62, 1.0)  # 4x of Table 4
+BETA = {"kind": "beta", "alpha": 1.4, "beta": 0.42}
+
+
+class StillTokens(JiT):
+    """Without the spatial approximation: Pi_k = S_k, tokens that are not active do not move, and ITA sees that."""
+
+    def step(self, state: JiTState, velocity: Tensor, sigma: float, sigma_next: float) -> JiTState:
+        u = velocity.float()
+        scattered = scatter_tokens(torch.zeros_like(state.y), state.lift.anchors, u)
+        clean = self.tokens(state) - sigma * u
+        return replace(state, y=state.y + (sigma_next - sigma) * scattered, velocity=scattered, clean=clean)
+
+
+class RandomActivation(JiT):
+    """Without ITA: new tokens are drawn at random; a channel of the image's noise field is the draw."""
+
+    def transition(self, state: JiTState, stage: Stage, sigma: float, preview: object = None) -> JiTState:
+        anchors, new = activate(state.lift.anchors, state.noise[..., 0], stage.tokens)
+        target = microflow_target(gather_tokens(state.lift(state.clean), new), gather_tokens(state.noise, new), sigma)
+        moved = microflow(gather_tokens(state.y, new), target, self.settings.microflow_weight)
+        return replace(state, y=scatter_tokens(state.y, new, moved), lift=self.lifter(anchors))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the ablations: what differs from the preset `paper` at 4x."""
+
+    label: str
+    table: str
+    description: str
+    method: type[JiT] = JiT
+    microflow: str = "exact"
+    relax_steps: int = 3
+    steps: tuple[int, ...] = STEPS
+    ratios: tuple[float, ...] = RATIOS
+    timesteps: tuple[tuple[str, object], ...] = tuple(BETA.items())
+
+
+PARTS, STAGES, SHARES, TIMES = "parts", "stages", "ratios", "timesteps"
+NATIVE, UNIFORM = (("kind", "native"),), (("kind", "uniform"),)
+EVEN = {2: ((9, 9), (0.5, 1.0)), 4: ((4, 5, 4, 5), (0.25, 0.5, 0.75, 1.0))}
+
+
+def variants() -> list[Variant]:
+    """All rows."""
+    rows = []
+    for flow in ("exact", "relaxed"):
+
+        def row(name: str, table: str, description: str, *, flow: str = flow, **changes: object) -> None:
+            rows.append(Variant(f"{name}, {flow}", table, description, microflow=flow, **changes))
+
+        row("full", PARTS, "all parts, 7/4/7 steps at 35/62/100%, Beta(1.4, 0.42)")
+        row("no approximation", PARTS, "Pi_k = S_k: inactive tokens stand still", method=StillTokens)
+        row("no ITA", PARTS, "new tokens at random", method=RandomActivation)
+        row("2 stages", STAGES, "9/9 steps at 50/100%", steps=EVEN[2][0], ratios=EVEN[2][1])
+        row("4 stages", STAGES, "4/5/4/5 steps at 25/50/75/100%", steps=EVEN[4][0], ratios=EVEN[4][1])
+        row("aggressive", SHARES, "20/50/100%", ratios=(0.2, 0.5, 1.0))
+        row("conservative", SHARES, "50/75/100%", ratios=(0.5, 0.75, 1.0))
+        row("uniform times", TIMES, "sigma = 1, ..., 1/18, 0", timesteps=UNIFORM)
+        row("native times", TIMES, "the model's own: uniform, shifted by 2", timesteps=NATIVE)
+    # w = 0: the state that the lifted velocity left is kept.
+    rows.append(Variant("no DMF target", PARTS, "new tokens stay where the lifted velocity left them",
+                        microflow="relaxed", relax_steps=10**9))  # fmt: skip
+    return rows
+
+
+@cache
+def model() -> tuple[ModelAdapter, Callable[[int], float]]:
+    """The demo model with weights, and FLOPs of a step by tokens."""
+    adapter = load_adapter(find_source("demo"), torch.bfloat16)
+    return adapter, step_cost(meta_adapter(adapter, DTYPE), DTYPE)
+
+
+def schedule_of(variant: Variant) -> tuple[JiT, StageSchedule]:
+    adapter, cost = model()
+    options = JiT.options("paper") | {
+        "timesteps": dict(variant.timesteps), "microflow": variant.microflow, "relax_steps": variant.relax_steps,
+    }  # fmt: skip
+    method = variant.method(adapter.geometry.grid, options)
+    target = Target(None, CustomSchedule(variant.steps, variant.ratios), cost, 50, adapter.native_sigmas)
+    return method, method.schedule(target)
+
+
+def source(variant: Variant) -> Source:
+    """A variant as a source of images."""
+    method, schedule = schedule_of(variant)
+    _, cost = model()
+
+    def open_pipeline() -> Pipeline:
+        adapter, _ = model()
+        pipe = eager_pipeline(
+            adapter, schedule, "jit", JiT.options("paper"), batch=BATCH, dtype=DTYPE, device=torch.device("cpu")
+        )
+        pipe.method = method
+        return quiet(pipe)
+
+    said = repr((replace(variant, label="", table="", description=""), schedule.sigmas, DTYPE))
+    return Source(
+        label=variant.label, method=variant.table, description=variant.description,
+        key=hashlib.sha256(said.encode()).hexdigest(), steps=schedule.nfe,
+        tflops=stage_cost(schedule.stages, cost) / 1e12, open=open_pipeline,
+    )  # fmt: skip
+
+
+def differences(evaluation: Evaluation, measure: str) -> dict[str, Score]:
+    """Mean difference of each row to `full` of the same micro-flow, prompt by prompt."""
+    exact, relaxed = (evaluation.differences(measure, f"full, {flow}") for flow in ("exact", "relaxed"))
+    return {
+        row.label: (exact if row.label.endswith("exact") else relaxed)[row.label]
+        for row in evaluation.rows[1:]
+        if not row.label.startswith("full")
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--folder", type=Path, default=Path("out/evaluation"), help="images, kept from run to run")
+    parser.add_argument("--output", "-o", type=Path, default=Path("docs/results"))
+    parser.add_argument("--minutes", type=float, help="stop after about that long, to be started again")
+    args = parser.parse_args()
+
+    reference = built("dense-50", args.folder / "bundles", "eager")
+    try:
+        evaluation = compare(
+            [source(v) for v in variants()], relabelled(bundle_source(reference), "dense-50"), reference,
+            demo_prompts(args.prompts), args.folder / "images", timed=0, progress=Deadline(Printing(), args.minutes),
+        )  # fmt: skip
+    except OutOfTime as stopped:
+        raise SystemExit(str(stopped)) from None
+    quality, likeness = (differences(evaluation, m) for m in ("demo_psnr", "psnr"))
+    lines = ["| | PSNR to the prompted picture, dB | PSNR to the reference, dB |", "|---|---|---|"]
+    lines += [f"| {label} | {signed(quality[label])} | {signed(likeness[label])} |" for label in quality]
+    measures = ["demo_psnr", "sharpness", "pair_right", "psnr", "ssim", "vae_distance"]
+    write_results(
+        args.output / "ablations",
+        evaluation,
+        title="JiT's parts, stages, ratios and timesteps on the demo model",
+        table=markdown_table(evaluation, measures)
+        + "\nChange against `full` of the same micro-flow, prompt by prompt:\n\n" + "\n".join(lines) + "\n",
+        command=f"python scripts/ablations.py --prompts {args.prompts}",
+        extra={"change of demo_psnr": {label: asdict(score) for label, score in quality.items()}},
+    )  # fmt: skip
+    print(write_report(evaluation, args.folder / "ablations.html", title="JiT's ablations"))
+
+
+def signed(score: Score) -> str:
+    limits = "" if score.low is None else f" ({score.low:+.2f} to {score.high:+.2f})"
+    return f"{score.value:+.2f}{limits}"
+
+
+if __name__ == "__main__":
+    main()
