@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from comparison import Deadline, OutOfTime, Printing, built, write_results
+from comparison import Deadline, OutOfTime, Printing, built, signed, write_results
 from torch import Tensor
 
 from jitexport.build import eager_pipeline
@@ -179,11 +179,6 @@ def main() -> None:
         extra={"change of demo_psnr": {label: asdict(score) for label, score in quality.items()}},
     )  # fmt: skip
     print(write_report(evaluation, args.folder / "ablations.html", title="JiT's ablations"))
-
-
-def signed(score: Score) -> str:
-    limits = "" if score.low is None else f" ({score.low:+.2f} to {score.high:+.2f})"
-    return f"{score.value:+.2f}{limits}"
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from jitexport.evaluate.evaluation import Progress, demo_prompts, generate
 from jitexport.evaluate.metrics import MEASURES
 from jitexport.evaluate.report import curves, markdown_table, sheet_image
 from jitexport.evaluate.sources import Source, bundle_source, relabelled
+from jitexport.evaluate.statistics import Score
 from jitexport.plan import parse_custom
 
 REFERENCE = "dense-50"
@@ -46,6 +47,7 @@ RECIPES = {
     "dense-18": Recipe("dense", steps="18"),
     "dense-11": Recipe("dense", steps="11"),
     "dense-7": Recipe("dense", steps="7"),
+    "dense-5": Recipe("dense", steps="5"),
     "jit-4x": Recipe("jit", 4),
     "jit-7x": Recipe("jit", 7),
     "jit-4x-paper": Recipe("jit", 4, "paper"),
@@ -147,6 +149,28 @@ def write_results(
     stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
+def against_dense(evaluation: Evaluation) -> str:
+    """Who wins at equal cost: differences to dense sampling with as many steps as the same cost would pay for."""
+    measures = [m for m in ("demo_psnr", "psnr", "vae_distance", "sharpness") if m in evaluation.measures]
+    columns = {(m, by): evaluation.against_dense(m, by=by) for by in ("latency", "tflops") for m in measures}
+    heads = [f"{MEASURES[m].title}, equal {'latency' if by == 'latency' else 'FLOPs'}" for m, by in columns]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for row in evaluation.rows:
+        scores = [column.get(row.label) for column in columns.values()]
+        if any(scores):
+            lines.append("| " + " | ".join([row.label, *("" if s is None else signed(s) for s in scores)]) + " |")
+    return (
+        "Differences to dense sampling at the same cost, prompt by prompt; its rows are interpolated:"
+        "\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def signed(score: Score) -> str:
+    """A difference and its interval as text."""
+    limits = "" if score.low is None else f" ({score.low:+.3g} to {score.high:+.3g})"
+    return f"{score.value:+.3g}{limits}"
+
+
 def chosen(names: Sequence[str]) -> list[str]:
     """Recipes to run, without those of methods that are not registered."""
     absent = sorted({RECIPES[n].method for n in names} - registry.METHODS.keys())
@@ -187,10 +211,10 @@ def main() -> None:
     except OutOfTime as stopped:
         raise SystemExit(str(stopped)) from None
     stem = args.output / "comparison"
-    measures = [n for n in evaluation.measures if n in MEASURES]
     write_results(
         stem, evaluation, title="Dense sampling and acceleration methods on the demo model",
-        table=markdown_table(evaluation, measures) + "\n![Quality against latency and FLOPs](comparison.png)\n",
+        table=markdown_table(evaluation) + "\n![Quality against latency and FLOPs](comparison.png)\n\n"
+        + against_dense(evaluation),
         command=f"python scripts/comparison.py --backend {args.backend} --prompts {args.prompts}",
     )  # fmt: skip
     stem.with_suffix(".png").write_bytes(curves(evaluation))

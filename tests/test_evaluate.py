@@ -11,9 +11,9 @@ import jitexport
 from jitexport.cli import main
 from jitexport.errors import InputError
 from jitexport.evaluate import evaluate, write_report
-from jitexport.evaluate.evaluation import _prompts, demo_prompts
+from jitexport.evaluate.evaluation import Evaluation, Row, _prompts, demo_prompts
 from jitexport.evaluate.report import best, markdown_table, worst_first
-from jitexport.evaluate.sources import bundle_source, bundle_sources, reference_source
+from jitexport.evaluate.sources import Latency, bundle_source, bundle_sources, reference_source
 from jitexport.plan import CustomSchedule
 from tests import tiny
 
@@ -241,3 +241,25 @@ def test_errors(run, jit, tmp_path, argv, code, message):
     found, out, err = run("evaluate", *argv, "-o", tmp_path / "out")
     assert (found, out) == (code, "") and message in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+# --- comparisons prompt by prompt ---
+
+
+def row(label, method, tflops, values):
+    latency = Latency(tflops * 2, tflops * 2, 1, {})
+    return Row(label, method, "", 1, tflops, latency, {}, {"psnr": [[v] for v in values]})
+
+
+def test_differences_at_equal_cost():
+    """Dense 10 and 30 at 1 and 4 TFLOP, so 20 at 2, and 40 and 60 for the other prompts."""
+    rows = (
+        row("many", "dense", 4.0, [30, 50, 70]), row("few", "dense", 1.0, [10, 30, 50]),
+        row("ours", "jit", 2.0, [21, 42, 63]), row("cheaper", "jit", 0.5, [1, 2, 3]),
+    )  # fmt: skip
+    evaluation = Evaluation("test", None, None, rows, {}, {})
+    for by in ("latency", "tflops"):
+        found = evaluation.against_dense("psnr", by=by)
+        assert found.keys() == {"ours"}  # `cheaper` is cheaper than any dense row: nothing to compare with
+        assert found["ours"].value == pytest.approx(2) and 0.9 < found["ours"].low < found["ours"].high < 3.1
+    assert evaluation.differences("psnr", "few")["many"].value == 20

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -116,6 +116,33 @@ class Evaluation:
         """
         values = {row.label: np.array(row.values[measure]) for row in self.rows if measure in row.values}
         return {label: statistics.mean(v - values[base]) for label, v in values.items() if label != base}
+
+    def against_dense(self, measure: str, *, by: Literal["latency", "tflops"]) -> dict[str, Score]:
+        """Mean difference of each accelerated row to dense sampling of the same latency or the same FLOPs.
+
+        What dense sampling would give there is interpolated, prompt by prompt, between dense rows with more and with
+        fewer steps, linearly over the logarithm. Rows outside the range of the dense ones are left out.
+        """
+
+        def cost(row: Row) -> float | None:
+            return row.tflops if by == "tflops" else row.latency and row.latency.median
+
+        rows = [row for row in self.rows if measure in row.values and cost(row)]
+        dense = sorted((row for row in rows if row.method in ("dense", "reference")), key=cost)
+        if len(dense) < 2:
+            return {}
+        places = np.log([cost(row) for row in dense])
+        curve = np.array([row.values[measure] for row in dense])  # [rows, prompts, seeds]
+        found = {}
+        for row in rows:
+            place = np.log(cost(row))
+            if row in dense or not places[0] <= place <= places[-1]:
+                continue
+            upper = int(np.searchsorted(places, place).clip(1))
+            share = (place - places[upper - 1]) / (places[upper] - places[upper - 1])
+            there = (1 - share) * curve[upper - 1] + share * curve[upper]
+            found[row.label] = statistics.mean(np.array(row.values[measure]) - there)
+        return found
 
     def to_json(self) -> str:
         """All of it as JSON text."""
