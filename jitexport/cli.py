@@ -28,6 +28,7 @@ from rich.table import Table
 from jitexport import registry
 from jitexport._version import __version__
 from jitexport.errors import InputError, JitExportError
+from jitexport.png import encode_png
 
 app = typer.Typer(
     name="jitexport",
@@ -339,7 +340,7 @@ def generate(
     ).images
     paths = [output if num_images == 1 else output.with_name(f"{output.stem}-{i}.png") for i in range(num_images)]
     for image, path in zip(images, paths, strict=True):
-        image.save(path)
+        path.write_bytes(encode_png(image))
     seconds = time.perf_counter() - started
     if as_json:
         typer.echo(json.dumps({"images": [str(p) for p in paths], "seed": seed, "seconds": round(seconds, 3)}))

@@ -16,7 +16,6 @@ from jitexport.profile.measure import (
     copy_rate,
     matmul_rate,
     now,
-    png,
 )
 from jitexport.profile.peers import PEERS, diffusers_profile, measure_peer, model_folder
 from jitexport.profile.phases import Profile, Span, chrome_trace, engine_flops, profile_call, profile_pipeline
@@ -36,7 +35,6 @@ __all__ = [
     "measure_peer",
     "model_folder",
     "now",
-    "png",
     "profile_call",
     "profile_pipeline",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import platform
 import statistics
 import time
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 
 def now(device: torch.device) -> float:
@@ -119,13 +117,6 @@ class PeakMemory:
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------
-
-
-def png(image: Image.Image) -> bytes:
-    """An image as PNG bytes."""
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return stream.getvalue()
 
 
 def conditions() -> dict[str, Any]:

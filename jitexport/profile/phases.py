@@ -15,7 +15,8 @@ from torch import Tensor
 
 from jitexport.backends.base import Engine
 from jitexport.bundle.manifest import Manifest
-from jitexport.profile.measure import PeakMemory, Timing, matmul_rate, now, png
+from jitexport.png import encode_png
+from jitexport.profile.measure import PeakMemory, Timing, matmul_rate, now
 from jitexport.runtime import Pipeline
 
 
@@ -144,7 +145,7 @@ class Recorder:
         pictures = pipe.decode(latents)
         decoded = now(self.device)
         for image in pipe.to_images(pictures, "pil"):
-            png(image)
+            encode_png(image)
         end = now(self.device)
 
         text, _, *steps = self.runs  # the last one decodes
@@ -293,7 +294,7 @@ def call_seconds(pipe: Pipeline, prompt: str, seed: int) -> float:
     begin = now(pipe.device)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(pipe.batch_size)]
     for image in pipe([prompt] * pipe.batch_size, generator=generators).images:
-        png(image)
+        encode_png(image)
     return now(pipe.device) - begin
 
 
@@ -305,7 +306,7 @@ def profile_call(call: Callable[[int], Sequence[Image.Image]], label: str, *, re
         start = time.perf_counter()
         images = call(i)
         for image in images:
-            png(image)
+            encode_png(image)
         if i >= warmup:
             seconds.append(time.perf_counter() - start)
         count = len(images)
