@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from jitexport.backends.base import Engine
 from jitexport.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -137,70 +138,78 @@ def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], to
     return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
 
+class RecordedEngine:
+    """An engine with one output, recorded."""
+
+    def __init__(self, engine: Engine, recorder: Recorder, lock: threading.RLock) -> None:
+        self.spec = engine.spec
+        self.device = engine.device
+        self._recording = Recording(lambda named: engine(*named.values())[0], recorder, lock)
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        return [self._recording({spec.name: value for spec, value in zip(self.spec.inputs, inputs, strict=True)})]
+
+
 class LoopGraph:
-    """The denoising loop as one graph, or where that cannot be had, each stage's engine as one.
+    """The denoising loop as one graph, or where that cannot be had, each stage's engine as one, or no graph at all.
 
     Args:
-        loop: the loop, given how to run a stage's engine, as a `Function`. An engine of None is the ordinary one.
-        engines: what runs each stage, by name: inputs of its specification, in order, to its only output.
+        loop: the loop, given its inputs by name and what to run as each stage's engine.
+        stages: the stages' engines, by name.
         recorder: how to record.
     """
 
     def __init__(
-        self,
-        loop: Callable[[Mapping[str, Tensor], Mapping[str, Callable[..., Sequence[Tensor]]]], Tensor],
-        engines: Mapping[str, Callable[..., Sequence[Tensor]]],
+        self, loop: Callable[[Mapping[str, Tensor], Mapping[str, Engine]], Tensor], stages: Mapping[str, Engine],
         recorder: Recorder,
     ) -> None:
         self._loop = loop
-        self._engines = engines
+        self._stages = dict(stages)
         self._recorder = recorder
         self._lock = threading.RLock()
-        self._levels = [self._whole, self._by_stage, self._plain]
+        self._ways = {"loop": self._whole, "stages": self._by_stage, "nothing": self._plain}
         self._run: Function | None = None
-
-    @property
-    def level(self) -> str | None:
-        """What runs as a graph: "loop", "stages" or "nothing"; None before the first call."""
-        names = {2: "loop", 1: "stages", 0: "nothing"}
-        return None if self._run is None else names[len(self._levels)]
+        #: What runs as a graph: "loop", "stages" or "nothing"; None before the first call.
+        self.level: str | None = None
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The loop's latents at `inputs`."""
+        """The loop's latents at `inputs`.
+
+        Raises:
+            InputError: other shapes than at the first call.
+        """
         while True:
             run = self._ready()
             try:
                 return run(inputs)
-            except RuntimeError as error:  # includes out of memory
-                if not self._fall_back(run, error):
+            except RuntimeError as error:  # out of memory is one too
+                if not self._give_up(run, error):
                     raise
 
     def _ready(self) -> Function:
         with self._lock:
             if self._run is None:
-                self._run = self._levels.pop(0)()
+                self.level = next(iter(self._ways))
+                self._run = self._ways.pop(self.level)()
             return self._run
 
-    def _fall_back(self, failed: Function, error: RuntimeError) -> bool:
-        """Go one level down, unless another thread has; False where there is none."""
+    def _give_up(self, failed: Function, error: RuntimeError) -> bool:
+        """Go on to the next way, unless another thread has; False where there is none."""
         with self._lock:
             if self._run is failed:
-                if not self._levels:
+                if not self._ways:
                     return False
-                logger.warning("CUDA graph of the %s failed, using smaller ones: %s", self.level, error)
+                following = next(iter(self._ways))
+                logger.warning("no CUDA graph of the %s, going on with that of %s: %s", self.level, following, error)
                 self._run = None
             return True
 
     def _whole(self) -> Function:
-        return Recording(lambda inputs: self._loop(inputs, self._engines), self._recorder, self._lock)
+        return Recording(lambda inputs: self._loop(inputs, self._stages), self._recorder, self._lock)
 
     def _by_stage(self) -> Function:
-        engines = {name: self._recorded(engine) for name, engine in self._engines.items()}
-        return lambda inputs: self._loop(inputs, engines)
-
-    def _recorded(self, engine: Callable[..., Sequence[Tensor]]) -> Callable[..., Sequence[Tensor]]:
-        recording = Recording(lambda named: engine(*named.values())[0], self._recorder, self._lock)
-        return lambda *inputs: [recording({str(i): value for i, value in enumerate(inputs)})]
+        stages = {name: RecordedEngine(engine, self._recorder, self._lock) for name, engine in self._stages.items()}
+        return lambda inputs: self._loop(inputs, stages)
 
     def _plain(self) -> Function:
-        return lambda inputs: self._loop(inputs, self._engines)
+        return lambda inputs: self._loop(inputs, self._stages)

@@ -5,6 +5,7 @@ Importing this module imports torch and little else; in particular neither torch
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,10 +26,6 @@ from torch import Tensor
 
 from jitexport import registry
 from jitexport.backends.base import Engine
-from jitexport.bundle import EngineBundle
-from jitexport.bundle.host import check_host, fingerprint
-from jitexport.bundle.manifest import EngineEntry
-from jitexport.bundle.reading import Verify
 from jitexport.errors import (
     BackendUnavailableError,
     InputError,
@@ -36,6 +33,7 @@ from jitexport.errors import (
     ManifestError,
     MissingDependencyError,
 )
+from jitexport.graphs import CUDARecorder, LoopGraph, Recorder
 from jitexport.grid import pack
 from jitexport.lora import LowRank, read_lora
 from jitexport.methods.base import Draws, Method
@@ -44,6 +42,11 @@ from jitexport.sampler import OnStep, Velocity, draw, sample
 from jitexport.schedule import Stage, StageSchedule
 from jitexport.specs import DTYPES
 from jitexport.weights import SharedWeights
+
+if TYPE_CHECKING:  # a pipeline can be made of engines alone; bundles are read in `load`
+    from jitexport.bundle import EngineBundle
+    from jitexport.bundle.manifest import EngineEntry
+    from jitexport.bundle.reading import Verify
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,7 @@ class Pipeline:
             stages; each for exactly `batch_size` images.
         batch_size: images per engine run; longer lists are run in chunks, the last one padded.
         weights: what the engines read, and can be changed between calls; None where they hold copies of their own.
+        graph: the denoising loop as a CUDA graph, used where no callback looks at its steps; None without.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Pipeline:
         device: torch.device,
         weights: SharedWeights | None = None,
         read_checkpoint: Callable[[Path], Mapping[str, Tensor]] | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self.engines = engines
         self.method = method
@@ -113,6 +118,7 @@ class Pipeline:
         self._read_checkpoint = read_checkpoint
         self._adapters: list[tuple[dict[str, LowRank], float]] = []
         self._show_progress = sys.stderr.isatty()
+        self.graph = self.loop_graph(CUDARecorder(device)) if cuda_graphs and device.type == "cuda" else None
 
     def set_progress_bar_config(self, *, disable: bool) -> None:
         """Switch the progress bar on stderr off or on; it is on by default on a terminal."""
@@ -226,7 +232,9 @@ class Pipeline:
         return [available[spec.name] for spec in self.engines["condition"].spec.inputs]
 
     def denoise(self, condition: Condition, draws: Draws, on_step: OnStep | None = None) -> Tensor:
-        """The stage loop: clean latents [B, N, C], fp32."""
+        """The stage loop: clean latents [B, N, C], fp32. As one CUDA graph where there is one and no `on_step`."""
+        if self.graph is not None and on_step is None:
+            return self.graph(_by_name(condition, draws))
 
         def begin_stage(stage: Stage, positions: Tensor) -> Velocity:
             engine = self.engines[stage.name]
@@ -244,6 +252,18 @@ class Pipeline:
     def preview(self, latents: Tensor) -> Tensor:
         """Latents of half the sides [B, N / 4, C] -> pictures [B, 3, H / 2, W / 2] in [0, 1], fp32."""
         return self.engines["preview"](latents)[0]
+
+    def loop_graph(self, recorder: Recorder) -> LoopGraph:
+        """The stage loop, to be recorded at its first call and replayed at all others."""
+        plain = copy.copy(self)  # not this pipeline, which would hold itself and its graph's memory
+        plain.graph = None
+
+        def loop(inputs: Mapping[str, Tensor], stages: Mapping[str, Engine]) -> Tensor:
+            pipe = copy.copy(plain)
+            pipe.engines = plain.engines | stages
+            return pipe.denoise(*_from_names(inputs))
+
+        return LoopGraph(loop, {s.name: self.engines[s.name] for s in self.schedule.stages}, recorder)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, N, C] -> pictures [B, 3, H, W] in [0, 1], fp32."""
@@ -316,7 +336,9 @@ class Pipeline:
                     progress.advance(task)
                     return self._callback(callback_on_step_end, i, y)
 
-                y = self.denoise(condition, chunk, on_step)
+                at_once = self.graph is not None and callback_on_step_end is None
+                y = self.denoise(condition, chunk, None if at_once else on_step)
+                progress.advance(task, self.schedule.nfe if at_once else 0)
                 results.append((y if output_type == "latent" else self.decode(y))[:count])
         return PipelineOutput(self.to_images(torch.cat(results), output_type))
 
@@ -402,6 +424,22 @@ class Pipeline:
         return anchors
 
 
+def _by_name(condition: Condition, draws: Draws) -> dict[str, Tensor]:
+    """Everything that the loop reads."""
+    named = {f"condition {name}": value for name, value in condition.static.items()}
+    named |= {f"draws {name}": value for name, value in vars(draws).items() if value is not None}
+    return {"modulation": condition.modulation, **named}
+
+
+def _from_names(named: Mapping[str, Tensor]) -> tuple[Condition, Draws]:
+    """The inverse of `_by_name`."""
+
+    def starting(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+    return Condition(named["modulation"], starting("condition ")), Draws(**starting("draws "))
+
+
 def load(
     path: str | os.PathLike[str],
     *,
@@ -409,6 +447,7 @@ def load(
     verify: Verify = "full",
     model: str | os.PathLike[str] | None = None,
     trust: bool = False,
+    cuda_graphs: bool = True,
 ) -> Pipeline:
     """Open a prebuilt bundle.
 
@@ -418,6 +457,7 @@ def load(
         verify: "full" compares the digest of every file before anything is opened, "size" only their sizes.
         model: the model's folder, for a bundle that refers to its weights; where it was built from by default.
         trust: take a bundle from a hub: its engines are native code, so this is running a program of its owner.
+        cuda_graphs: run the denoising loop as one CUDA graph, on devices and backends that can; see `jitexport.graphs`.
 
     Raises:
         BundleError: no bundle, or one that fails its checks; see `jitexport.errors`.
@@ -427,6 +467,8 @@ def load(
         from jitexport import hub  # only for those who ask for it
 
         path = hub.local(path)
+    from jitexport.bundle import EngineBundle
+
     bundle = EngineBundle.open(path, verify, model)
     manifest = bundle.manifest
     engines = EngineOpener(bundle, device)
@@ -452,6 +494,7 @@ def load(
         device=engines.device,
         weights=engines.weights if engines.backend.live_weights else None,
         read_checkpoint=engines.read_checkpoint,
+        cuda_graphs=cuda_graphs and engines.backend.capturable,
     )
 
 
@@ -468,6 +511,8 @@ class EngineOpener:
     """
 
     def __init__(self, bundle: EngineBundle, device: str | torch.device | None = None) -> None:
+        from jitexport.bundle.host import check_host, fingerprint
+
         manifest = bundle.manifest
         try:
             self.device = torch.device(device or manifest.host.device)

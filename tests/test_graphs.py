@@ -5,13 +5,18 @@ same output tensor, as a graph would. That the loop can be recorded at all is ch
 waits for a device, or copies from one to another, raises.
 """
 
+import copy
 import threading
 
 import pytest
 import torch
 
+import jitexport
+from jitexport.backends.base import Engine
 from jitexport.errors import InputError
 from jitexport.graphs import CUDARecorder, LoopGraph, Recording
+from jitexport.plan import CustomSchedule
+from jitexport.specs import EngineSpec, TensorSpec
 
 
 class Rerun:
@@ -131,8 +136,14 @@ def test_threads_take_turns():
 # --- the loop and its fallbacks ---
 
 
-def engine(x, scale):
-    return [x * scale]
+ENGINE = Engine(
+    EngineSpec(
+        "stage", (TensorSpec("x", (5,), "fp32"), TensorSpec("scale", (), "fp32")), (TensorSpec("y", (5,), "fp32"),)
+    ),
+    lambda inputs: [inputs[0] * inputs[1]],
+    torch.device("cpu"),
+)
+ENGINES = {"coarse": ENGINE, "fine": ENGINE}
 
 
 def loop(named, engines):
@@ -149,7 +160,7 @@ def loop_inputs(seed):
 
 
 def loop_graph(recorder):
-    return LoopGraph(loop, {"coarse": engine, "fine": engine}, recorder)
+    return LoopGraph(loop, ENGINES, recorder)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +178,7 @@ def test_falls_back_where_memory_is_short(caplog, fails, level, recordings, mess
     assert graph.level is None
     for seed in range(3):
         named = loop_inputs(seed)
-        expected = loop(named, {"coarse": engine, "fine": engine})
+        expected = loop(named, ENGINES)
         assert torch.equal(graph(named), expected)
     assert (graph.level, recorder.recorded) == (level, recordings)
     warned = [record.getMessage() for record in caplog.records]
@@ -183,17 +194,71 @@ def test_an_error_of_the_loop_itself_is_raised():
         graph(loop_inputs(0))
 
 
+# --- a pipeline ---
+
+
+@pytest.fixture(scope="module")
+def pipe(make_bundle):
+    return jitexport.load(make_bundle(custom=CustomSchedule((2, 1, 2), (0.35, 0.62, 1.0))))
+
+
+def latents(pipe, prompt, seed, **options):
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="latent", **options).images
+
+
+@pytest.mark.parametrize(
+    ("fails", "level", "recordings"),
+    [(lambda attempt: False, "loop", 1), (lambda attempt: attempt == 1, "stages", 3)],
+)
+def test_one_recording_serves_all_prompts_seeds_and_guidance(pipe, fails, level, recordings):
+    recorder = Rerun(fails)
+    recorded = copy.copy(pipe)
+    recorded.graph = pipe.loop_graph(recorder)
+    for prompt, seed, guidance in (("a red fox", 0, 3.5), ("the blue house", 1, 3.5), ("a red fox", 0, 9.0)):
+        found = latents(recorded, prompt, seed, guidance_scale=guidance)
+        assert torch.equal(found, latents(pipe, prompt, seed, guidance_scale=guidance))
+    assert (recorded.graph.level, recorder.recorded) == (level, recordings)
+
+
+def test_a_callback_runs_the_loop_step_by_step(pipe):
+    recorder = Rerun()
+    recorded = copy.copy(pipe)
+    recorded.graph = pipe.loop_graph(recorder)
+    steps = []
+    found = latents(recorded, "a red fox", 0, callback_on_step_end=lambda p, i, t, tensors: steps.append(i))
+    assert torch.equal(found, latents(pipe, "a red fox", 0))
+    assert (steps, recorder.recorded) == ([0, 1, 2, 3, 4], 0)
+
+
+def test_there_is_no_graph_without_cuda(pipe):
+    assert pipe.graph is None
+
+
 # --- on a GPU ---
 
 
 @pytest.mark.gpu
 def test_a_cuda_graph_is_the_loop():
     device = torch.device("cuda")
-    graph = loop_graph(CUDARecorder(device))
+    engine = Engine(ENGINE.spec, lambda inputs: [inputs[0] * inputs[1]], device)
+    engines = {"coarse": engine, "fine": engine}
+    graph = LoopGraph(loop, engines, CUDARecorder(device))
     for seed in range(3):
         named = {name: value.to(device) for name, value in loop_inputs(seed).items()}
-        torch.testing.assert_close(graph(named), loop(named, {"coarse": engine, "fine": engine}))
+        torch.testing.assert_close(graph(named), loop(named, engines))
     assert graph.level == "loop"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("short", [False, True])
+def test_a_pipeline_on_cuda_is_the_same_with_and_without_a_graph(make_bundle, short, monkeypatch):
+    path = make_bundle(custom=CustomSchedule((2, 1, 2), (0.35, 0.62, 1.0)), device="cuda")
+    recorded, plain = jitexport.load(path), jitexport.load(path, cuda_graphs=False)
+    if short:
+        monkeypatch.setattr(recorded.graph, "_ways", {"stages": recorded.graph._by_stage})
+    for prompt, seed in (("a red fox", 0), ("the blue house", 1)):
+        torch.testing.assert_close(latents(recorded, prompt, seed), latents(plain, prompt, seed))
+    assert recorded.graph.level == ("stages" if short else "loop")
 
 
 @pytest.mark.gpu

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import warnings
 import weakref
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -27,6 +29,7 @@ class AOTInductorBackend(Backend):
     name = "aoti"
     summary = "AOTInductor, compiled ahead of time, shared weights"
     host_fields = ("system", "machine", "cpu", "torch", "device", "gpu")
+    capturable = True
 
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda" and not torch.cuda.is_available():
@@ -69,9 +72,13 @@ class AOTInductorBackend(Backend):
         device: torch.device,
     ) -> RawEngine:
         index = device.index if device.index is not None else -1
+        # Between threads the library keeps order by itself, with events that a CUDA graph cannot record: on CUDA it
+        # is told to leave that out, and threads take turns here.
+        single = device.type == "cuda"
+        turns = threading.Lock() if single else nullcontext()
         try:
             # path, model name, single-threaded, number of runners, device index
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(directory), "model", False, 1, index)
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(directory), "model", single, 1, index)
             names = loader.get_constant_fqns()
             constants = {name: _borrow(weights[name]) for name in names}
             # inactive buffer: no; every constant must be given: yes; the tensors stay ours: yes; copy to device: no
@@ -85,7 +92,8 @@ class AOTInductorBackend(Backend):
         def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
             # The closure keeps `constants` alive: the library holds bare pointers to them.
             assert constants is not None
-            return loader.boxed_run(list(inputs))
+            with turns:
+                return loader.boxed_run(list(inputs))
 
         weakref.finalize(run, _let_go, list(constants.values()))
         return run

@@ -40,6 +40,8 @@ class Backend(ABC):
     native: bool = True
     #: Whether a loaded engine sees the weights' tensors change in place.
     live_weights: bool = True
+    #: Whether engines on CUDA run on PyTorch's current stream without waiting for it, so that a graph can record them.
+    capturable: bool = False
 
     @abstractmethod
     def missing(self, device: torch.device) -> str | None:

@@ -29,6 +29,7 @@ class EagerBackend(Backend):
     name = "eager"
     summary = "PyTorch without compiling; the reference"
     native = False
+    capturable = True
 
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda" and not torch.cuda.is_available():
