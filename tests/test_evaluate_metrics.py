@@ -159,6 +159,17 @@ def test_missing_metrics_are_named_with_a_remedy(subject):
     assert missing == dict.fromkeys(("lpips", "niqe"), "no_such_library not installed; pip install it")
 
 
+def test_a_library_that_breaks_costs_its_own_metric_only(subject):
+    class Broken(metrics.PixelScorer):
+        names = ("lpips",)
+
+        def __init__(self, subject):
+            raise ImportError("libsomething.so is not there")
+
+    scorers, _, missing = available(subject, [Broken, metrics.PixelScorer], [])
+    assert len(scorers) == 1 and "libsomething.so" in missing["lpips"]
+
+
 def test_weights_that_are_not_there_are_missing_and_not_downloaded(tmp_path):
     with pytest.raises(JitExportError, match="weights of LPIPS not on this machine"):
         metrics.require_file(tmp_path / "alexnet.pth", "LPIPS", "get them")

@@ -140,10 +140,15 @@ class FeatureSpace(ABC):
         """Features of one image, [d]."""
 
 
+def device() -> torch.device:
+    """Where metrics run: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def tensor(image: Image.Image) -> Tensor:
-    """RGB in 0..1, [1, 3, H, W], fp32."""
+    """RGB in 0..1, [1, 3, H, W], fp32, where metrics run."""
     array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(array).permute(2, 0, 1)[None]
+    return torch.from_numpy(array).permute(2, 0, 1)[None].to(device())
 
 
 def require(*libraries: str, remedy: str) -> None:
@@ -215,7 +220,7 @@ class VaeEncoder(nn.Module):
             raise InputError("the model has no VAE encoder of blocks", found=type(vae).__name__)
         state = {name.removeprefix("encoder."): t for name, t in vae_tensors(subject) if name.startswith("encoder.")}
         encoder.load_state_dict({name: t.float() for name, t in state.items()}, assign=True)
-        self.first, self.blocks = encoder.conv_in, encoder.down_blocks
+        self.first, self.blocks = encoder.conv_in.to(device()), encoder.down_blocks.to(device())
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -270,7 +275,7 @@ class VaeFeatures(FeatureSpace):
         self.encoder = VaeEncoder(subject)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        return self.encoder(tensor(image))[-1].mean((2, 3))[0].double().numpy()
+        return self.encoder(tensor(image))[-1].mean((2, 3))[0].double().cpu().numpy()
 
 
 class DemoScorer(Scorer):
@@ -313,7 +318,7 @@ class LpipsScorer(Scorer):
         require_file(_checkpoint("alexnet-owt-7be5be79.pth"), "LPIPS's AlexNet", f"where a network is: `{get}` once")
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        self.metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True)
+        self.metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device())
 
     def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
         with torch.inference_mode():
@@ -331,11 +336,11 @@ class InceptionFeatures(FeatureSpace):
         require_file(_checkpoint(file), "FID's Inception", "where a network is: run torch_fidelity once")
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        self.network = FrechetInceptionDistance(feature=2048).inception
+        self.network = FrechetInceptionDistance(feature=2048).inception.to(device())
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         with torch.inference_mode():
-            return self.network((tensor(image) * 255).byte())[0].double().numpy()
+            return self.network((tensor(image) * 255).byte())[0].double().cpu().numpy()
 
 
 class ClipScorer(Scorer):
@@ -349,7 +354,7 @@ class ClipScorer(Scorer):
         require_file(_cached(self.model), f"CLIP ({self.model})", f"where a network is: `hf download {self.model}`")
         from torchmetrics.multimodal import CLIPScore
 
-        self.metric = CLIPScore(self.model)
+        self.metric = CLIPScore(self.model).to(device())
 
     def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
         with torch.inference_mode():
@@ -369,7 +374,7 @@ class ClipIqaScorer(Scorer):
         require_file(found, f"CLIP-IQA's tokenizer ({self.tokens})", f"where a network is: `hf download {self.tokens}`")
         from torchmetrics.multimodal import CLIPImageQualityAssessment
 
-        self.metric = CLIPImageQualityAssessment(model_name_or_path="clip_iqa", data_range=1.0)
+        self.metric = CLIPImageQualityAssessment(model_name_or_path="clip_iqa", data_range=1.0).to(device())
 
     def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
         with torch.inference_mode():
@@ -387,7 +392,7 @@ class NiqeScorer(Scorer):
         require_file(file, "NIQE", "where a network is: `pyiqa.create_metric('niqe')` once")
         import pyiqa
 
-        self.metric = pyiqa.create_metric("niqe", device="cpu")
+        self.metric = pyiqa.create_metric("niqe", device=device())
 
     def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
         return {"niqe": float(self.metric(tensor(image)))}
@@ -455,6 +460,9 @@ def available(
                 if cls is not DemoScorer or subject.manifest.model.name == "demo":
                     reason = error.message + (f"; {error.remedy}" if error.remedy else "")
                     missing.update({name: reason for name in names(cls)})
+            except (ImportError, OSError, RuntimeError, ValueError) as error:  # a library that is there but broken
+                reason = f"{cls.__name__} cannot be used: {type(error).__name__}: {error}"
+                missing.update({name: reason for name in names(cls)})
         return instances
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
