@@ -179,7 +179,8 @@ class Pipeline:
         if self.weights is None:
             raise InputError(
                 "this bundle's engines hold copies of the weights, which cannot be changed",
-                remedy="build with a backend that shares weights (aoti, eager), or build from the changed model",
+                remedy="build with a backend that shares weights (eager, inductor, aoti, onnx), "
+                "or build from the changed model",
             )
         return self.weights
 
@@ -521,7 +522,10 @@ class EngineOpener:
         self.bundle = bundle
         self.backend = registry.backend(manifest.backend)
         if reason := self.backend.missing(self.device):
-            raise BackendUnavailableError(f"backend {self.backend.name} cannot run on {self.device}", found=reason)
+            raise BackendUnavailableError(
+                f"backend {self.backend.name} cannot run on {self.device}", found=reason,
+                expected=f"the GPU that the bundle was built for, {manifest.host.gpu}" if manifest.host.gpu else None,
+            )
         check_host(manifest.host, fingerprint(self.device), self.backend.host_fields)
         self.weights = SharedWeights(bundle.weights(self.device))
         self._adapter: ModelAdapter | None = None

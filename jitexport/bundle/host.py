@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Sequence
 
@@ -9,6 +10,8 @@ import torch
 
 from jitexport.bundle.manifest import HostEntry
 from jitexport.errors import HostMismatchError
+
+logger = logging.getLogger(__name__)
 
 
 def fingerprint(device: torch.device, target: str | None = None) -> HostEntry:
@@ -23,6 +26,7 @@ def fingerprint(device: torch.device, target: str | None = None) -> HostEntry:
         cpu=torch.backends.cpu.get_cpu_capability(),
         cpu_features=tuple(sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True)),
         torch=torch.__version__,
+        threads=torch.get_num_threads(),
         python=platform.python_version(),
         device=device.type,
         cuda=torch.version.cuda if cuda else None,
@@ -33,7 +37,9 @@ def fingerprint(device: torch.device, target: str | None = None) -> HostEntry:
 def check_host(built: HostEntry, here: HostEntry, fields: Sequence[str]) -> None:
     """Compare the fields of the fingerprint that a backend's engines depend on.
 
-    For `cpu` this machine must have every instruction set of the machine that built: compilers use what they find.
+    For `cpu` this machine must have every instruction set of the machine that built: compilers use what they find. Code
+    for CPUs also starts as many threads as the build had. With others here it is as right and may be slower, so that is
+    a warning in the log.
 
     Raises:
         HostMismatchError: naming every field that differs.
@@ -49,4 +55,10 @@ def check_host(built: HostEntry, here: HostEntry, fields: Sequence[str]) -> None
             "the bundle's engines were built for another machine", found="; ".join(found),
             expected="; ".join(expected),
             remedy="build the bundle on this machine, or install the versions it was built with",
+        )
+    if "cpu" in fields and built.device == "cpu" and built.threads not in (None, here.threads):
+        logger.warning(
+            "the bundle's engines were compiled for %d threads and run on as many, this process has %d: set "
+            "OMP_NUM_THREADS=%d where it starts, or build with OMP_NUM_THREADS=%d",
+            built.threads, here.threads, built.threads, here.threads,
         )

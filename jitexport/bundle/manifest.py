@@ -194,7 +194,8 @@ class MethodEntry(_Entry):
 class HostEntry(_Entry):
     """The machine and the versions that the engines were built with.
 
-    `cpu` is torch's name for the vector extensions, `cpu_features` all instruction sets that a compiler may have used.
+    `cpu` is torch's name for the vector extensions, `cpu_features` all instruction sets that a compiler may have used,
+    `threads` what torch had, and compilers for CPUs build in.
     """
 
     system: str
@@ -202,6 +203,7 @@ class HostEntry(_Entry):
     cpu: str
     cpu_features: tuple[str, ...]
     torch: str
+    threads: int | None = Field(default=None, ge=1)
     python: str
     device: Literal["cpu", "cuda"]
     cuda: str | None
