@@ -317,6 +317,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(min=0, max=2**63, help="Image i has seed + i; random by default.")] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale, for models that take one.")] = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="BUNDLE may be OWNER/NAME on a hub, whose engines are native code of that owner."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make images from a bundle."""
@@ -330,7 +334,7 @@ def generate(
         raise InputError("images are written as PNG", found=output.name, expected="a name that ends with .png")
     if seed is None:
         seed = torch.Generator().seed() % 2**32
-    pipe = jitexport.load(bundle)
+    pipe = jitexport.load(bundle, trust=trust)
     started = time.perf_counter()
     images = pipe(
         prompt,

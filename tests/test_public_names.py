@@ -38,7 +38,7 @@ OPTIONS = {
     "build": SCHEDULE
     | {"--backend", "--dtype", "--batch", "--output", "-o", "--device", "--target", "--weights", "--force"},
     "plan": SCHEDULE,
-    "generate": {"bundle", "prompt", "--output", "-o", "--seed", "--num-images", "--guidance", "--json"},
+    "generate": {"bundle", "prompt", "--output", "-o", "--seed", "--num-images", "--guidance", "--trust", "--json"},
     "inspect": {"bundle", "--json"},
     "verify": {"bundle", "--json"},
     "pack": {"bundle", "--output", "-o", "--force", "--json"},

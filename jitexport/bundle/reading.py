@@ -108,7 +108,8 @@ def read_manifest(root: Path) -> Manifest:
     if not root.is_dir() or not os.path.lexists(root / FILE_NAME):
         raise BundleNotFoundError(
             f"no bundle at {root}", found="no directory" if not root.is_dir() else f"a directory without {FILE_NAME}",
-            remedy="`jitexport build -o PATH` makes one; a bundle on a hub needs `jitexport pull`, or trust=True",
+            remedy="`jitexport build -o PATH` makes one; a bundle on a hub needs `jitexport pull`, or trust=True "
+            "(`jitexport generate --trust`)",
         )
     with _plain(root, FILE_NAME) as (file, size):
         if size > MAX_MANIFEST:

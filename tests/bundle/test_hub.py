@@ -196,6 +196,19 @@ def test_load_takes_a_hub_id_with_trust_only(pushed, tmp_path, monkeypatch):
         jitexport.load(tmp_path / "none", trust=True)
 
 
+def test_generate_takes_a_hub_id_with_trust_only(pushed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pull = hub.pull
+    monkeypatch.setattr(hub, "pull", lambda *a, **k: pull(*a, **k, endpoint=pushed.url))
+    refused = CliRunner().invoke(app, ["generate", "me/tiny", "a red fox"])
+    assert isinstance(refused.exception, errors.BundleNotFoundError) and "--trust" in refused.exception.remedy
+    assert pushed.asked == []
+    made = CliRunner().invoke(app, ["generate", "me/tiny", "a red fox", "--trust", "-o", "fox.png"])
+    assert made.stdout == "fox.png\n" and (tmp_path / "fox.png").stat().st_size
+    assert FILE_NAME in pushed.asked
+
+
 def test_command_line(pushed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", pushed.url)
