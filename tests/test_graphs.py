@@ -1,8 +1,8 @@
 """The buffers and the fallbacks of recorded loops, on any machine; real graphs where there is a CUDA device.
 
 Where there is none, a stand-in for the recorder runs the work again at every replay, on the same buffers and into the
-same output tensor, as a graph would. That the loop can be recorded at all is checked with fake CUDA tensors: whatever
-waits for a device, or copies from one to another, raises.
+same output tensor, as a graph would. That the loop can be recorded at all is checked with meta tensors: they have no
+values, so whatever would wait for some (.item(), nonzero, masks) raises, and copies between devices are refused.
 """
 
 import copy
@@ -10,12 +10,21 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import jitexport
+from jitexport import registry
 from jitexport.backends.base import Engine
 from jitexport.errors import InputError
 from jitexport.graphs import CUDARecorder, LoopGraph, Recording
+from jitexport.grid import TokenGrid
+from jitexport.methods.base import Draws
+from jitexport.methods.jit import JiT
 from jitexport.plan import CustomSchedule
+from jitexport.positions import Rotary
+from jitexport.sampler import draw, sample
+from jitexport.schedule import Target, uniform_sigmas
 from jitexport.specs import EngineSpec, TensorSpec
 
 
@@ -192,6 +201,62 @@ def test_an_error_of_the_loop_itself_is_raised():
     graph = LoopGraph(broken, {}, Rerun())
     with pytest.raises(RuntimeError, match="broken engine"):
         graph(loop_inputs(0))
+
+
+# --- nothing in the loop waits for the device ---
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Refuses work on another device than meta, and with it copies from and to it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        leaves, _ = tree_flatten((args, kwargs or {}, result))
+        devices = {t.device.type for t in leaves if isinstance(t, torch.Tensor)}
+        assert devices <= {"meta"}, f"{func} on {devices}"
+        return result
+
+
+def on_meta(method, custom, batch=2, shape=(12, 8), patch=2):
+    """Run a method's loop on meta tensors, which have no values, around an engine that does no more than arithmetic."""
+    grid = TokenGrid(shape)
+    made = registry.method(method[0])(grid, registry.method(method[0]).options(method[1]), patch)
+    schedule = made.schedule(target(custom))
+    latent = (4, shape[0] * patch, shape[1] * patch)
+    drawn = draw(made, schedule, latent, patch, [torch.Generator().manual_seed(s) for s in range(batch)])
+    rotary = Rotary((4, 6, 6), 10000.0, 10)
+    fake = {name: None if value is None else value.to("meta") for name, value in vars(drawn).items()}
+    with OnOneDevice():
+
+        def begin_stage(stage, positions):
+            cos, sin = rotary.tables(positions)
+            return lambda tokens, step: tokens.to(torch.bfloat16) * cos.mean() + sin.mean()
+
+        y = sample(made, schedule, Draws(**fake), begin_stage)
+    assert y.device.type == "meta" and tuple(y.shape) == (batch, grid.tokens, 16)
+
+
+def target(custom):
+    return Target(
+        speedup=4.0, custom=custom, cost=lambda m: m, reference_steps=50, native_sigmas=uniform_sigmas
+    )
+
+
+@pytest.mark.parametrize("method", [("dense", "default"), *(("jit", preset) for preset in JiT.presets)])
+def test_the_loop_never_waits_for_the_device(method):
+    on_meta(method, CustomSchedule((4,), (1.0,)) if method[0] == "dense" else None)
+
+
+@pytest.mark.parametrize("broken", ["item", "to", "mask"])
+def test_waiting_would_be_noticed(broken, monkeypatch):
+    waits = {
+        "item": lambda self, state: state.y * state.y.mean().item(),
+        "to": lambda self, state: state.y + torch.ones(state.y.shape).to(state.y.device),
+        "mask": lambda self, state: state.y[state.y > 0],
+    }
+    monkeypatch.setattr(JiT, "tokens", waits[broken])
+    with pytest.raises(Exception):  # noqa: B017  each in its own way, which torch does not promise
+        on_meta(("jit", "default"), None)
 
 
 # --- a pipeline ---

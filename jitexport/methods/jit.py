@@ -52,29 +52,39 @@ def first_anchors(grid: TokenGrid, m: int, generator: torch.Generator) -> Tensor
 # --- interpolation operator (Algorithm 2) ----------------------------------------------------------------------------
 
 
-def nearest_anchor(grid: TokenGrid, anchors: Tensor, chunk: int = 4096) -> Tensor:
+def nearest_anchor(grid: TokenGrid, anchors: Tensor, at_once: int = 2**20) -> Tensor:
     """Position in the anchor list of the anchor nearest to each token, Euclidean on the grid (Algorithm 2, step 1).
 
-    Ties go to the lowest position in the list, as in the released code.
+    Ties go to the lowest position in the list, as in the released code. Takes N (H + W) operations instead of the N m
+    of all distances: on a grid, the minimum over all anchors can be taken one axis after the other.
 
     Args:
         anchors: token indices, [B, m].
-        chunk: tokens treated at once, which bounds memory by B * chunk * m.
+        at_once: keys treated at once, which bounds memory.
 
     Returns:
         [B, N], int64, values in 0 .. m - 1.
     """
     batch, m = anchors.shape
+    device = anchors.device
     if m == grid.tokens:
         return anchors.argsort(dim=1)  # each token is its own anchor
-    # argmin_j |p - a_j|^2 = argmin_j |a_j|^2 - 2 p.a_j. Times m plus j, all keys of a token differ, and the lowest j
-    # wins a tie. They are integers far below 2^53, so fp64 is exact, and one matrix product makes them all.
-    p = grid.coordinates(anchors.device).double()
-    a = p[anchors].transpose(1, 2)  # [B, d, m]
-    order = torch.arange(m, device=anchors.device, dtype=p.dtype).expand(batch, 1, -1)
-    key = torch.cat([-2 * m * a, m * a.square().sum(1, keepdim=True) + order], dim=1)  # [B, d + 1, m]
-    p = torch.cat([p, p.new_ones(grid.tokens, 1)], dim=1)  # [N, d + 1]
-    return torch.cat([(part @ key).argmin(-1) for part in p.split(chunk)], dim=1)
+    # The key of token p and anchor j is |p - a_j|^2 m + j: the smallest one has the smallest distance, and among equal
+    # ones the lowest j. Squared distances are sums over axes, so min_j key = min_row (row distance + min_column (...)).
+    far = m * (1 + sum((n - 1) ** 2 for n in grid.shape))  # more than any key
+    dtype = torch.int32 if 2 * far < 2**31 else torch.int64  # whole numbers: exact
+    order = torch.arange(m, device=device, dtype=dtype).expand(batch, -1)
+    key = torch.full((batch, grid.tokens), far, device=device, dtype=dtype).scatter_(1, anchors, order)
+    key = grid.unflatten(key)  # [B, *shape]
+    rows_at_once = max(1, at_once // key.numel())
+    for axis, n in enumerate(grid.shape, start=1):
+        place = torch.arange(n, device=device, dtype=dtype)
+        distance = (place[:, None] - place).square() * m  # [to, from]
+        key = key.movedim(axis, 1).unsqueeze(1)  # [B, 1, from, ...]
+        distance = distance.reshape(1, n, n, *[1] * (key.dim() - 3))
+        nearest = [(key + part).amin(2) for part in distance.split(rows_at_once, dim=1)]
+        key = torch.cat(nearest, dim=1).movedim(1, axis)
+    return (key % m).reshape(batch, grid.tokens).long()
 
 
 def reflect(index: Tensor, n: int) -> Tensor:
@@ -86,19 +96,23 @@ def reflect(index: Tensor, n: int) -> Tensor:
     return torch.minimum(index, period - index)
 
 
-def blur_matrix(n: int, sigma: float, radius: int) -> Tensor:
-    """Gaussian blur along an axis of n tokens with reflect padding, as a matrix: [n, n], rows sum to 1, fp32."""
-    offsets = torch.arange(-radius, radius + 1)
+def blur_matrix(n: int, sigma: float, radius: int, device: torch.device | str | None = None) -> Tensor:
+    """Gaussian blur along an axis of n tokens with reflect padding, as a matrix: [n, n], rows sum to 1, fp32.
+
+    Made on the device that uses it: a copy to a GPU could not be recorded in a CUDA graph.
+    """
+    offsets = torch.arange(-radius, radius + 1, device=device)
     weights = torch.exp(-0.5 * (offsets.double() / sigma) ** 2)
     weights /= weights.sum()
-    source = reflect(torch.arange(n)[:, None] + offsets, n)  # [n, 2 * radius + 1]
-    return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, source, weights.expand(n, -1)).float()
+    place = torch.arange(n, device=device)
+    source = reflect(place[:, None] + offsets, n)  # [n, 2 * radius + 1]
+    return torch.where(source[:, :, None] == place, weights[:, None], 0.0).sum(1).float()
 
 
-def mean_matrix(n: int, window: int) -> Tensor:
+def mean_matrix(n: int, window: int, device: torch.device | str | None = None) -> Tensor:
     """Mean over a window along an axis with zero padding that is counted, as a matrix: [n, n], fp32."""
-    distance = (torch.arange(n)[:, None] - torch.arange(n)).abs()
-    return (distance <= window // 2).float() / window
+    place = torch.arange(n, device=device)
+    return ((place[:, None] - place).abs() <= window // 2).float() / window
 
 
 def separable(grid: TokenGrid, matrices: tuple[Tensor, ...], y: Tensor) -> Tensor:
@@ -278,7 +292,6 @@ class JiT(Method[JiTState]):
             self.settings = JiTOptions(**options)
         except TypeError as error:
             raise InputError("unknown JiT option", found=str(error), expected=list(asdict(_PAPER))) from None
-        self.mean = tuple(mean_matrix(n, self.settings.window) for n in grid.shape)
 
     @classmethod
     def options(cls, preset: str) -> dict[str, Any]:
@@ -314,7 +327,7 @@ class JiT(Method[JiTState]):
     def lifter(self, anchors: Tensor) -> Lifter:
         """The lifter of a set of anchors [B, m]."""
         sigma, radius = self.blur_radius(anchors.shape[1] / self.grid.tokens)
-        blur = tuple(blur_matrix(n, sigma, radius).to(anchors.device) for n in self.grid.shape)
+        blur = tuple(blur_matrix(n, sigma, radius, anchors.device) for n in self.grid.shape)
         return Lifter(self.grid, anchors, nearest_anchor(self.grid, anchors), blur)
 
     def start(self, draws: Draws, stage: Stage) -> JiTState:
@@ -329,7 +342,7 @@ class JiT(Method[JiTState]):
         self, state: JiTState, stage: Stage, sigma: float, preview: Preview | None = None
     ) -> JiTState:
         """ITA, then DMF for the tokens that it activates, at the noise level of the step about to run."""
-        mean = tuple(m.to(state.y.device) for m in self.mean)
+        mean = tuple(mean_matrix(n, self.settings.window, state.y.device) for n in self.grid.shape)
         anchors, new = activate(state.lift.anchors, importance(self.grid, mean, state.velocity), stage.tokens)
         prior = state.lift(state.clean)  # Phi, with the anchors that predicted it
         target = microflow_target(gather_tokens(prior, new), gather_tokens(state.noise, new), sigma)

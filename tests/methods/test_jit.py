@@ -169,6 +169,7 @@ def test_ties_go_to_the_lowest_position_in_the_list():
 
 @given(st.data())
 def test_nearest_anchor_against_a_loop(data):
+    """Every token with every anchor, on grids of two and three axes; the first of equally near anchors wins."""
     shape = data.draw(st.tuples(*[st.integers(1, 6)] * data.draw(st.integers(2, 3))))
     grid = TokenGrid(shape)
     m = data.draw(st.integers(1, grid.tokens))
@@ -178,7 +179,7 @@ def test_nearest_anchor_against_a_loop(data):
     for p in points:
         squared = [sum((x - y) ** 2 for x, y in zip(p, points[a], strict=True)) for a in anchors[0].tolist()]
         expected.append(squared.index(min(squared)))
-    assert nearest_anchor(grid, anchors, chunk=data.draw(st.integers(1, 50)))[0].tolist() == expected
+    assert nearest_anchor(grid, anchors, at_once=data.draw(st.integers(1, 2000)))[0].tolist() == expected
 
 
 def test_nearest_anchor_is_exact_on_a_large_video_grid():
@@ -189,6 +190,29 @@ def test_nearest_anchor_is_exact_on_a_large_video_grid():
     points = grid.coordinates()
     squared = (points[rows][:, None] - points[anchors[0]][None]).square().sum(-1)
     assert nearest_anchor(grid, anchors)[0, rows].tolist() == squared.numpy().argmin(-1).tolist()  # numpy: the first
+
+
+@pytest.mark.parametrize(("shape", "m"), [((64, 64), 1433), ((5, 20, 30), 40), ((1, 50), 1)])
+def test_nearest_anchor_is_the_minimum_over_all_distances(shape, m):
+    """At the size of FLUX's first stage, two images at once, with anchors in any order."""
+    grid = TokenGrid(shape)
+    anchors = torch.stack([torch.randperm(grid.tokens, generator=seeded(s))[:m] for s in range(2)])
+    points = grid.coordinates().numpy()
+    for found, mine in zip(nearest_anchor(grid, anchors), anchors.numpy(), strict=True):
+        squared = sum((points[:, None, i] - points[mine][None, :, i]) ** 2 for i in range(len(shape)))
+        assert np.array_equal(found.numpy(), squared.argmin(-1))  # numpy: the first
+
+
+def test_nearest_anchor_of_100_000_tokens_needs_no_distance_matrix():
+    """35,000 anchors: all distances would be 3.5 billion numbers, the keys here are at most 8 million at once."""
+    grid = TokenGrid((25, 64, 64))
+    anchors = torch.randperm(grid.tokens, generator=seeded(0))[:35_840].sort().values[None]
+    found = nearest_anchor(grid, anchors)[0]
+    points = grid.coordinates()
+    rows = torch.randint(grid.tokens, (50,), generator=seeded(1))
+    squared = (points[rows][:, None] - points[anchors[0]][None]).square().sum(-1)
+    assert found[rows].tolist() == squared.numpy().argmin(-1).tolist()
+    assert torch.equal(found[anchors[0]], torch.arange(35_840))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10])
@@ -360,7 +384,7 @@ def test_transition_activates_the_most_important_and_moves_only_them(shape, pres
     state = method.step(start(method, few), torch.randn(2, few, 3, generator=seeded(9)), 0.9, 0.6)
     after = method.transition(state, Stage(0, more, 1), 0.6)
     weight = 1.0 if preset == "paper" else 1 / 3
-    score = importance(method.grid, method.mean, state.velocity)
+    score = importance(method.grid, tuple(mean_matrix(n, 3) for n in shape), state.velocity)
     prior = state.lift(state.clean)
     for b in range(2):
         old, now = set(state.lift.anchors[b].tolist()), set(after.lift.anchors[b].tolist())
