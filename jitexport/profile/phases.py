@@ -25,7 +25,8 @@ class Span:
     """A stretch of one image's time.
 
     Attributes:
-        phase: text, condition, draw, the stage's name (a run of its engine), transition, lift, decode or image.
+        phase: text, condition, draw, the stage's name (a run of its engine), transition, preview (an engine that a
+            transition runs), lift, decode or image.
         start, end: seconds since the image began.
         step: of the denoising loop; None outside it.
     """
@@ -165,13 +166,13 @@ class Recorder:
     def _loop(self, runs: Sequence[Span], begin: float) -> list[Span]:
         """Spans of the loop: what lies before a stage's first engine run is its transition, the rest are lifts."""
         spans = []
-        for stage in self.schedule.stages:
+        for stage, steps in self.schedule:
             before = "transition"
-            for step in self.schedule.steps_of(stage):
+            for step, _, _ in steps:
                 end = self.step_ends[step]
                 for run in [r for r in runs if begin <= r.start < end]:
-                    spans += [Span(before, begin, run.start, step), Span(stage.name, run.start, run.end, step)]
-                    before, begin = "lift", run.end
+                    spans += [Span(before, begin, run.start, step), replace(run, step=step)]
+                    before, begin = "lift" if run.phase == stage.name else before, run.end
                 spans.append(Span(before, begin, end, step))
                 before, begin = "lift", end
         return spans
@@ -229,11 +230,12 @@ def profile_pipeline(
     peak = {"process": memory.process(), "gpu": memory.gpu()}
     ceiling = max(ceiling, matmul_rate(pipe.dtype, pipe.device))
 
-    stages = {s.name: s for s in pipe.schedule.stages}
-    names = ["text", "condition", "draw", *stages, "transition", "lift", "decode", "image"]
+    stages = {s.name: s for s in pipe.schedule.engines}
+    inner = [*stages, "preview"] if "preview" in pipe.engines else [*stages]  # engines that the loop runs
+    names = ["text", "condition", "draw", *inner, "transition", "lift", "decode", "image"]
     sums = [{name: sum(s.seconds for s in spans if s.phase == name) for name in names} for spans in images]
     for one in sums:
-        one["denoise"] = sum(one[name] for name in ("draw", *stages, "transition", "lift"))
+        one["denoise"] = sum(one[name] for name in ("draw", *inner, "transition", "lift"))
     phases = {name: Timing.of([one[name] for one in sums]) for name in (*names, "denoise")}
 
     runs: dict[str, list[float]] = {}
@@ -241,7 +243,7 @@ def profile_pipeline(
         for span in spans:
             runs.setdefault(span.phase, []).append(span.seconds)
     engines = []
-    for name in ("text", "condition", *stages, "decode"):
+    for name in ("text", "condition", *inner, "decode"):
         timing = Timing.of(runs[name])
         rate = flops[name] / timing.median if name in flops else None
         engines.append(
@@ -269,7 +271,7 @@ def profile_pipeline(
         phases=phases,
         engines=engines,
         steps=_steps(images, pipe),
-        overhead=statistics.median(1 - sum(one[s] for s in stages) / one["denoise"] for one in sums),
+        overhead=statistics.median(1 - sum(one[name] for name in inner) / one["denoise"] for one in sums),
         speedup=realised,
         ceiling=ceiling,
         peak_memory=peak,
@@ -280,12 +282,12 @@ def profile_pipeline(
 def _steps(images: Sequence[Sequence[Span]], pipe: Pipeline) -> list[StepTiming]:
     """Engine and loop seconds of each step over all images; a stage's first step has its transition in the loop."""
     found = []
-    for stage in pipe.schedule.stages:
-        for step in pipe.schedule.steps_of(stage):
+    for stage, steps in pipe.schedule:
+        for step, sigma, _ in steps:
             inside = [[s for s in spans if s.step == step] for spans in images]
             engine = [sum(s.seconds for s in spans if s.phase == stage.name) for spans in inside]
             loop = [sum(s.seconds for s in spans if s.phase != stage.name) for spans in inside]
-            found.append(StepTiming(step, stage.name, pipe.schedule.sigmas[step], Timing.of(engine), Timing.of(loop)))
+            found.append(StepTiming(step, stage.name, sigma, Timing.of(engine), Timing.of(loop)))
     return found
 
 

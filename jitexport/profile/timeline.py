@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ COLOURS = {
     "condition": "#807dba",
     "draw": "#fdd0a2",
     "transition": "#e6550d",
+    "preview": "#a63603",
     "lift": "#fd8d3c",
     "decode": "#41ab5d",
     "image": "#a1d99b",
@@ -64,7 +66,7 @@ def _rows(profile: Profile) -> list[tuple[str, list[str]]]:
     return [
         ("text, condition, draw", ["text", "condition", "draw"]),
         *((f"{e.name}: {e.tokens} tokens", [e.name]) for e in stages),
-        ("loop: lifts, transitions", ["lift", "transition"]),
+        ("loop: lifts, transitions", ["lift", "transition", "preview"]),
         ("decode", ["decode"]),
         ("image, PNG", ["image"]),
     ]
@@ -102,9 +104,9 @@ def _steps(axis: Any, profile: Profile) -> None:
     engine = [s.engine.median * 1e3 for s in profile.steps]
     axis.bar(steps, engine, color=[colours[s.stage] for s in profile.steps], width=0.8)
     axis.bar(steps, [s.loop.median * 1e3 for s in profile.steps], bottom=engine, color=COLOURS["lift"], width=0.8)
-    for stage in dict.fromkeys(s.stage for s in profile.steps):
+    for stage, run in groupby(profile.steps, key=lambda s: s.stage):
         e = engines[stage]
-        inside = [s.step for s in profile.steps if s.stage == stage]
+        inside = [s.step for s in run]
         label = f"{e.tokens} tokens\n{e.run.median * 1e3:.1f} ms"
         if e.flops is not None and e.ceiling_share is not None:
             floor = e.run.median * e.ceiling_share * 1e3
