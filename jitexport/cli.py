@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -282,17 +283,19 @@ def plan(
         soft_wrap=True,
     )
     table = Table("stage", "steps", "tokens", "share", "TFLOP/step", "TFLOP", "sigma from", "to")
-    for stage, steps_of_stage in made.schedule:
-        step = made.cost(stage.tokens) / 1e12
+    for stage, runs in groupby(made.schedule, key=lambda run: run[0].index):  # stages in a row on one engine
+        stages, steps_of_stages = zip(*runs, strict=True)
+        count, tokens = sum(s.steps for s in stages), stages[0].tokens
+        step = made.cost(tokens) / 1e12
         table.add_row(
-            str(stage.index),
-            str(stage.steps),
-            str(stage.tokens),
-            f"{stage.tokens / made.grid_tokens:.0%}",
+            str(stage),
+            str(count),
+            str(tokens),
+            f"{tokens / made.grid_tokens:.0%}",
             _tera(step),
-            _tera(step * stage.steps),
-            f"{steps_of_stage[0].sigma:.3f}",
-            f"{steps_of_stage[-1].sigma_next:.3f}",
+            _tera(step * count),
+            f"{steps_of_stages[0][0].sigma:.3f}",
+            f"{steps_of_stages[-1][-1].sigma_next:.3f}",
         )
     table.add_section()
     if made.preview:

@@ -33,6 +33,8 @@ METHODS = {
     "dense": "jitexport.methods.dense:Dense",
     "jit": "jitexport.methods.jit:JiT",
     "ralu": "jitexport.methods.ralu:RALU",
+    "bottleneck": "jitexport.methods.bottleneck:Bottleneck",
+    "ras": "jitexport.methods.ras:RAS",
 }
 
 #: Ways of running a stage module.

@@ -35,14 +35,18 @@ KERNELS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 }
 
 
-def enlarging_matrix(n: int, kernel: str) -> Tensor:
-    """Interpolation of n pixels to 2 n along an axis, the border repeated: [2 n, n], rows sum to 1, fp32."""
+def enlarging_matrix(n: int, kernel: str, device: torch.device | str | None = None) -> Tensor:
+    """Interpolation of n pixels to 2 n along an axis, the border repeated: [2 n, n], rows sum to 1, fp32.
+
+    Made on the device that uses it: a copy to a GPU could not be recorded in a CUDA graph.
+    """
     reach, weight = KERNELS[kernel]
-    centre = (torch.arange(2 * n, dtype=torch.float64) + 0.5) / 2 - 0.5
-    taps = centre.floor().long()[:, None] + torch.arange(1 - reach, reach + 1)  # [2 n, 2 * reach]
+    centre = (torch.arange(2 * n, dtype=torch.float64, device=device) + 0.5) / 2 - 0.5
+    taps = centre.floor().long()[:, None] + torch.arange(1 - reach, reach + 1, device=device)  # [2 n, 2 * reach]
     weights = weight(taps - centre[:, None])
     weights = weights / weights.sum(1, keepdim=True)
-    return torch.zeros(2 * n, n, dtype=torch.float64).scatter_add_(1, taps.clamp(0, n - 1), weights).float()
+    place = torch.arange(n, device=device)
+    return torch.where(taps.clamp(0, n - 1)[:, :, None] == place, weights[:, :, None], 0.0).sum(1).float()
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Resampler:
     def up(self, y: Tensor) -> Tensor:
         """Interpolate: [B, N / 4, C] -> [B, N, C]."""
         x = unpack(y, self.coarse, self.patch)
-        rows, columns = (enlarging_matrix(n, self.kernel).to(x) for n in x.shape[-2:])
+        rows, columns = (enlarging_matrix(n, self.kernel, x.device) for n in x.shape[-2:])
         return pack((rows @ x @ columns.T).contiguous(), self.patch)
 
     def down(self, y: Tensor) -> Tensor:

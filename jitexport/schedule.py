@@ -202,6 +202,22 @@ def uniform_sigmas(n: int) -> tuple[float, ...]:
     return (*np.linspace(1, 1 / n, n).tolist(), 0.0)
 
 
+def spaced_sigmas(first: float, last: float, n: int, shift: float) -> tuple[float, ...]:
+    """Noise levels of n steps from `first` to `last`, n + 1 values, even before a shift.
+
+    Schedules of flow-matching models are even ones shifted by sigma = h u / (1 + (h - 1) u).
+    """
+    ends = [x / (shift - (shift - 1) * x) for x in (first, last)]
+    inner = np.linspace(*ends, n + 1)[1:-1]
+    return (first, *(shift * inner / (1 + (shift - 1) * inner)).tolist(), last)
+
+
+def own_shift(native: Callable[[int], tuple[float, ...]]) -> float:
+    """The shift of a model's own noise levels, from the middle one of two steps, which is h / (1 + h)."""
+    middle = native(2)[1]
+    return middle / (1 - middle)
+
+
 def timesteps(kind: dict[str, Any], n: int, native: Callable[[int], tuple[float, ...]]) -> tuple[float, ...]:
     """Noise levels by an option: {"kind": "beta", "alpha", "beta"}, {"kind": "uniform"} or {"kind": "native"}.
 

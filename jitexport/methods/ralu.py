@@ -30,6 +30,8 @@ from jitexport.schedule import (
     StageSchedule,
     Target,
     number,
+    own_shift,
+    spaced_sigmas,
     split_steps,
     stage_cost,
     too_fast,
@@ -112,9 +114,7 @@ def matched_sigmas(
     starts = [0.0, *(restart(e, c) for e in ends[:-1])]
     sigmas: list[float] = []
     for n, s, e, shift in zip(steps, starts, ends, h, strict=True):
-        first, last = (x / (shift - (shift - 1) * x) for x in (1 - s, 1 - e))
-        even = np.linspace(first, last, n + 1)[:-1]
-        sigmas += (shift * even / (1 + (shift - 1) * even)).tolist()
+        sigmas += spaced_sigmas(1 - s, 1 - e, n, shift)[:-1]
     return (*sigmas, 0.0), tuple(1 - e for e in ends)
 
 
@@ -179,8 +179,8 @@ class RALUOptions:
         kernel: interpolation of the enlargement, one of `jitexport.resample.KERNELS`. Noise is correlated for nearest
             neighbours, and white, with the same signal-to-noise ratio, for the others (C.1).
         unit: what is enlarged: "pixel" of the latents, or "token", each channel on its own (released code).
-        positions: of coarse tokens: "coarse" counts cells, as a smaller picture would; "corner" and "centre" are places
-            in the full grid.
+        positions: of coarse tokens: "coarse" counts cells, as a smaller picture would (the paper, on FLUX.1-dev);
+            "corner" and "centre" are places in the full grid. Which one a model takes, its training decides.
         kept: noise of the tokens that are not enlarged at a change: "matched" brings them to the same noise level,
             "unit" adds as much as the enlarged ones get (released code).
 
@@ -195,7 +195,7 @@ class RALUOptions:
     ratio: float | None = None
     kernel: str = "nearest"
     unit: Literal["pixel", "token"] = "pixel"
-    positions: Literal["coarse", "corner", "centre"] = "coarse"
+    positions: Literal["coarse", "corner", "centre"] = "centre"
     kept: Literal["matched", "unit"] = "matched"
 
     def __post_init__(self) -> None:
@@ -216,8 +216,12 @@ class RALUOptions:
             )
 
 
+# The paper's method, but positions that the demo model takes, and pixels enlarged as pixels, not tokens as tokens: on
+# 4 prompts at 5x the first is worth 2.2 dB (to 50 dense steps), the second 0.2 dB.
 _DEFAULT = RALUOptions(timesteps={"kind": "matched", "shift": None})
-_PAPER = replace(_DEFAULT, timesteps={"kind": "matched", "shift": 3.0}, published=True, unit="token")
+_PAPER = replace(
+    _DEFAULT, timesteps={"kind": "matched", "shift": 3.0}, published=True, unit="token", positions="coarse"
+)
 
 PRESETS = {
     "default": _DEFAULT,
@@ -328,10 +332,7 @@ class RALU(Method[RALUState]):
                 if (setting.steps, setting.ends) == (tuple(steps), tuple(ends)):
                     return setting.h, setting.c
         own = self.settings.timesteps["shift"]
-        if own is None:  # two of the model's own steps meet at h / (1 + h)
-            middle = target.native_sigmas(2)[1]
-            own = middle / (1 - middle)
-        return match_timesteps(steps, ends, own)
+        return match_timesteps(steps, ends, own_shift(target.native_sigmas) if own is None else own)
 
     def _custom(self, target: Target) -> tuple[tuple[int, ...], int, tuple[float, ...]]:
         steps, ratios = target.custom.steps, target.custom.ratios
