@@ -58,8 +58,8 @@ RECIPES = {
     "ralu-7x": Recipe("ralu", 7),
     "bottleneck-5x": Recipe("bottleneck", 5),
     "bottleneck-7x": Recipe("bottleneck", 7),
-    "ras-2x": Recipe("ras", 2),
     "ras-3x": Recipe("ras", 3),
+    "ras-5x": Recipe("ras", 5),
 }
 
 
