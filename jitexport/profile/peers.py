@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
-from jitexport.bundle.manifest import Manifest
 from jitexport.errors import InputError
 from jitexport.profile.phases import Profile, engine_flops, profile_call, profile_pipeline
 from jitexport.specs import DTYPES
+
+if TYPE_CHECKING:
+    from jitexport.bundle.manifest import Manifest
 
 #: What `--against` takes, and what it is.
 PEERS: dict[str, str] = {

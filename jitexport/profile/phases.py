@@ -8,16 +8,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from jitexport.backends.base import Engine
-from jitexport.bundle.manifest import Manifest
 from jitexport.png import encode_png
 from jitexport.profile.measure import PeakMemory, Timing, matmul_rate, now
 from jitexport.runtime import Pipeline
+
+if TYPE_CHECKING:
+    from jitexport.bundle.manifest import Manifest
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,458 @@
+"""What a GPU does with FLUX.1-dev: ceilings, the ordinary pipeline, and this package's engines, in one command.
+
+    python scripts/gpu_report.py            # at most 9 minutes; run again for the parts that it had no time for
+
+The transformer has FLUX.1-dev's configuration and random bf16 weights made on the device (11.9 billion parameters, 24
+GB), at 1024 x 1024 with 512 text tokens: no checkpoint, no network. Random weights take as long as trained ones.
+
+Needs torch 2.11 or newer, numpy, scipy, pillow, rich, safetensors, tokenizers and transformers as they come with many
+images, and diffusers, whose wheel is pure Python (with importlib_metadata). Not pydantic, not torchao.
+
+Every part has an estimate and is left out, with the reason, when less than that is left. Results are kept in --out
+after each part, and a part that has one is not run again.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from jitexport import registry
+from jitexport.backends.base import Engine
+from jitexport.backends.eager import as_engine
+from jitexport.graphs import CUDARecorder
+from jitexport.methods.base import Draws
+from jitexport.models.sources import ModelSource, config_adapter, find_source
+from jitexport.plan import Plan, plan
+from jitexport.profile.measure import Timing, conditions, copy_rate, matmul_rate, now
+from jitexport.runtime import Condition, Pipeline
+
+err = Console(stderr=True, highlight=False)
+SPEEDUPS = {"dense": 1.0, "4x": 4.0, "7x": 7.0}
+OLDEST_TORCH = (2, 11)
+FP8_LARGEST = 448.0  # of float8_e4m3fn
+
+TINY = {
+    "transformer": {
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": [4, 6, 6],
+    },
+    "settings": {"height": 192, "width": 128, "max_sequence_length": 16, "num_inference_steps": 50},
+}
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+def source(config: str) -> ModelSource:
+    """FLUX.1-dev as it is, or a tiny model of its kind that shows that everything runs."""
+    flux = find_source("flux")
+    if config == "flux":
+        return flux
+    transformer = flux.configs["transformer"] | TINY["transformer"]
+    return dataclasses.replace(
+        flux, configs=flux.configs | {"transformer": transformer}, settings=flux.settings | TINY["settings"]
+    )
+
+
+@torch.no_grad()
+def fill(module: nn.Module, device: torch.device) -> None:
+    """Random weights on the device for a module on meta; norms keep their scale, so that activations stay finite."""
+    module.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+
+
+# --- fp8 ----------------------------------------------------------------------------------------------------------
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x [.., K] in fp8 and their scales [.., 1], fp32: x is about their product."""
+    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / FP8_LARGEST
+    return (x.float() / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn), scale
+
+
+class Float8Linear(nn.Module):
+    """A linear layer with fp8 weights, a scale per output, and activations quantised as they come, a scale per row."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.bias = linear.bias
+        self.quantised, scale = quantise(linear.weight.detach())  # [N, K], [N, 1]
+        self.scale = scale.T.contiguous()  # [1, N]
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scale = quantise(x.flatten(0, -2))
+        y = torch._scaled_mm(
+            rows, self.quantised.T, scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True
+        )
+        return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
+
+
+def quantise_blocks(transformer: nn.Module) -> None:
+    """Make the linear layers of all blocks fp8, but not the modulation's, which run once per image."""
+    for blocks in (transformer.transformer_blocks, transformer.single_transformer_blocks):
+        for name, module in list(blocks.named_modules()):
+            if isinstance(module, nn.Linear) and "norm" not in name:
+                parent, _, leaf = name.rpartition(".")
+                setattr(blocks.get_submodule(parent), leaf, Float8Linear(module))
+
+
+def has_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """The model on the device, and what is measured on it."""
+
+    def __init__(self, config: str, device: torch.device, engine: str, repeats: int) -> None:
+        self.device = device
+        self.engine = engine
+        self.repeats = repeats
+        self.source = source(config)
+        self.dtype = torch.bfloat16
+
+    @cached_property
+    def adapter(self) -> Any:
+        adapter = config_adapter(self.source, self.dtype)
+        fill(adapter.components["transformer"], self.device)
+        return adapter
+
+    @property
+    def transformer(self) -> Any:
+        return self.adapter.components["transformer"]
+
+    def timed(self, run: Callable[[], object], repeats: int) -> dict[str, float]:
+        """Seconds of a run, after one that is not counted, and the most memory that the GPU held meanwhile."""
+        run()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        seconds = []
+        for _ in range(repeats):
+            start = now(self.device)
+            run()
+            seconds.append(now(self.device) - start)
+        found = dataclasses.asdict(Timing.of(seconds)) | {"repeats": repeats}
+        if self.device.type == "cuda":
+            found["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        return found
+
+    # --- parts ---
+
+    def ceilings(self) -> dict[str, float]:
+        """What the chip does at best: matrix products and copies."""
+        size = 2**31 if self.device.type == "cuda" else 2**26
+        found = {"bf16_tflops": matmul_rate(self.dtype, self.device) / 1e12,
+                 "copy_tbs": copy_rate(self.device, size) / 1e12}  # fmt: skip
+        if has_fp8(self.device):
+            found["fp8_tflops"] = self.fp8_rate() / 1e12
+        return found
+
+    def fp8_rate(self, n: int = 8192) -> float:
+        x, w = (quantise(torch.randn(n, n, device=self.device)) for _ in range(2))
+        scale = w[1].T.contiguous()
+
+        def product() -> Tensor:
+            return torch._scaled_mm(
+                x[0], w[0].T, scale_a=x[1], scale_b=scale, out_dtype=self.dtype, use_fast_accum=True
+            )
+
+        product()
+        start = now(self.device)
+        for _ in range(20):
+            product()
+        return 20 * 2 * n**3 / (now(self.device) - start)
+
+    def diffusers(self, compiled: bool) -> dict[str, float]:
+        """The ordinary denoising loop, 50 steps on diffusers' own transformer."""
+        adapter, transformer, device = self.adapter, self.transformer, self.device
+        config, geometry = transformer.config, adapter.geometry
+        text = geometry.rotary.text_tokens
+        rows, columns = geometry.grid.shape
+        ids = torch.zeros(rows, columns, 3, device=device, dtype=self.dtype)
+        ids[..., 1] += torch.arange(rows, device=device)[:, None]
+        ids[..., 2] += torch.arange(columns, device=device)
+        fixed = {
+            "guidance": torch.full([1], 3.5, device=device) if config.guidance_embeds else None,
+            "pooled_projections": torch.randn(1, config.pooled_projection_dim, device=device, dtype=self.dtype),
+            "encoder_hidden_states": torch.randn(1, text, config.joint_attention_dim, device=device, dtype=self.dtype),
+            "txt_ids": torch.zeros(text, 3, device=device, dtype=self.dtype),
+            "img_ids": ids.flatten(0, 1),
+            "return_dict": False,
+        }
+        steps = adapter.defaults.num_inference_steps
+        sigmas = adapter.native_sigmas(steps)
+        times = torch.tensor(sigmas, device=device, dtype=self.dtype)
+        if compiled:
+            transformer.compile_repeated_blocks(dynamic=False)
+
+        @torch.inference_mode()
+        def loop() -> None:
+            y = torch.randn(1, geometry.grid.tokens, geometry.channels, device=device, dtype=self.dtype)
+            for i in range(steps):
+                velocity = transformer(hidden_states=y, timestep=times[i : i + 1], **fixed)[0]
+                y = (y.float() + (sigmas[i + 1] - sigmas[i]) * velocity.float()).to(self.dtype)
+
+        try:
+            return self.timed(loop, max(1, self.repeats // 2))
+        finally:
+            for module in transformer.modules():
+                module._compiled_call_impl = None
+
+    def ours(self, speedup: float, graphs: bool, fp8: bool = False) -> dict[str, Any]:
+        """This package's denoising loop, and its engines alone, each run as often as the loop runs it."""
+        if fp8 and not any(isinstance(m, Float8Linear) for m in self.transformer.modules()):
+            quantise_blocks(self.transformer)
+        made = plan(self.adapter, speedup=speedup)
+        pipe = self.pipeline(made, graphs)
+        with torch.inference_mode():
+            condition = self.condition(pipe)
+            draws = pipe.draw([torch.Generator().manual_seed(0)])
+            draws = Draws(*(None if t is None else t.to(self.device) for t in vars(draws).values()))
+            found: dict[str, Any] = self.timed(lambda: pipe.denoise(condition, draws), self.repeats)
+            engines = 0.0
+            for stage in made.schedule.stages:
+                step = self.engine_seconds(pipe, stage.name, condition, graphs)
+                found[f"{stage.name}_ms"] = step * 1e3
+                engines += stage.steps * step
+        level = None if pipe.graph is None else pipe.graph.level
+        return found | {
+            "engines": engines,
+            "around_engines": found["median"] / engines - 1,
+            "graphs": level,
+            "tflop": made.tflops,
+            "tflops": made.tflops / found["median"],
+            "predicted_speedup": made.predicted_speedup,
+        }
+
+    def pipeline(self, made: Plan, graphs: bool) -> Pipeline:
+        adapter = self.adapter
+        specs = adapter.specs(made.schedule, 1, "bf16")
+        compiled = self.engine == "blocks"
+        modules = {s.name: adapter.module(s.name) for s in specs if s.name == "condition" or s.name.startswith("stage")}
+        if compiled:
+            compile_blocks([m for name, m in modules.items() if name != "condition"])
+        return Pipeline(
+            engines={s.name: Engine(s, as_engine(modules[s.name]), self.device) for s in specs if s.name in modules},
+            method=registry.method(made.method)(adapter.geometry.grid, made.options, adapter.geometry.patch),
+            schedule=made.schedule,
+            geometry=adapter.geometry,
+            defaults=adapter.defaults,
+            tokenizers=[],
+            batch_size=1,
+            dtype=self.dtype,
+            device=self.device,
+            cuda_graphs=graphs,
+        )
+
+    def condition(self, pipe: Pipeline) -> Condition:
+        """Of random embeddings."""
+        engine = pipe.engines["condition"]
+        known = {"sigmas": torch.tensor(pipe.schedule.sigmas[:-1]), "guidance": torch.full((1,), 3.5)}
+        given = [known.get(s.name, torch.randn(s.shape, dtype=self.dtype)).to(self.device) for s in engine.spec.inputs]
+        modulation, *static = engine(*given)
+        return Condition(modulation, {s.name: v for s, v in zip(engine.spec.outputs[1:], static, strict=True)})
+
+    def engine_seconds(self, pipe: Pipeline, name: str, condition: Condition, graphs: bool) -> float:
+        """Seconds of one run of an engine among runs of nothing else."""
+        engine = pipe.engines[name]
+        known = {"modulation": condition.modulation[0], **condition.static}
+        kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
+        given = [
+            known[s.name] if s.name in known else torch.randn(s.shape, device=self.device).to(kinds[s.dtype])
+            for s in engine.spec.inputs
+        ]
+        run: Callable[[], object] = lambda: engine(*given)[0]  # noqa: E731
+        if graphs and self.device.type == "cuda":
+            run, _ = CUDARecorder(self.device).record(run)
+        run()
+        seconds = []
+        for _ in range(3):
+            start = now(self.device)
+            for _ in range(5):
+                run()
+            seconds.append((now(self.device) - start) / 5)
+        return statistics.median(seconds)
+
+
+def compile_blocks(modules: list[nn.Module]) -> None:
+    """Compile the repeated blocks of stage modules: once for each shape and kind of block, not for each block."""
+    torch._dynamo.config.recompile_limit = 64
+    from jitexport.models import flux
+
+    for module in modules:
+        for name in getattr(module, "regions", ()):
+            setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
+    if not any(hasattr(module, "regions") for module in modules):
+        for name in ("double_block", "single_block"):
+            function = getattr(flux, name)
+            if not hasattr(function, "_torchdynamo_orig_callable"):
+                setattr(flux, name, torch.compile(function, dynamic=False))
+
+
+# --- parts and reports ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something to measure. `seconds` is what it takes on an H100, compiling included, generously."""
+
+    name: str
+    what: str
+    seconds: float
+    run: Callable[[Bench], dict[str, Any]]
+
+
+def parts(device: torch.device) -> Iterator[Part]:
+    """All parts, the most telling ones first."""
+    yield Part("ceilings", "matrix products and copies", 15, Bench.ceilings)
+    graphs = [False, True] if device.type == "cuda" else [False]
+    first = {"dense": 70, "4x": 90, "7x": 90}
+    for on in reversed(graphs):
+        for name, speedup in SPEEDUPS.items():
+            seconds = first[name] if on == graphs[-1] else 25
+            with_graph = ", CUDA graph" if on else ""
+            label = f"ours-{name}{'-graph' if on else ''}"
+            yield Part(label, f"jitexport {name}{with_graph}", seconds, partial(Bench.ours, speedup=speedup, graphs=on))
+    yield Part("diffusers-eager", "diffusers, 50 steps, eager", 35, partial(Bench.diffusers, compiled=False))
+    yield Part("diffusers-compiled", "diffusers, 50 steps, compiled", 70, partial(Bench.diffusers, compiled=True))
+    if has_fp8(device):
+        for name, speedup in reversed(SPEEDUPS.items()):  # last: the weights are fp8 from here on
+            run = partial(Bench.ours, speedup=speedup, graphs=True, fp8=True)
+            yield Part(f"ours-{name}-fp8-graph", f"jitexport {name}, fp8, CUDA graph", 90, run)
+
+
+def run_parts(bench: Bench, chosen: list[Part], report: dict[str, Any], path: Path, until: float) -> None:
+    """Run what is missing and there is time for, writing the report after each."""
+    report["skipped"] = {}
+    for part in chosen:
+        if part.name in report["parts"]:
+            continue
+        left = until - time.monotonic()
+        if left < part.seconds:
+            report["skipped"][part.name] = f"needs about {part.seconds:.0f} s, {max(left, 0):.0f} s were left"
+            err.print(f"{part.name}: left out, {report['skipped'][part.name]}")
+        else:
+            err.print(f"{part.name}: {part.what}")
+            start = time.monotonic()
+            try:
+                found = part.run(bench)
+            except Exception as error:  # one part that does not run here must not cost the others
+                traceback.print_exc()
+                lines = str(error).splitlines()
+                found = {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"}
+            took = time.monotonic() - start
+            report["parts"][part.name] = {"what": part.what, **found, "took": round(took, 1)}
+            if bench.device.type == "cuda":
+                torch.cuda.empty_cache()
+        write(report, path)
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "gpu.md").write_text(markdown(report))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a page."""
+    facts, found = report["conditions"], report["parts"]
+    device = facts["gpu"] or facts["cpu"]
+    lines = [f"# {report['model']} on {device}", "", f"{report['size']}. {report['rule']}", ""]
+    ceilings = found.get("ceilings", {})
+    if "bf16_tflops" in ceilings:
+        lines += ["| ceiling | |", "|---|---|", f"| bf16 matrix product | {ceilings['bf16_tflops']:.4g} TFLOP/s |"]
+        if "fp8_tflops" in ceilings:
+            lines += [f"| fp8 matrix product, a scale per row | {ceilings['fp8_tflops']:.4g} TFLOP/s |"]
+        lines += [f"| copy, read and written | {ceilings['copy_tbs']:.4g} TB/s |", ""]
+    header = ("denoising", "median s", "p90 s", "times faster", "TFLOP/s", "of ceiling", "around engines", "peak GB")
+    lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    base = next((found[n]["median"] for n in ("diffusers-eager", "ours-dense") if "median" in found.get(n, {})), None)
+    for name, part in found.items():
+        if "median" not in part:
+            continue
+        faster = f"{base / part['median']:.2f}" if base else ""
+        rate = share = around = ""
+        if "tflops" in part:
+            rate, around = f"{part['tflops']:.4g}", f"{part['around_engines']:.1%}"
+            ceiling = ceilings.get("fp8_tflops" if "fp8" in name else "bf16_tflops")
+            share = f"{part['tflops'] / ceiling:.0%}" if ceiling else ""
+        peak = f"{part['peak_gb']:.1f}" if "peak_gb" in part else ""
+        what = part["what"] + (f" ({part['graphs']})" if part.get("graphs") not in (None, "loop") else "")
+        cells = (what, f"{part['median']:.4g}", f"{part['p90']:.4g}", faster, rate, share, around, peak)
+        lines.append(f"| {' | '.join(cells)} |")
+    failed = [f"- {p['what']}: {p['error']}" for p in found.values() if "error" in p]
+    skipped = [f"- {name}: {why}" for name, why in report["skipped"].items()]
+    lines += ["", "Did not run:", "", *failed, *skipped] if failed or skipped else []
+    lines += ["", *(f"- {k}: {v}" for k, v in facts.items() if v is not None), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--config", choices=("flux", "tiny"), default="flux")
+    parser.add_argument("--engine", choices=("blocks", "eager"), default="blocks", help="blocks: torch.compile'd")
+    parser.add_argument("--seconds", type=float, default=540, help="of all parts together")
+    parser.add_argument("--repeats", type=int, default=5, help="of each loop, after one that is not counted")
+    parser.add_argument("--only", action="append", default=[], metavar="PART", help="repeatable")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of gpu.json and gpu.md")
+    args = parser.parse_args()
+    until = time.monotonic() + args.seconds
+    if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < OLDEST_TORCH:
+        parser.error(f"torch {torch.__version__} is too old: {'.'.join(map(str, OLDEST_TORCH))} or newer is needed")
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is visible to torch; --device cpu --config tiny shows that the script runs")
+    every = list(parts(device))
+    if unknown := set(args.only) - {p.name for p in every}:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in every)}")
+
+    bench = Bench(args.config, device, args.engine, args.repeats)
+    settings = bench.source.settings
+    facts = conditions() | {"system": platform.platform(), "engines": args.engine, "cuda": torch.version.cuda}
+    size = f"{settings['height']} x {settings['width']}, {settings['max_sequence_length']} text tokens"
+    report: dict[str, Any] = {"parts": {}}
+    if (args.out / "gpu.json").is_file():
+        report = json.loads((args.out / "gpu.json").read_text())
+        kept = {k: report["conditions"][k] for k in ("gpu", "cpu", "torch", "engines")}
+        if kept != {k: facts[k] for k in kept} or report["size"] != size:
+            parser.error(f"{args.out} has results of another machine or setting ({kept}): choose another --out")
+    report |= {
+        "model": f"{'FLUX.1-dev' if args.config == 'flux' else 'A tiny FLUX'}, random bf16 weights",
+        "size": size,
+        "rule": f"Batch 1, denoising only, median of {args.repeats} loops after one (diffusers: {args.repeats // 2}).",
+        "conditions": facts | {"command": " ".join(["python", "scripts/gpu_report.py", *sys.argv[1:]])},
+    }
+    run_parts(bench, [p for p in every if not args.only or p.name in args.only], report, args.out, until)
+    print((args.out / "gpu.md").read_text())
+    sys.exit(75 if report["skipped"] else 0)  # EX_TEMPFAIL: there is more to do
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The GPU report, dry: the same parts on a CPU with a tiny model of FLUX.1's kind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import gpu_report
+
+    return gpu_report
+
+
+@pytest.fixture
+def run(script, monkeypatch, capsys):
+    def call(folder, *argv):
+        base = ["--device", "cpu", "--config", "tiny", "--engine", "eager", "--repeats", "2", "--out", str(folder)]
+        monkeypatch.setattr(sys, "argv", ["gpu_report.py", *base, *argv])
+        with pytest.raises(SystemExit) as stopped:
+            script.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return call
+
+
+def report(folder):
+    return json.loads((folder / "gpu.json").read_text())
+
+
+def test_parts_without_time_are_left_out_and_run_again_later(run, tmp_path):
+    code, out, _ = run(tmp_path, "--only", "ours-7x", "--only", "diffusers-eager", "--seconds", "0")
+    assert code == 75
+    assert report(tmp_path)["parts"] == {} and set(report(tmp_path)["skipped"]) == {"ours-7x", "diffusers-eager"}
+    assert "needs about" in out
+
+    code, out, _ = run(tmp_path, "--only", "ours-7x", "--only", "diffusers-eager")
+    found = report(tmp_path)
+    assert code == 0 and found["skipped"] == {} and "Did not run" not in out
+    ours, diffusers = found["parts"]["ours-7x"], found["parts"]["diffusers-eager"]
+    assert ours["median"] > 0 and diffusers["median"] > 0
+    assert ours["tflops"] == pytest.approx(ours["tflop"] / ours["median"])
+    assert ours["around_engines"] == pytest.approx(ours["median"] / ours["engines"] - 1)
+    assert ours["predicted_speedup"] > 5 and ours["graphs"] is None
+    assert "| jitexport 7x |" in out and "| diffusers, 50 steps, eager |" in out
+
+    code, _, err = run(tmp_path, "--only", "ours-7x")
+    assert code == 0 and "ours-7x:" not in err  # it has its result
+    assert report(tmp_path)["parts"]["ours-7x"] == ours
+
+
+def test_a_part_that_fails_does_not_cost_the_others(run, script, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(script.Bench, "ceilings", broken)
+    every = [script.Part("ceilings", "ceilings", 1, broken), script.Part("fine", "fine", 1, lambda bench: {"x": 1})]
+    monkeypatch.setattr(script, "parts", lambda device: iter(every))
+    code, out, _ = run(tmp_path)
+    assert code == 0 and "no such kernel" in out
+    assert report(tmp_path)["parts"]["fine"]["x"] == 1
+
+
+def test_results_of_another_machine_are_not_mixed_in(run, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "parts", lambda device: iter([script.Part("a", "a", 1, lambda bench: {})]))
+    assert run(tmp_path)[0] == 0
+    changed = report(tmp_path)
+    changed["conditions"]["cpu"] = "an abacus"
+    (tmp_path / "gpu.json").write_text(json.dumps(changed))
+    code, _, err = run(tmp_path)
+    assert code == 2 and "another machine" in err
+
+
+def test_flux_dev_is_the_model(script):
+    source = script.source("flux")
+    assert source.configs["transformer"]["num_layers"] == 19 and source.settings["height"] == 1024
+    bench = script.Bench("tiny", torch.device("cpu"), "eager", 1)
+    parameters = list(bench.transformer.parameters())
+    assert parameters and all(p.device.type == "cpu" and p.dtype == torch.bfloat16 for p in parameters)
+    assert all(p.isfinite().all() for p in parameters)
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 7, 32)])
+def test_fp8_keeps_three_bits_of_the_mantissa(script, shape):
+    x = torch.randn(shape) * torch.logspace(-3, 3, shape[-2])[:, None]
+    quantised, scale = script.quantise(x)
+    assert quantised.dtype == torch.float8_e4m3fn and quantised.float().abs().amax(-1).eq(script.FP8_LARGEST).all()
+    error = (quantised.float() * scale - x).abs()
+    assert (error <= x.abs() / 16 + scale * 2**-9).all()
+
+
+def test_blocks_are_quantised_and_modulation_is_not(script):
+    bench = script.Bench("tiny", torch.device("cpu"), "eager", 1)
+    script.quantise_blocks(bench.transformer)
+    blocks = [*bench.transformer.transformer_blocks, *bench.transformer.single_transformer_blocks]
+    linears = {n for block in blocks for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    assert linears and all("norm" in name for name in linears)
+    quantised = bench.transformer.transformer_blocks[0].attn.to_q
+    assert isinstance(quantised, script.Float8Linear) and quantised.quantised.shape == (32, 32)
+
+
+def test_it_needs_no_binary_packages_of_our_own():
+    """GPU images rarely have pydantic: nothing that the report runs may import it."""
+    code = (
+        "import sys; sys.modules['pydantic'] = None; sys.path.insert(0, sys.argv[1]); import gpu_report, torch\n"
+        "bench = gpu_report.Bench('tiny', torch.device('cpu'), 'eager', 1)\n"
+        "print(bench.ours(7.0, graphs=False)['median'] > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(SCRIPTS)], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
