@@ -51,7 +51,8 @@ class BottleneckOptions:
         timesteps: {"kind": "reshifted", "shift": the model's own shift; None to take it from its noise levels, "low":
             shift of the low stage, over that}.
         renoise: how many times larger the ratio of noise to signal is after each change than it was before: of going
-            down, and of going up. 2 for going up, because four pixels for one hide less than one does.
+            down, and of going up. Enlarged pixels count four times, so 2 for going up leaves as much to be seen as
+            before; more lets the last stage redo more.
         kernel: interpolation of going up, one of `jitexport.resample.KERNELS`.
         positions: of coarse tokens: "coarse" counts cells, as a smaller picture would; "corner" and "centre" are places
             in the full grid. Which one a model takes, its training decides.
@@ -62,7 +63,7 @@ class BottleneckOptions:
     """
 
     timesteps: dict[str, Any]
-    renoise: tuple[float, float] = (1.0, 2.0)
+    renoise: tuple[float, float] = (1.0, 4.0)
     kernel: str = "nearest"
     positions: Literal["coarse", "corner", "centre"] = "centre"
     published: bool = False
@@ -81,6 +82,8 @@ class BottleneckOptions:
             )
 
 
+# Going up with 1, 2, 4 and 8 times the ratio of noise to signal: 22.5, 23.8, 25.2 and 26.0 dB to 50 dense steps, on 4
+# prompts of the demo model at 5x. With 8 the last stage starts at sigma = 0.86, and little of the low one is left.
 _DEFAULT = BottleneckOptions(timesteps={"kind": "reshifted", "shift": None, "low": 1.0})
 
 PRESETS = {

@@ -74,7 +74,7 @@ def test_any_speedup_is_reached_and_hardly_exceeded(speedup):
 
 def test_published_ratios():
     for speedup, ratio in [(2.0, 0.32), (3.0, 0.05)]:
-        method = ras("paper", TokenGrid((64, 64)))
+        method = ras(grid=TokenGrid((64, 64)))
         schedule = planned(method, speedup, reference_steps=28)
         sparse = {s.tokens for s in schedule.stages} - {4096}
         assert len(sparse) == 1 and int(4096 * ratio) <= sparse.pop() < 4096 * (ratio + 0.12)
