@@ -1,0 +1,210 @@
+"""The benchmark scripts around a stand-in for what they measure: pieces, reports, and a plain JiT loop that is JiT."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import jitexport
+from jitexport.plan import CustomSchedule
+from tests import tiny
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """The scripts can be imported, and the machine's ceiling, which takes seconds, is not measured."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setattr("jitexport.profile.phases.matmul_rate", lambda *a: 1e12)
+
+
+# --- bench_peers ---
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    import bench_peers
+
+    monkeypatch.setattr(bench_peers, "matmul_rate", lambda *a: 1e11)
+    return bench_peers
+
+
+def contender(peers, name, colour, calls, fails_at=None):
+    """Paints everything in one colour."""
+
+    def open_it(setting):
+        def make(prompt, seed):
+            calls.append((name, prompt))
+            if fails_at is not None and len(calls) > fails_at:
+                raise RuntimeError("out of paint")
+            return Image.new("RGB", (256, 256), colour)
+
+        return make
+
+    return peers.Contender(name, f"the {name}", open_it)
+
+
+@pytest.fixture
+def bench(peers, tmp_path):
+    prompts = peers.DemoData().prompts(2)
+    setting = peers.Setting(Path(), tmp_path)
+    results = peers.Results(tmp_path)
+    return prompts, lambda c, seconds=60.0: peers.measure(c, setting, prompts, results, time.monotonic() + seconds)
+
+
+def test_peers_are_measured_in_pieces(peers, bench, tmp_path):
+    prompts, measure = bench
+    calls = []
+    blue = contender(peers, "blue", "blue", calls)
+    assert not measure(blue, seconds=-1) and len(calls) == 1  # the warm-up
+    assert measure(blue) and [p for _, p in calls[2:]] == [p.text for p in prompts]
+    assert measure(blue) and len(calls) == 4  # nothing is left to do
+    result = json.loads((tmp_path / "blue.json").read_text())
+    assert set(result["seconds"]) == {p.text for p in prompts} and len(result["rates"]) >= 2
+
+
+def test_a_peer_that_fails_is_a_result(peers, bench, tmp_path):
+    _, measure = bench
+    calls = []
+    assert measure(contender(peers, "red", "red", calls, fails_at=2)) and len(calls) == 3
+    assert json.loads((tmp_path / "red.json").read_text())["error"] == "RuntimeError: out of paint"
+    assert measure(contender(peers, "red", "red", calls)) and len(calls) == 3  # not tried again
+
+
+def test_report_compares_with_the_reference(peers, bench, tmp_path):
+    prompts, measure = bench
+    chosen = [contender(peers, peers.REFERENCE, (200, 0, 0), []), contender(peers, "ours-red", (190, 0, 0), [])]
+    chosen.append(contender(peers, "ours-broken", "red", [], fails_at=0))
+    assert all(measure(c) for c in chosen)
+    peers.report(chosen, prompts, peers.Results(tmp_path), tmp_path)
+    rows = {r["name"]: r for r in json.loads((tmp_path / "peers.json").read_text())["rows"]}
+    expected = 10 * np.log10(255**2 / (10**2 / 3))
+    assert rows["ours-red"]["psnr"] == pytest.approx(expected, abs=0.01)
+    assert rows["ours-red"]["images"] == 2 and rows["ours-red"]["median"] <= rows["ours-red"]["p90"]
+    page = (tmp_path / "peers.md").read_text()
+    assert "| the ours-red |" in page and "- the ours-broken: RuntimeError: out of paint" in page
+    assert (tmp_path / "peers.png").is_file()
+
+
+def test_names_of_contenders_differ(peers):
+    names = [c.name for c in peers.contenders([Path("engines/x")])]
+    assert len(set(names)) == len(names) and names[0] == peers.REFERENCE and "bundle-x" in names
+
+
+# --- the plain loop ---
+
+
+@pytest.mark.parametrize(("preset", "microflow"), [("paper", 1.0), ("default", 1 / 3)])
+def test_the_plain_loop_is_jit(make_bundle, tiny_flux, preset, microflow):
+    """Given the same draws, to the rounding of two bits of 256: it computes attention and blur in another order."""
+    from diffusers import FluxPipeline
+    from plain_jit import plain_jit
+
+    pipe = jitexport.load(make_bundle(preset=preset, custom=CustomSchedule((3, 2, 3), (0.35, 0.62, 1.0))))
+    drawn = pipe.draw([torch.Generator().manual_seed(0)])
+    found = plain_jit(
+        FluxPipeline.from_pretrained(tiny_flux, dtype=torch.float32),
+        "a red fox",
+        torch.Generator(),
+        sigmas=pipe.schedule.sigmas,
+        stages=[(s.steps, s.tokens) for s in pipe.schedule.stages],
+        microflow=microflow,
+        latents=drawn.latents[0],
+        noise=drawn.noise[0],
+        anchors=drawn.anchors[0],
+        height=tiny.HEIGHT,
+        width=tiny.WIDTH,
+        max_sequence_length=tiny.TEXT_TOKENS,
+        guidance_scale=3.5,
+    )
+    wanted = pipe("a red fox", generator=torch.Generator().manual_seed(0)).images[0]
+    difference = np.asarray(found, dtype=int) - np.asarray(wanted, dtype=int)
+    assert np.abs(difference).max() <= 2 and np.asarray(wanted).std() > 5
+
+
+@pytest.mark.parametrize("m", [5, 33, 60, 96])
+def test_the_plain_loops_anchors(m):
+    from plain_jit import first_anchors
+
+    anchors = first_anchors(m, 12, 8, torch.Generator().manual_seed(0)).tolist()
+    assert len(set(anchors)) == m and anchors == sorted(anchors)
+    row, column = zip(*(divmod(a, 8) for a in anchors), strict=True)
+    structural = {(r % 2 == 0 and c % 2 == 0) or r in (0, 11) or c in (0, 7) for r, c in zip(row, column, strict=True)}
+    assert m > 50 or structural == {True}
+
+
+# --- latency ---
+
+
+@pytest.fixture
+def latency():
+    import latency
+
+    return latency
+
+
+def row(latency, speedup, batch, median):
+    return latency.Row(
+        "eager", "fp32", speedup, batch, 7, median * 0.9, median, median * 1.2, median * 0.8, 0.01, speedup * 1.1,
+        speedup, 0.5, 100.0, "2026-01-01", "a processor, 2 threads", "2.13.0",
+    )  # fmt: skip
+
+
+def test_latency_rows_survive_the_csv(latency, tmp_path):
+    rows = [row(latency, 1.0, 1, 2.0), row(latency, 4.0, 2, 1.0)]
+    latency.write(tmp_path / "latency.csv", rows)
+    assert latency.read(tmp_path / "latency.csv") == rows
+    assert latency.read(tmp_path / "none.csv") == []
+
+
+def test_latency_plot(latency, tmp_path):
+    rows = [row(latency, s, b, 2.0 / s * b) for s in latency.SPEEDUPS for b in latency.BATCHES]
+    latency.plot(rows, tmp_path / "latency.png")
+    assert Image.open(tmp_path / "latency.png").width > 800
+
+
+def test_latency_of_a_bundle(latency, make_bundle):
+    point = latency.Point("eager", "fp32", 4.0, 1)
+    found = latency.measure(point, make_bundle(custom=CustomSchedule((2, 1, 2), (0.35, 0.62, 1.0))), repeats=1)
+    assert found.point == point and found.p10 <= found.median <= found.p90
+    assert 0 < found.denoise < found.median and 0 < found.ceiling_share < 1 and found.predicted > 1
+
+
+def test_latency_points_are_a_cross_or_all(latency):
+    cross, every = (list(latency.points(["eager"], full)) for full in (False, True))
+    assert len(every) == len(latency.SPEEDUPS) * len(latency.BATCHES)
+    assert set(cross) < set(every) and all(p.batch == 1 or p.speedup == 4 for p in cross)
+
+
+def test_latency_goes_on_where_it_stopped(latency, tmp_path, monkeypatch):
+    built, measured = [], []
+
+    def build(model, *, output, **options):
+        built.append(output.name)
+        output.mkdir(parents=True)
+
+    def measure(point, path, repeats):
+        measured.append(path.name)
+        return row(latency, point.speedup, point.batch, 1.0)
+
+    monkeypatch.setattr(latency.jitexport, "build", build)
+    monkeypatch.setattr(latency, "measure", measure)
+    monkeypatch.setattr(latency, "points", lambda *_: iter([latency.Point("eager", "fp32", s, 1) for s in (1.0, 4.0)]))
+    arguments = {"backend": [], "full": False, "repeats": 1, "out": tmp_path, "report": None}
+    for seconds, stops, done in ((-1, True, 0), (60, False, 2), (60, False, 2)):
+        given = argparse.Namespace(**arguments, seconds=seconds)
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, given=given: given)
+        if stops:
+            with pytest.raises(SystemExit) as stopped:
+                latency.main()
+            assert stopped.value.code == 75
+        else:
+            latency.main()
+        assert len(measured) == len(built) == done
+    assert (tmp_path / "latency.png").is_file()
