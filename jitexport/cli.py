@@ -472,12 +472,10 @@ def _print_profiles(profiles: Sequence[Any]) -> None:
     """The totals of all, and the phases, engines and steps of the last."""
     first, last = profiles[0], profiles[-1]
     if len(profiles) > 1:
-        table = Table("prompt to PNG", "median s", "p90 s", "times faster", "peak MB")
+        table = Table("prompt to PNG", "median s", "p90 s", "times faster")
         for p in profiles:
             faster = first.total.median / p.total.median
-            peak = p.peak_memory.get("gpu") or p.peak_memory.get("process")
-            memory = "" if peak is None else f"{peak / 1e6:.0f}"
-            table.add_row(p.label, f"{p.total.median:.3f}", f"{p.total.p90:.3f}", f"{faster:.2f}", memory)
+            table.add_row(p.label, f"{p.total.median:.3f}", f"{p.total.p90:.3f}", f"{faster:.2f}")
         out.print(table, highlight=False)
 
     table = Table(last.label, "median ms", "p90 ms", "share", title=f"phases, {last.repeats} images")

@@ -67,10 +67,10 @@ def test_shortest_takes_the_fastest_run_after_the_first(monkeypatch):
     takes = iter([0.0, 3.0, 1.0, 2.0, 3.0])
     monkeypatch.setattr("jitexport.profile.measure.now", lambda device: clock["now"])
 
-    def run():
+    def work():
         clock["now"] += next(takes)
 
-    assert shortest(run, CPU, 5.0) == 1.0
+    assert shortest(work, CPU, 5.0) == 1.0
     assert clock["now"] == 6.0  # the last run began before the time was up
 
 
