@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 
 
 def picture(array):
-    return Image.fromarray(np.asarray(array, dtype=np.uint8))
+    return metrics.Picture(Image.fromarray(np.asarray(array, dtype=np.uint8)))
 
 
 @pytest.fixture(scope="module")

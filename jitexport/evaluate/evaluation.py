@@ -15,7 +15,7 @@ from jitexport.bundle.reading import read_manifest
 from jitexport.errors import InputError
 from jitexport.evaluate import statistics
 from jitexport.evaluate.demo import DemoData
-from jitexport.evaluate.metrics import MEASURES, Subject, available
+from jitexport.evaluate.metrics import MEASURES, FeatureSpace, Picture, Scorer, Subject, available
 from jitexport.evaluate.prompts import BUILT_IN, Prompt, PromptSet, prompt_set, read_prompts
 from jitexport.evaluate.sources import (
     Latency,
@@ -246,11 +246,7 @@ def compare(
 
     progress.step("scores")
     scorers, features, missing = available(subject)
-    values, sets = {}, {}
-    for source in every:
-        values[source.label], sets[source.label] = _score(
-            source is reference, folder / source.label, folder / reference.label, prompts, scorers, features
-        )
+    values, sets = _score([s.label for s in every], prompts, folder, scorers, features)
     rows = tuple(
         Row(
             label=s.label, method=s.method, description=s.description, steps=s.steps, tflops=s.tflops,
@@ -296,29 +292,35 @@ def _latency_file(folder: Path, source: Source) -> Path:
 
 
 def _score(
-    is_reference: bool,
-    folder: Path,
-    reference: Path,
-    prompts: PromptSet,
-    scorers: Sequence[Any],
-    features: Sequence[Any],
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Scores of single images, [prompts, seeds] by name, and features of the set, [prompts, seeds, d] by name."""
-    values: dict[str, list[float]] = {}
-    sets: dict[str, list[np.ndarray]] = {}
+    labels: Sequence[str], prompts: PromptSet, folder: Path, scorers: Sequence[Scorer], features: Sequence[FeatureSpace]
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, np.ndarray]]]:
+    """By label: scores of single images, {name: [prompts, seeds]}, and features, {name: [prompts, seeds, d]}.
+
+    Args:
+        labels: of the sources, the reference first.
+    """
+    values: dict[str, dict[str, list[float]]] = {label: {} for label in labels}
+    sets: dict[str, dict[str, list[np.ndarray]]] = {label: {} for label in labels}
     for text, _, path in prompts:
-        with Image.open(folder / path) as image, Image.open(reference / path) as wanted:
+        reference = _picture(folder / labels[0] / path)
+        for label in labels:
+            picture = reference if label == labels[0] else _picture(folder / label / path)
             for scorer in scorers:
-                if not (scorer.pairs and is_reference):
-                    for name, value in scorer(image, wanted, text).items():
-                        values.setdefault(name, []).append(value)
+                if not (scorer.pairs and picture is reference):
+                    for name, value in scorer(picture, reference, text).items():
+                        values[label].setdefault(name, []).append(value)
             for space in features:
-                sets.setdefault(space.name, []).append(space(image))
+                sets[label].setdefault(space.name, []).append(space(picture))
     shape = (len(prompts.prompts), prompts.seeds)
     return (
-        {name: np.array(v).reshape(shape) for name, v in values.items()},
-        {name: np.stack(v).reshape(*shape, -1) for name, v in sets.items()},
+        {label: {n: np.array(v).reshape(shape) for n, v in by_name.items()} for label, by_name in values.items()},
+        {label: {n: np.stack(v).reshape(*shape, -1) for n, v in by_name.items()} for label, by_name in sets.items()},
     )
+
+
+def _picture(path: Path) -> Picture:
+    with Image.open(path) as image:
+        return Picture(image)
 
 
 def _summary(

@@ -12,6 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,36 @@ class Subject:
     manifest: Manifest
     prompts: PromptSet
 
+    @cached_property
+    def encoder(self) -> VaeEncoder:
+        """The VAE encoder that several metrics share."""
+        return VaeEncoder(self)
+
+
+class Picture:
+    """An image, and what several metrics need of it, each computed once."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image = image.convert("RGB")
+        self._maps: list[Tensor] | None = None
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """RGB in 0..1, [1, 3, H, W], fp32, where metrics run."""
+        array = np.asarray(self.image, dtype=np.float32) / 255
+        return torch.from_numpy(array).permute(2, 0, 1)[None].to(device())
+
+    @property
+    def bytes(self) -> Tensor:
+        """RGB in 0..255, [1, 3, H, W], uint8."""
+        return (self.tensor * 255).round().byte()
+
+    def maps(self, encoder: VaeEncoder) -> list[Tensor]:
+        """Feature maps by the evaluation's encoder, [1, C, H / s, W / s] each."""
+        if self._maps is None:
+            self._maps = encoder(self.tensor)
+        return self._maps
+
 
 class Scorer(ABC):
     """Scores of single images.
@@ -123,7 +154,7 @@ class Scorer(ABC):
     def __init__(self, subject: Subject) -> None: ...
 
     @abstractmethod
-    def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
+    def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
         """The scores of one image."""
 
 
@@ -136,19 +167,13 @@ class FeatureSpace(ABC):
     def __init__(self, subject: Subject) -> None: ...
 
     @abstractmethod
-    def __call__(self, image: Image.Image) -> np.ndarray:
+    def __call__(self, picture: Picture) -> np.ndarray:
         """Features of one image, [d]."""
 
 
 def device() -> torch.device:
     """Where metrics run: the GPU, if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def tensor(image: Image.Image) -> Tensor:
-    """RGB in 0..1, [1, 3, H, W], fp32, where metrics run."""
-    array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(array).permute(2, 0, 1)[None].to(device())
 
 
 def require(*libraries: str, remedy: str) -> None:
@@ -195,10 +220,10 @@ class PixelScorer(Scorer):
     def __init__(self, subject: Subject) -> None:
         require("torchmetrics", remedy="pip install 'jitexport[eval]'")
 
-    def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
+    def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-        a, b = tensor(image), tensor(reference)
+        a, b = picture.tensor, reference.tensor
         return {
             "psnr": min(float(peak_signal_noise_ratio(a, b, data_range=1.0)), MAX_PSNR),
             "ssim": float(structural_similarity_index_measure(a, b, data_range=1.0)),
@@ -254,11 +279,11 @@ class VaeScorer(Scorer):
     pairs = True
 
     def __init__(self, subject: Subject) -> None:
-        self.encoder = VaeEncoder(subject)
+        self.encoder = subject.encoder
 
-    def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
-        maps = self.encoder(torch.cat([tensor(image), tensor(reference)]))
-        return {"vae_distance": sum(float(unit_distance(*m.unbind(0))) for m in maps)}
+    def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
+        pairs = zip(picture.maps(self.encoder), reference.maps(self.encoder), strict=True)
+        return {"vae_distance": sum(float(unit_distance(a[0], b[0])) for a, b in pairs)}
 
 
 def unit_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -272,10 +297,10 @@ class VaeFeatures(FeatureSpace):
     name = "vae_frechet"
 
     def __init__(self, subject: Subject) -> None:
-        self.encoder = VaeEncoder(subject)
+        self.encoder = subject.encoder
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        return self.encoder(tensor(image))[-1].mean((2, 3))[0].double().cpu().numpy()
+    def __call__(self, picture: Picture) -> np.ndarray:
+        return picture.maps(self.encoder)[-1].mean((2, 3))[0].double().cpu().numpy()
 
 
 class DemoScorer(Scorer):
@@ -291,8 +316,8 @@ class DemoScorer(Scorer):
             raise InputError("a prompt that is none of the demo model's captions", found=unknown[0])
         self.judge = Judge.of(self.data)
 
-    def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
-        score = self.judge.score(*self.data.parse(prompt), image)
+    def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
+        score = self.judge.score(*self.data.parse(prompt), picture.image)
         return {
             "name_right": float(score.name_right),
             "pair_right": float(score.pair_right),
@@ -320,9 +345,9 @@ class LpipsScorer(Scorer):
 
         self.metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device())
 
-    def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
+    def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
         with torch.inference_mode():
-            return {"lpips": float(self.metric(tensor(image), tensor(reference)))}
+            return {"lpips": float(self.metric(picture.tensor, reference.tensor))}
 
 
 class InceptionFeatures(FeatureSpace):
@@ -338,9 +363,9 @@ class InceptionFeatures(FeatureSpace):
 
         self.network = FrechetInceptionDistance(feature=2048).inception.to(device())
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
+    def __call__(self, picture: Picture) -> np.ndarray:
         with torch.inference_mode():
-            return self.network((tensor(image) * 255).byte())[0].double().cpu().numpy()
+            return self.network(picture.bytes)[0].double().cpu().numpy()
 
 
 class ClipScorer(Scorer):
@@ -356,9 +381,9 @@ class ClipScorer(Scorer):
 
         self.metric = CLIPScore(self.model).to(device())
 
-    def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
+    def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
         with torch.inference_mode():
-            return {"clip_score": float(self.metric((tensor(image)[0] * 255).byte(), prompt))}
+            return {"clip_score": float(self.metric(picture.bytes[0], prompt))}
 
 
 class ClipIqaScorer(Scorer):
@@ -376,9 +401,9 @@ class ClipIqaScorer(Scorer):
 
         self.metric = CLIPImageQualityAssessment(model_name_or_path="clip_iqa", data_range=1.0).to(device())
 
-    def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
+    def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
         with torch.inference_mode():
-            return {"clip_iqa": float(self.metric(tensor(image)))}
+            return {"clip_iqa": float(self.metric(picture.tensor))}
 
 
 class NiqeScorer(Scorer):
@@ -394,8 +419,8 @@ class NiqeScorer(Scorer):
 
         self.metric = pyiqa.create_metric("niqe", device=device())
 
-    def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
-        return {"niqe": float(self.metric(tensor(image)))}
+    def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
+        return {"niqe": float(self.metric(picture.tensor))}
 
 
 class ImageRewardScorer(Scorer):
@@ -411,9 +436,9 @@ class ImageRewardScorer(Scorer):
 
         self.model = ImageReward.load("ImageReward-v1.0")
 
-    def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
+    def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
         with torch.inference_mode():
-            return {"image_reward": float(self.model.score(prompt, image))}
+            return {"image_reward": float(self.model.score(prompt, picture.image))}
 
 
 class HpsScorer(Scorer):
@@ -427,10 +452,10 @@ class HpsScorer(Scorer):
         found = _cached("xswu/HPSv2", self.file)
         require_file(found, "HPSv2.1", f"where a network is: `hf download xswu/HPSv2 {self.file}`")
 
-    def __call__(self, image: Image.Image, reference: Image.Image, prompt: str) -> dict[str, float]:
+    def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
         import hpsv2
 
-        return {"hpsv21": 100 * float(hpsv2.score(image, prompt, hps_version="v2.1")[0])}
+        return {"hpsv21": 100 * float(hpsv2.score(picture.image, prompt, hps_version="v2.1")[0])}
 
 
 SCORERS: tuple[type[Scorer], ...] = (
