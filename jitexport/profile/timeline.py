@@ -84,7 +84,7 @@ def _gantt(axis: Any, profile: Profile, rows: Sequence[tuple[str, list[str]]]) -
         axis.text(end * 1.01, y, f"{took:.1f} ms  {took / end:.1%}", va="center", fontsize=9)
     axis.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=9)
     axis.invert_yaxis()
-    axis.set_xlim(0, end * 1.16)
+    axis.set_xlim(0, end * 1.18)
     axis.set_xticks([t for t in axis.get_xticks() if 0 <= t <= end])
     axis.set_xlabel("ms since the prompt came in")
     _plain(axis)
@@ -119,9 +119,9 @@ def _steps(axis: Any, profile: Profile) -> None:
     axis.set_xlabel("step of the denoising loop")
     axis.set_ylabel("ms a step")
     _plain(axis)
-    title = "Steps: the stage's engine, and in orange the loop around it"
+    title = "Steps: engine, and in orange the loop around it"
     if any(e.ceiling_share is not None for e in profile.engines):
-        title += f"; dashed: at the {profile.ceiling / 1e9:.0f} GFLOP/s of this machine's matrix products"
+        title += f"; dashed: the engine at the ceiling, {profile.ceiling / 1e9:.0f} GFLOP/s"
     axis.set_title(title, loc="left", fontsize=11)
 
 
