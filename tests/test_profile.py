@@ -160,7 +160,9 @@ def test_engines_have_their_flops_and_runs(measured, bundle):
 # --- peers ---
 
 
-@pytest.mark.parametrize(("peer", "label"), [("diffusers", "50 steps, eager fp32"), ("few-step", "5 steps")])
+@pytest.mark.parametrize(
+    ("peer", "label"), [("diffusers", "50 steps, eager fp32"), ("few-step", "5 steps"), ("eager", "jit, eager fp32")]
+)
 def test_peers_run_the_bundles_model(bundle, tiny_flux, monkeypatch, peer, label):
     monkeypatch.setattr("jitexport.profile.peers.model_folder", lambda manifest: tiny_flux)
     found = profiling.measure_peer(peer, read_manifest(bundle), "a red fox", repeats=1)
