@@ -153,6 +153,29 @@ def test_plan_of_a_folder_with_a_custom_schedule(run, tiny_flux):
     assert plan["speedup"] is None
 
 
+@pytest.mark.parametrize(
+    ("method", "first"),
+    [
+        ("dense", [(10, 96)]),
+        ("ralu", [(4, 24), (5, 36), (6, 96)]),
+        ("bottleneck", [(3, 96), (12, 24)]),
+        ("ras", [(4, 96), (1, 4), (1, 4)]),
+    ],
+)
+def test_plan_of_every_method(run, tiny_flux, method, first):
+    plan = json.loads(run("plan", "--model", tiny_flux, "--method", method, "--speedup", "5", "--json")[1])
+    assert [(s["steps"], s["tokens"]) for s in plan["stages"]][: len(first)] == first
+    assert plan["predicted_speedup"] >= 4.9 and plan["stages"][-1]["tokens"] == 96
+    table = run("plan", "--model", tiny_flux, "--method", method, "--speedup", "5")[1]
+    assert "predicted speed-up" in table and ("preview" in table) == (method == "ralu")
+
+
+def test_schedules_that_do_not_fit_the_method(run, tiny_flux):
+    for method, steps in (("ralu", "4,5"), ("bottleneck", "4"), ("ras", "4,2"), ("dense", "4,2")):
+        code, _, err = run("plan", "--model", tiny_flux, "--method", method, "--steps", steps)
+        assert code == 2 and "expected:" in err
+
+
 def test_plan_of_another_size(run, tiny_flux):
     out = run("plan", "--model", tiny_flux, "--height", "16", "--width", "8", "--speedup", "1", "--json")[1]
     assert [(s["steps"], s["tokens"]) for s in json.loads(out)["stages"]] == [(50, 8)]

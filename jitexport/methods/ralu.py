@@ -230,6 +230,10 @@ PRESETS = {
     "gradient": replace(_DEFAULT, region="gradient"),
     # Room for mean and deviation of the cells that the paper's adaptive ratio takes: r = .25 +- .12, from Table S4.
     "adaptive": replace(_DEFAULT, threshold=0.05, ratio=0.37),
+    # Other interpolations (Table S5).
+    "bilinear": replace(_DEFAULT, kernel="bilinear"),
+    "bicubic": replace(_DEFAULT, kernel="bicubic"),
+    "lanczos": replace(_DEFAULT, kernel="lanczos"),
 }
 
 
@@ -295,7 +299,7 @@ class RALU(Method[RALUState]):
 
     @classmethod
     def options(cls, preset: str) -> dict[str, Any]:
-        """The settings of `default`, `paper`, `released` (the published code), `gradient` or `adaptive`."""
+        """The settings of `default`, `paper`, `released` (the published code), or one named after its change."""
         if preset not in PRESETS:
             raise InputError("unknown RALU preset", found=preset, expected=f"one of: {', '.join(PRESETS)}")
         return asdict(PRESETS[preset])
