@@ -40,10 +40,12 @@ METHODS = {
 #: Ways of running a stage module.
 BACKENDS = {
     "eager": "jitexport.backends.eager:EagerBackend",
+    "inductor": "jitexport.backends.inductor:InductorBackend",
     "aoti": "jitexport.backends.aoti:AOTInductorBackend",
     "onnx": "jitexport.backends.onnx:ONNXBackend",
     "onnx-tensorrt": "jitexport.backends.onnx:ONNXTensorRTBackend",
     "tensorrt": "jitexport.backends.tensorrt:TensorRTBackend",
+    "torch-tensorrt": "jitexport.backends.torch_tensorrt:TorchTensorRTBackend",
 }
 
 

@@ -1,4 +1,4 @@
-"""Engines of the tiny FLUX pipeline, built once a session for each backend, dtype, batch and text length."""
+"""Bundles of the tiny FLUX pipeline, built once a session for each backend, dtype, batch and text length."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from torch import Tensor
 from jitexport import registry
 from jitexport.backends.base import Backend, Engine
 from jitexport.build import eager_pipeline, probe_inputs
+from jitexport.bundle import EngineBundle
 from jitexport.models.base import ModelAdapter
 from jitexport.models.flux import FluxAdapter
-from jitexport.schedule import StageSchedule, make_stages, uniform_sigmas
+from jitexport.plan import CustomSchedule
 from jitexport.specs import DTYPES, EngineSpec
+from tests import tiny
 
 CPU = torch.device("cpu")
+#: As in the fixture `aoti_bundle`, so that its bundle is built once.
+SCHEDULE = CustomSchedule((2, 2), (0.35, 1.0))
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Case:
     backend: str
     dtype: str = "fp32"
     batch: int = 1
-    text: int = 10
+    text: int = tiny.TEXT_TOKENS
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.dtype}-batch{self.batch}-text{self.text}"
@@ -37,15 +41,17 @@ class Case:
 
 @dataclass
 class Built:
-    """Artifacts of all engines of a case, eager engines beside them, and inputs for each.
+    """A bundle, eager engines for the same shapes, and inputs for each.
 
     Attributes:
+        bundle, root: the bundle and its folder of engines, not to be changed.
         weights: the tensors that `reference` computes with.
         blank: makes the model without weights.
     """
 
     case: Case
     backend: Backend
+    bundle: Path
     root: Path
     inputs: dict[str, list[Tensor]]
     specs: dict[str, EngineSpec]
@@ -60,35 +66,48 @@ class Built:
         return Engine(spec, raw, CPU)
 
 
-def build_engines(folder: Path, root: Path, case: Case) -> Built:
-    adapter = FluxAdapter.from_folder(folder, DTYPES[case.dtype], {"max_sequence_length": case.text})
-    schedule = StageSchedule(tuple(make_stages(96, (2, 1), (0.35, 1.0))), uniform_sigmas(3))
-    pipeline = eager_pipeline(adapter, schedule, "dense", {}, batch=case.batch, dtype=case.dtype, device=CPU)
-    backend = registry.backend(case.backend)
-    inputs = {}
-    with torch.no_grad():
-        for spec, values in probe_inputs(pipeline):
-            inputs[spec.name] = values
-            (root / spec.name).mkdir()
-            backend.build(spec, adapter.module(spec.name), values, root / spec.name)
-    blank = partial(FluxAdapter.from_configs, adapter.configs, adapter.settings(), DTYPES[case.dtype])
-    specs = {name: engine.spec for name, engine in pipeline.engines.items()}
-    return Built(case, backend, root, inputs, specs, pipeline.engines, dict(adapter.tensors()), blank)
-
-
 @pytest.fixture(scope="session")
-def built(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Built]:
-    """The artifacts of a case; skips where this machine cannot run the backend."""
-    made: dict[Case, Built] = {}
+def bundle_of(make_bundle: Callable[..., Path]) -> Callable[[Case], Path]:
+    """The bundle of a case; skips where this machine cannot run the backend."""
 
-    def get(case: Case) -> Built:
+    def get(case: Case) -> Path:
         backend = registry.backend(case.backend)
         if reason := backend.missing(CPU):
             pytest.skip(reason)
         if case.dtype not in backend.dtypes(CPU):
             pytest.skip(f"{case.backend} has no {case.dtype} on the CPU")
+        options = {} if case.batch == 1 else {"batch": case.batch}
+        if case.text != tiny.TEXT_TOKENS:
+            options["settings"] = {"max_sequence_length": case.text}
+        return make_bundle(
+            backend=case.backend, dtype=case.dtype, custom=SCHEDULE, command=("jitexport", "build"), **options
+        )
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def built(tiny_flux: Path, bundle_of: Callable[[Case], Path]) -> Callable[[Case], Built]:
+    """The bundle of a case with what its engines are compared with; skips where this machine cannot run the backend."""
+    made: dict[Case, Built] = {}
+
+    def get(case: Case) -> Built:
         if case not in made:
-            made[case] = build_engines(tiny_flux, tmp_path_factory.mktemp(str(case)), case)
+            bundle = bundle_of(case)
+            schedule = EngineBundle.open(bundle, "size").manifest.schedule.schedule()
+            adapter = FluxAdapter.from_folder(tiny_flux, DTYPES[case.dtype], {"max_sequence_length": case.text})
+            options = registry.method("dense").options("default")
+            pipeline = eager_pipeline(
+                adapter, schedule, "dense", options, batch=case.batch, dtype=case.dtype, device=CPU
+            )
+            with torch.no_grad():
+                inputs = {spec.name: values for spec, values in probe_inputs(pipeline)}
+            made[case] = Built(
+                case, registry.backend(case.backend), bundle, bundle / "engines", inputs,
+                {name: engine.spec for name, engine in pipeline.engines.items()}, pipeline.engines,
+                dict(adapter.tensors()),
+                partial(FluxAdapter.from_configs, adapter.configs, adapter.settings(), DTYPES[case.dtype]),
+            )
         return made[case]
 
     return get

@@ -14,11 +14,12 @@ from jitexport.backends import tensorrt
 from jitexport.backends.base import Source
 from jitexport.backends.tensorrt import INFO, PLAN, TensorRTBackend, build_plan, export_graph, varying_axes
 from jitexport.build import build, compare
-from jitexport.errors import BackendUnavailableError, CompileError
+from jitexport.errors import BackendUnavailableError, CompileError, HostMismatchError
 from jitexport.models.flux import FluxAdapter
 from jitexport.plan import CustomSchedule
 from jitexport.runtime import load
 from jitexport.specs import EngineSpec, TensorSpec
+from jitexport.verify import verify
 from tests.backends.conftest import CPU, Case
 
 CUDA = torch.device("cuda")
@@ -70,10 +71,23 @@ def test_a_bundle_for_another_gpu(backend, tiny_flux, tmp_path, dtype):
     assert json.loads((stages / INFO).read_text())["profiles"] == ["stage2", "stage1", "stage0"]
     files = {f.path for f in made.files if f.path.startswith("engines/")}
     assert files == {f"{d}/{name}" for d in directories.values() for name in (PLAN, INFO)}
-    with pytest.raises(BackendUnavailableError, match="CUDA"):
+    with pytest.raises(BackendUnavailableError, match=r"CUDA(.|\n)*expected: the GPU that .* built for, sm_89"):
         load(tmp_path / "bundle")
     with pytest.raises(BackendUnavailableError, match="cuda only"):
         load(tmp_path / "bundle", device="cpu")
+
+
+def test_a_bundle_for_another_gpu_is_refused_by_this_one(backend, tiny_flux, tmp_path, monkeypatch):
+    build(
+        str(tiny_flux), backend="tensorrt", target="sm_89", dtype="fp32", output=tmp_path / "bundle",
+        custom=CustomSchedule((1,), (1.0,)),
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(TensorRTBackend, "load", lambda *_: pytest.fail("an engine was opened"))
+    for opens in (load, verify):
+        with pytest.raises(HostMismatchError, match=r"found: +gpu sm_90\n +expected: gpu sm_89\n +remedy: "):
+            opens(tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("target", TensorRTBackend.targets)
