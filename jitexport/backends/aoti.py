@@ -57,7 +57,11 @@ class AOTInductorBackend(Backend):
                     aoti_compile_and_package(
                         program,
                         package_path=str(package),
-                        inductor_configs={"aot_inductor.package_constants_in_so": False},
+                        inductor_configs={
+                            "aot_inductor.package_constants_in_so": False,
+                            # Short vectors (biases, norms) would become numbers in the code, out of a LoRA's reach.
+                            "always_keep_tensor_constants": True,
+                        },
                     )
             except Exception as error:  # torch raises many types here, none of them ours
                 raise CompileError(f"AOTInductor cannot compile engine {spec.name}", found=error) from error
@@ -71,57 +75,84 @@ class AOTInductorBackend(Backend):
         module: Callable[[], nn.Module],
         device: torch.device,
     ) -> RawEngine:
-        index = device.index if device.index is not None else -1
         # Between threads the library keeps order by itself, with events that a CUDA graph cannot record: on CUDA it
         # is told to leave that out, and threads take turns here.
-        single = device.type == "cuda"
-        turns = threading.Lock() if single else nullcontext()
+        turns = threading.Lock() if device.type == "cuda" else nullcontext()
         try:
-            # path, model name, single-threaded, number of runners, device index
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(directory), "model", single, 1, index)
-            names = loader.get_constant_fqns()
-            constants = {name: _borrow(weights[name]) for name in names}
-            # inactive buffer: no; every constant must be given: yes; the tensors stay ours: yes; copy to device: no
-            loader.load_constants(constants, False, True, True, False)
-        except (RuntimeError, KeyError) as error:
+            library = _take(directory, device)
+            library.lend(weights)
+        except (RuntimeError, KeyError, OSError) as error:
             raise BackendError(
                 f"cannot open engine {spec.name}", found=error, expected="an AOTInductor engine of this bundle",
                 remedy="build the bundle again",
             ) from error
 
         def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-            # The closure keeps `constants` alive: the library holds bare pointers to them.
-            assert constants is not None
             with turns:
-                return loader.boxed_run(list(inputs))
+                return library.loader.boxed_run(list(inputs))
 
-        weakref.finalize(run, _let_go, list(constants.values()))
+        weakref.finalize(run, _give_back, library)
         return run
 
 
-#: Tensor objects, without memory, whose engine is gone. torch 2.13 never drops its references to user-managed
-#: constants: handed the weights themselves, every load would keep a copy of them for as long as the process lives. So
-#: engines get tensor objects of their own on the weights' memory, which lose it with the engine and are used again.
-_spent: list[Tensor] = []
+class _Library:
+    """An opened engine and tensor objects of its own, through which it reads weights that belong to others.
+
+    torch 2.13 never drops the constants that a library was handed: each opening would keep a copy of the weights, or at
+    best a few bytes for each of them, for as long as the process lives. So a library is handed constants once, and is
+    used again when the same engine is opened again.
+    """
+
+    def __init__(self, directory: Path, device: torch.device, identity: tuple[object, ...]) -> None:
+        index = device.index if device.index is not None else -1
+        # path, model name, single-threaded, number of runners, device index
+        self.loader = torch._C._aoti.AOTIModelPackageLoader(str(directory), "model", device.type == "cuda", 1, index)
+        self.identity = identity
+        self.constants: dict[str, Tensor] = {}
+
+    def lend(self, weights: Mapping[str, Tensor]) -> None:
+        """Let the library read weights, by name, in their own memory."""
+        given = {name: weights[name].detach() for name in self.constants or self.loader.get_constant_fqns()}
+        first = not self.constants
+        with torch.inference_mode(False):
+            if first:
+                self.constants = {name: torch.empty(0) for name in given}
+            for name, weight in given.items():
+                self.constants[name].data = weight
+        # Inactive buffer: no; every constant must be given: the first time; the tensors stay ours: yes; copy to device:
+        # no. Later nothing is given, which makes the library look up where its constants are now.
+        self.loader.load_constants(self.constants if first else {}, False, first, True, False)
+
+    def release(self) -> None:
+        """Let go of the weights' memory. The library must not run until it is lent weights again."""
+        with torch.inference_mode(False):
+            for tensor in self.constants.values():
+                tensor.data = torch.empty(0)
 
 
-def _borrow(weight: Tensor) -> Tensor:
-    """Another tensor object on the memory of a weight."""
-    with torch.inference_mode(False):
-        try:
-            borrowed = _spent.pop()
-        except IndexError:
-            borrowed = torch.empty(0)
-        borrowed.data = weight.detach()
-    return borrowed
+#: Libraries that nobody uses, the oldest first, and how many of them are kept.
+_idle: list[_Library] = []
+_MOST_IDLE = 64
+_idle_lock = threading.Lock()
 
 
-def _let_go(borrowed: Sequence[Tensor]) -> None:
-    """Give up the memory of an engine that is gone."""
-    with torch.inference_mode(False):
-        for tensor in borrowed:
-            tensor.data = torch.empty(0)
-    _spent.extend(borrowed)
+def _take(directory: Path, device: torch.device) -> _Library:
+    """An idle library of the same files, or a new one."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    states = [(str(p), p.stat()) for p in files]
+    identity = (str(device), *((p, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for p, s in states))
+    with _idle_lock:
+        for i, library in enumerate(_idle):
+            if library.identity == identity:
+                return _idle.pop(i)
+    return _Library(directory, device, identity)
+
+
+def _give_back(library: _Library) -> None:
+    library.release()
+    with _idle_lock:
+        _idle.append(library)
+        del _idle[:-_MOST_IDLE]
 
 
 def unpack_package(package: Path, directory: Path) -> None:

@@ -1,26 +1,82 @@
 """What an AOTInductor engine borrows it gives back: torch itself never does."""
 
+import gc
+import shutil
+
+import pytest
 import torch
 
 from jitexport.backends import aoti
+from tests.backends.conftest import CPU, Case
 
 
-def test_borrowed_weights_share_memory_and_give_it_back():
-    weight = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).t()
-    borrowed = aoti._borrow(weight)
-    assert borrowed is not weight and borrowed.data_ptr() == weight.data_ptr()
-    assert borrowed.stride() == weight.stride() and borrowed.dtype == weight.dtype
-    weight.mul_(2)
-    assert torch.equal(borrowed, weight), "a change in place shows, as LoRA needs"
-    aoti._let_go([borrowed])
-    assert borrowed.untyped_storage().nbytes() == 0
-    assert weight.sum() == 30
+@pytest.fixture
+def stage(built, monkeypatch):
+    """The stage engine of a bundle, with no other engine idle."""
+    monkeypatch.setattr(aoti, "_idle", [])
+    case = built(Case("aoti"))
+    spec, directory = case.specs["stage0"], case.root / "stage0"
+
+    def opened(weights=None):
+        return case.backend.load(spec, directory, weights or case.weights, lambda: None, CPU)
+
+    opened.case, opened.inputs = case, case.inputs["stage0"]
+    return opened
 
 
-def test_spent_tensor_objects_are_used_again():
-    first = aoti._borrow(torch.ones(4))
-    aoti._let_go([first])
-    with torch.inference_mode():
-        second = aoti._borrow(torch.zeros(2, 2, dtype=torch.int64))
-    assert second is first and second.shape == (2, 2) and second.dtype == torch.int64
-    aoti._let_go([second])
+def test_every_weight_is_read_where_it_is(built):
+    """Short vectors too, which torch would by default make numbers in the code: a checkpoint swap must reach them."""
+    case = built(Case("aoti"))
+    library = aoti._Library(case.root / "decode", CPU, ())
+    short = {n for n, w in case.weights.items() if n.startswith("vae.decoder") and w.ndim == 1 and w.numel() <= 8}
+    assert short and short <= set(library.loader.get_constant_fqns())
+
+
+def test_weights_are_shared_and_given_back(stage):
+    weights = {name: w.clone() for name, w in stage.case.weights.items()}
+    run = stage(weights)
+    before = [o.clone() for o in run(stage.inputs)]
+    weights["transformer.proj_out.weight"].mul_(2)
+    assert not torch.equal(run(stage.inputs)[0], before[0]), "a change in place shows, as LoRA needs"
+    del run
+    gc.collect()
+    [idle] = aoti._idle
+    assert all(t.untyped_storage().nbytes() == 0 for t in idle.constants.values())
+
+
+def test_an_engine_opened_again_reads_the_new_weights(stage):
+    run = stage()
+    expected = run(stage.inputs)[0].clone()
+    del run
+    gc.collect()
+    idle = aoti._idle[0]
+    other = {name: w * 1.5 for name, w in stage.case.weights.items()}
+    run = stage(other)
+    assert not aoti._idle
+    assert not torch.equal(run(stage.inputs)[0], expected)
+    second = stage()  # while the first is in use: a library of its own
+    assert torch.equal(second(stage.inputs)[0], expected)
+    del run, second
+    gc.collect()
+    assert idle in aoti._idle and len(aoti._idle) == 2
+    assert torch.equal(stage()(stage.inputs)[0], expected)
+
+
+def test_a_rewritten_engine_is_not_taken_for_the_idle_one(stage, tmp_path):
+    case = stage.case
+    copy = shutil.copytree(case.root / "stage0", tmp_path / "stage0")
+    case.backend.load(case.specs["stage0"], copy, case.weights, lambda: None, CPU)
+    gc.collect()
+    [idle] = aoti._idle
+    shutil.rmtree(copy)
+    shutil.copytree(case.root / "stage0", copy)
+    run = case.backend.load(case.specs["stage0"], copy, case.weights, lambda: None, CPU)
+    assert aoti._idle == [idle] and run
+
+
+def test_few_idle_engines_are_kept(stage, monkeypatch):
+    monkeypatch.setattr(aoti, "_MOST_IDLE", 2)
+    runs = [stage() for _ in range(4)]
+    del runs
+    gc.collect()
+    assert len(aoti._idle) == 2
