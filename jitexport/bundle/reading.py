@@ -13,11 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, digest_line, parse_manifest
 from jitexport.bundle.references import check_references, read_references
+from jitexport.bundle.tensors import map_tensors
 from jitexport.errors import (
     BundleNotFoundError,
     DigestError,
@@ -89,9 +90,8 @@ def read_tensors(root: Path, name: str) -> dict[str, Tensor]:
         IntegrityError: it is no safetensors file.
     """
     try:
-        with safe_open(root / name, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError) as error:
+        return map_tensors(root / name)
+    except (SafetensorError, OSError, KeyError) as error:
         raise IntegrityError(
             f"cannot read {name}", found=error, expected="a safetensors file", remedy=REBUILD
         ) from error

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jitexport.bundle.manifest import Manifest, ReferenceEntry
+from jitexport.bundle.tensors import map_tensors
 from jitexport.errors import DigestError, InputError, IntegrityError, MissingFileError, SizeError
 
 # A level of CLIP's parameter names that files have and transformers 5 does not.
@@ -113,10 +114,10 @@ def read_references(manifest: Manifest, folder: Path, device: torch.device) -> d
     tensors = {}
     for entry in manifest.references:
         try:
-            with safe_open(folder / entry.path, framework="pt") as file:
-                for name, key in entry.tensors.items():
-                    tensors[f"{entry.component}.{name}"] = file.get_tensor(key).to(device, copy=True)
-        except (SafetensorError, OSError) as error:
+            mapped = map_tensors(folder / entry.path)
+            for name, key in entry.tensors.items():
+                tensors[f"{entry.component}.{name}"] = mapped[key].to(device, copy=True)
+        except (SafetensorError, OSError, KeyError) as error:
             raise IntegrityError(f"cannot read {folder / entry.path}", found=error) from error
     return tensors
 
