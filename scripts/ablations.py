@@ -4,7 +4,8 @@
 
 Without the spatial approximation, without ITA, without the DMF target (main paper, Table 3); 2, 3 and 4 stages (C.1);
 aggressive, default and conservative ratios (C.2); uniform against Beta timesteps (B.4). Each with the exact micro-flow
-of the text and with the relaxed one of the released code, everything else as the preset `paper` has it, at 18 steps.
+of the text or the relaxed one of the released code, everything else as the preset `paper` has it, at 18 steps. Then
+the way from there to the preset `default`, at 4x and 7x.
 Images come from the eager modules in bf16, the scores and intervals are those of `jitexport evaluate`.
 """
 
@@ -71,9 +72,22 @@ class Variant:
     steps: tuple[int, ...] = STEPS
     ratios: tuple[float, ...] = RATIOS
     timesteps: tuple[tuple[str, object], ...] = tuple(BETA.items())
+    noise: str = "fresh"
+    importance: str = "velocity"
+    least_blur: float | None = None
+
+    @property
+    def options(self) -> dict[str, object]:
+        """As `JiT` takes them."""
+        return JiT.options("paper") | {
+            "timesteps": dict(self.timesteps), "microflow": self.microflow, "relax_steps": self.relax_steps,
+            "noise": self.noise, "importance": self.importance,
+            "blur_sigma_range": None if self.least_blur is None else (self.least_blur, 10.0),
+        }  # fmt: skip
 
 
-PARTS, STAGES, SHARES, TIMES = "parts", "stages", "ratios", "timesteps"
+PARTS, STAGES, SHARES, TIMES, DEFAULT = "parts", "stages", "ratios", "timesteps", "default"
+SEVEN = {"steps": (4, 3, 4), "ratios": (0.32, 0.6, 1.0)}  # 7x of Table 4
 NATIVE, UNIFORM = (("kind", "native"),), (("kind", "uniform"),)
 EVEN = {2: ((9, 9), (0.5, 1.0)), 4: ((4, 5, 4, 5), (0.25, 0.5, 0.75, 1.0))}
 
@@ -96,8 +110,22 @@ def variants() -> list[Variant]:
             Variant(f"no approximation, {flow}", PARTS, "Pi_k = S_k: inactive tokens stand still", StillTokens, flow),
             Variant(f"no ITA, {flow}", PARTS, "new tokens at random", RandomActivation, flow),
         ]
-    order = (PARTS, STAGES, SHARES, TIMES)
-    return sorted(rows[::-1], key=lambda v: order.index(v.table))
+    own, clean = {"noise": "initial"}, {"noise": "initial", "importance": "clean"}
+    for name, speed in (("4x", {}), ("7x", SEVEN)):
+        said, dense = f"at {name}: initial noise", {"steps": (sum(speed.get("steps", STEPS)),), "ratios": (1.0,)}
+        rows += [
+            Variant(f"initial noise, {name}", DEFAULT, said, **own, **speed),
+            Variant(f"initial noise, relaxed, {name}", DEFAULT, said, microflow="relaxed", **own, **speed),
+            Variant(f"initial noise, native times, {name}", DEFAULT, said, timesteps=NATIVE, **own, **speed),
+            Variant(f"and ITA on clean, {name}", DEFAULT, f"{said}, ITA on the clean prediction", **clean, **speed),
+            Variant(f"and blur, {name}", DEFAULT, "the preset `default`: and a blur of at least 1 token",
+                    least_blur=1.0, **clean, **speed),
+            Variant(f"all tokens, {name}", DEFAULT, "as many steps at the same noise levels", **dense),
+        ]  # fmt: skip
+    rows += [Variant(f"full, {flow}, 7x", DEFAULT, "the preset `paper` at 7x", microflow=flow, **SEVEN)
+             for flow in ("exact", "relaxed")]  # fmt: skip
+    order = (PARTS, STAGES, SHARES, TIMES, DEFAULT)
+    return sorted(rows, key=lambda v: order.index(v.table))
 
 
 @cache
@@ -109,10 +137,7 @@ def model() -> tuple[ModelAdapter, Callable[[int], float]]:
 
 def schedule_of(variant: Variant) -> tuple[JiT, StageSchedule]:
     adapter, cost = model()
-    options = JiT.options("paper") | {
-        "timesteps": dict(variant.timesteps), "microflow": variant.microflow, "relax_steps": variant.relax_steps,
-    }  # fmt: skip
-    method = variant.method(adapter.geometry.grid, options)
+    method = variant.method(adapter.geometry.grid, variant.options)
     target = Target(None, CustomSchedule(variant.steps, variant.ratios), cost, 50, adapter.native_sigmas)
     return method, method.schedule(target)
 
@@ -125,7 +150,7 @@ def source(variant: Variant) -> Source:
     def open_pipeline() -> Pipeline:
         adapter, _ = model()
         pipe = eager_pipeline(
-            adapter, schedule, "jit", JiT.options("paper"), batch=BATCH, dtype=DTYPE, device=torch.device("cpu")
+            adapter, schedule, "jit", variant.options, batch=BATCH, dtype=DTYPE, device=torch.device("cpu")
         )
         pipe.method = method
         return quiet(pipe)
@@ -139,13 +164,17 @@ def source(variant: Variant) -> Source:
 
 
 def differences(evaluation: Evaluation, measure: str) -> dict[str, Score]:
-    """Mean difference of each row to `full` of the same micro-flow, prompt by prompt."""
-    exact, relaxed = (evaluation.differences(measure, f"full, {flow}") for flow in ("exact", "relaxed"))
-    return {
-        row.label: (exact if row.label.endswith("exact") else relaxed)[row.label]
-        for row in evaluation.rows[1:]
-        if not row.label.startswith("full")
-    }
+    """Mean difference of each row to `full` of the same micro-flow and speed-up, prompt by prompt."""
+    bases = {v.label: v for v in variants() if v.label.startswith("full")}
+    found = {}
+    for variant in variants():
+        if variant.label in bases:
+            continue
+        steps = 11 if sum(variant.steps) == 11 else 18
+        flow = "relaxed" if variant.microflow == "relaxed" and variant.relax_steps == 3 else "exact"
+        [base] = [name for name, v in bases.items() if v.microflow == flow and sum(v.steps) == steps]
+        found[variant.label] = evaluation.differences(measure, base)[variant.label]
+    return found
 
 
 def main() -> None:
@@ -173,7 +202,8 @@ def main() -> None:
         evaluation,
         title="JiT's parts, stages, ratios and timesteps on the demo model",
         table=markdown_table(evaluation, measures)
-        + "\nChange against `full` of the same micro-flow, prompt by prompt:\n\n" + "\n".join(lines) + "\n",
+        + "\nChange against `full` of the same micro-flow and speed-up, prompt by prompt:\n\n"
+        + "\n".join(lines) + "\n",
         command=f"python scripts/ablations.py --prompts {args.prompts}",
         extra={"change of demo_psnr": {label: asdict(score) for label, score in quality.items()}},
     )  # fmt: skip

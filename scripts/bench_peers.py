@@ -166,27 +166,25 @@ def cache_dit(options: dict[str, Any], taylor: bool, setting: Setting) -> Make:
 # --- JiT --------------------------------------------------------------------------------------------------------------
 
 
-def schedule(speedup: int) -> tuple[list[float], list[tuple[int, int]], float]:
-    """Noise levels, (steps, tokens) of each stage and the micro-flow's share, as a bundle of that speed-up has them."""
+def schedule(speedup: int) -> tuple[list[float], list[tuple[int, int]]]:
+    """Noise levels and (steps, tokens) of each stage, as a bundle of that speed-up has them."""
     from jitexport.models.sources import config_adapter, find_source
     from jitexport.plan import plan
 
     made = plan(config_adapter(find_source("demo"), torch.float32), speedup=speedup)
-    options = registry.method("jit").options(made.preset)
-    share = 1.0 if options["microflow"] == "exact" else 1 / options["relax_steps"]
-    return list(made.schedule.sigmas), [(s.steps, s.tokens) for s in made.schedule.stages], share
+    return list(made.schedule.sigmas), [(s.steps, s.tokens) for s in made.schedule.stages]
 
 
 def plain(dtype: str, speedup: int, setting: Setting) -> Make:
     from plain_jit import plain_jit
 
     pipe = diffusers_pipeline(setting, dtype)
-    sigmas, stages, microflow = schedule(speedup)
+    sigmas, stages = schedule(speedup)
     size = {k: setting.defaults[k] for k in ("height", "width", "max_sequence_length", "guidance_scale")}
 
     def make(prompt: str, seed: int) -> Image.Image:
         generator = torch.Generator().manual_seed(seed)
-        return plain_jit(pipe, prompt, generator, sigmas=sigmas, stages=stages, microflow=microflow, **size)
+        return plain_jit(pipe, prompt, generator, sigmas=sigmas, stages=stages, **size)
 
     return make
 

@@ -61,7 +61,6 @@ def plain_jit(
     width: int,
     max_sequence_length: int,
     guidance_scale: float,
-    microflow: float = 1.0,
     latents: Tensor | None = None,
     noise: Tensor | None = None,
     anchors: Tensor | None = None,
@@ -71,7 +70,6 @@ def plain_jit(
     Args:
         sigmas: noise levels, one more than there are steps; the last is 0.
         stages: steps and tokens of each stage, coarse to fine.
-        microflow: share of the way to its target that a new token goes.
         latents, noise: [N, C]; anchors: [m]; drawn where not given.
     """
     dtype = pipe.transformer.dtype
@@ -92,8 +90,7 @@ def plain_jit(
             variance[active] = -math.inf
             new = variance.topk(tokens - len(active)).indices
             prior = interpolate(clean, active, rows, columns)
-            target = (1 - sigmas[step]) * prior[new] + sigmas[step] * noise[new]
-            y[new] = (1 - microflow) * y[new] + microflow * target
+            y[new] = (1 - sigmas[step]) * prior[new] + sigmas[step] * noise[new]
             active = torch.cat([active, new]).sort().values
         for _ in range(steps):
             u = pipe.transformer(

@@ -340,6 +340,8 @@ def test_presets_have_the_published_values():
     assert released["timesteps"] == {"kind": "beta", "alpha": 1.4, "beta": 0.425}
     assert (released["microflow"], released["relax_steps"]) == ("relaxed", 3)
     assert (released["blur_scale"], released["blur_sigma_range"], released["window"]) == (0.4, (1.0, 10.0), 3)
+    for published in (paper, released):
+        assert (published["noise"], published["importance"]) == ("fresh", "velocity")
 
 
 def test_unknown_options_and_presets_are_refused():
@@ -375,7 +377,7 @@ def test_state_is_kept_in_fp32():
     assert {t.dtype for t in (after.y, after.velocity, after.clean)} == {torch.float32}
 
 
-@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("preset", JiT.presets)
 @pytest.mark.parametrize("shape", [(6, 6), (5, 7), (3, 2), (2, 3, 3)])
 def test_transition_activates_the_most_important_and_moves_only_them(shape, preset):
     method = jit(shape, preset)
@@ -383,9 +385,10 @@ def test_transition_activates_the_most_important_and_moves_only_them(shape, pres
     few, more = n // 3, int(n * 0.7)
     state = method.step(start(method, few), torch.randn(2, few, 3, generator=seeded(9)), 0.9, 0.6)
     after = method.transition(state, Stage(0, more, 1), 0.6)
-    weight = 1.0 if preset == "paper" else 1 / 3
-    score = importance(method.grid, tuple(mean_matrix(n, 3) for n in shape), state.velocity)
+    weight = 1 / 3 if preset == "released" else 1.0
     prior = state.lift(state.clean)
+    signal = prior if preset == "default" else state.velocity
+    score = importance(method.grid, tuple(mean_matrix(n, 3) for n in shape), signal)
     for b in range(2):
         old, now = set(state.lift.anchors[b].tolist()), set(after.lift.anchors[b].tolist())
         assert old < now and len(now) == more
@@ -452,6 +455,21 @@ def test_randomness_is_only_asked_for_where_tokens_are_left_out():
     assert method.noise_fields(full) == 0 and method.draw_anchors(full, seeded()) is None
 
 
+def test_the_initial_noise_needs_no_draw_and_is_the_microflows():
+    method = jit((4, 4), "default")
+    schedule = continuous(16, [0.35, 1.0])
+    assert method.noise_fields(schedule) == 0
+    latents = torch.randn(1, 16, 3, generator=seeded(1))
+    anchors = method.draw_anchors(schedule, seeded(2))
+    state = method.start(Draws(latents, None, anchors[None]), schedule.stages[0])
+    clean = torch.randn(1, 16, 3, generator=seeded(3))
+    # A perfect velocity for anchors: then new tokens lie where dense sampling has them, but for the lifted prior.
+    state = method.step(state, (latents - clean)[:, anchors], 1.0, 0.7)
+    after = method.transition(state, schedule.stages[1], 0.7)
+    expected = 0.7 * latents + 0.3 * method.lifter(anchors[None])(clean[:, anchors])
+    torch.testing.assert_close(after.y, expected, atol=1e-5, rtol=0)
+
+
 def test_nearest_map_and_blur_are_made_once_a_stage(monkeypatch):
     from jitexport.methods import jit as module
 
@@ -480,6 +498,8 @@ def test_separable_applies_each_matrix_along_its_axis():
         {"blur_scale": 0.0},
         {"blur_sigma_range": (3.0, 1.0)},
         {"window": 4},
+        {"noise": "white"},
+        {"importance": "colour"},
         {"colour": "red"},
     ],
 )
