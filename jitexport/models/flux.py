@@ -203,6 +203,10 @@ class FluxStage(nn.Module):
     tokens [B, m, C], cos and sin [B, T + m, Dh / 2], modulation [B, M], context [B, T, D] -> velocity [B, m, C].
     """
 
+    #: Functions of repeated blocks, which a backend may compile once for all blocks.
+    regions = ("double_block", "single_block")
+    double_block, single_block = staticmethod(double_block), staticmethod(single_block)
+
     def __init__(self, transformer: FluxTransformer2DModel) -> None:
         super().__init__()
         self.transformer = transformer
@@ -215,10 +219,10 @@ class FluxStage(nn.Module):
 
         image, text = model.x_embedder(tokens), context
         for block, part in zip(doubles, parts[: len(doubles)], strict=True):
-            image, text = double_block(block, image, text, part, cos, sin)
+            image, text = self.double_block(block, image, text, part, cos, sin)
         x = torch.cat([text, image], dim=1)
         for block, part in zip(singles, parts[len(doubles) :], strict=True):
-            x = single_block(block, x, part, cos, sin)
+            x = self.single_block(block, x, part, cos, sin)
         scale, shift = out.chunk(2, dim=-1)
         return model.proj_out(modulate(model.norm_out.norm, x[:, text.shape[1] :], shift, scale))
 

@@ -209,6 +209,15 @@ def test_regions_are_compiled_once_and_only_here(made):
     assert not any("subgraph" in str(n.target) for n in exported.graph.nodes), "other backends see no marks"
 
 
+def test_flux_blocks_of_a_kind_are_compiled_once(built):
+    case = built(Case("inductor"))
+    source = (case.root / "stage0" / CACHE).read_bytes()
+    singles = {n.split(".")[2] for n in case.weights if n.startswith("transformer.single_transformer_blocks.")}
+    assert len(singles) == 2  # the one double block stays in the graph of the stage
+    assert source.count(b"def repeated_subgraph") == 1
+    assert source.count(b"= repeated_subgraph0(") == len(singles)
+
+
 def test_changed_settings_compile_nothing_again(made):
     run = load(made)
     (before,) = run([X])
