@@ -283,7 +283,7 @@ def build(
                 backend=backend,
                 dtype=dtype,
                 batch=batch,
-                host=fingerprint(target_device, target),
+                host=fingerprint(target_device, target, registry.backend(backend).libraries()),
                 engines=engines,
                 tokenizers=tuple(tokenizers),
                 weights=stored,

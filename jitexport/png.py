@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
-from PIL import Image
+if TYPE_CHECKING:
+    from PIL import Image
 
 #: zlib's. Pillow's usual 6 takes three times as long for 4% fewer bytes.
 COMPRESSION = 4

@@ -47,6 +47,10 @@ class Backend(ABC):
     def missing(self, device: torch.device) -> str | None:
         """Why this machine cannot use the backend on the device and what would help; None when it can."""
 
+    def libraries(self) -> dict[str, str]:
+        """Versions of the libraries beside torch that build and run the engines, by module name."""
+        return {}
+
     def dtypes(self, device: torch.device) -> Sequence[str]:
         """Engine dtypes that the backend runs on the device."""
         return ("bf16", "fp32")

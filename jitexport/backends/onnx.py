@@ -14,6 +14,7 @@ engine is being opened its weights are in memory twice; onnxruntime offers no wa
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,9 @@ class ONNXBackend(Backend):
     summary = "ONNX Runtime, its CPU or CUDA execution provider, shared weights"
     native = False
     providers: Mapping[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+    def libraries(self) -> dict[str, str]:
+        return {name: importlib.import_module(name).__version__ for name in ("onnx", "onnxscript", "onnxruntime")}
 
     def missing(self, device: torch.device) -> str | None:
         if importlib.util.find_spec("onnxruntime") is None:

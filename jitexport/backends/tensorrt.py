@@ -74,6 +74,10 @@ class TensorRTBackend(Backend):
     def build(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor], directory: Path) -> None:
         self.build_group([Source(spec, module, example)], directory)
 
+    def libraries(self) -> dict[str, str]:
+        trt = library()
+        return {trt.__name__: trt.__version__}
+
     def build_group(self, sources: Sequence[Source], directory: Path, target: str | None = None) -> None:
         trt = library()
         specs = [s.spec for s in sources]

@@ -38,6 +38,9 @@ class TorchTensorRTBackend(Backend):
     holds_weights = True
     live_weights = False
 
+    def libraries(self) -> dict[str, str]:
+        return {"torch_tensorrt": _library().__version__}
+
     def missing(self, device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"torch-tensorrt needs an NVIDIA GPU and does not run on {device.type}"

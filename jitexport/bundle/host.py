@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -14,8 +14,14 @@ from jitexport.errors import HostMismatchError
 logger = logging.getLogger(__name__)
 
 
-def fingerprint(device: torch.device, target: str | None = None) -> HostEntry:
-    """This machine and its versions, with another machine's GPU where `target` names one."""
+def fingerprint(
+    device: torch.device, target: str | None = None, libraries: Mapping[str, str] | None = None
+) -> HostEntry:
+    """This machine and its versions, with another machine's GPU where `target` names one.
+
+    Args:
+        libraries: versions of a backend's own libraries, see `Backend.libraries`.
+    """
     cuda = device.type == "cuda"
     gpu = target
     if target is None and cuda and torch.cuda.is_available():
@@ -31,6 +37,7 @@ def fingerprint(device: torch.device, target: str | None = None) -> HostEntry:
         device=device.type,
         cuda=torch.version.cuda if cuda else None,
         gpu=gpu,
+        libraries=dict(libraries or {}),
     )
 
 

@@ -195,7 +195,7 @@ class HostEntry(_Entry):
     """The machine and the versions that the engines were built with.
 
     `cpu` is torch's name for the vector extensions, `cpu_features` all instruction sets that a compiler may have used,
-    `threads` what torch had, and compilers for CPUs build in.
+    `threads` what torch had, and compilers for CPUs build in, `libraries` the versions of what beside torch built them.
     """
 
     system: str
@@ -208,6 +208,7 @@ class HostEntry(_Entry):
     device: Literal["cpu", "cuda"]
     cuda: str | None
     gpu: str | None
+    libraries: dict[str, str] = {}
 
 
 class Manifest(_Entry):
