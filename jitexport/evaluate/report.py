@@ -183,9 +183,33 @@ def curves(evaluation: Evaluation, measures: Sequence[str] | None = None, *, dpi
         figure.axes[0].plot([], [], "o", color=colour, label=method)[0] for method, colour in palette.items()
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.draw_without_rendering()  # where labels are is known only then
+    for plot in grid.flat:
+        _spread(plot)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", facecolor="white")
     return stream.getvalue()
+
+
+#: Places of a label beside its point, in points, the best first: right and left of it, above and below.
+_PLACES = [(side, -2 + up * 7 * away) for away in range(9) for up in (1, -1) for side in (5, -5)]
+
+
+def _spread(plot: Any) -> None:
+    """Move each label to the first place inside the chart where it covers no point and no other label."""
+    from matplotlib.transforms import Bbox
+
+    labels = sorted(plot.texts, key=lambda text: text.xy[1], reverse=True)
+    points = plot.transData.transform([label.xy for label in labels]) if labels else []
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in points]
+    for label in labels:
+        for side, up in _PLACES:
+            label.xyann = (side, up)
+            label.set_horizontalalignment("left" if side > 0 else "right")
+            box = label.get_window_extent()
+            if box.x0 > plot.bbox.x0 and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
 
 
 def _curve(plot: Any, rows: Sequence[Row], axis: _Axis, name: str, palette: dict[str, str]) -> None:
@@ -212,6 +236,7 @@ def _curve(plot: Any, rows: Sequence[Row], axis: _Axis, name: str, palette: dict
                 row.label, (a, b), xytext=(5, 4), textcoords="offset points", fontsize=6.5, color=palette[method]
             )
     plot.set_xscale("log")
+    plot.margins(x=0.12)
     plot.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     plot.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     plot.xaxis.set_minor_formatter(NullFormatter())
