@@ -1,5 +1,4 @@
-"""Compare JiT's settings on the demo model: exact and relaxed micro-flow, both Beta values, and the released code's
-lower limit of the blur with its other values.
+"""Compare JiT's settings on the demo model: exact and relaxed micro-flow, both Beta values, and the presets.
 
     python scripts/compare_presets.py engines/demo-4x engines/demo-7x --prompts 40 --json docs/results/presets.json
 
@@ -26,31 +25,28 @@ import jitexport
 from jitexport.evaluate.demo import DemoData, Judge
 from jitexport.methods.jit import JiT
 from jitexport.profile import conditions
-from jitexport.schedule import BETA_PAPER, BETA_RELEASED, beta_sigmas
+from jitexport.schedule import beta_sigmas
 
-BETAS = {"0.42": BETA_PAPER, "0.425": BETA_RELEASED}
-BLURS = {"none": None, "1": (1.0, 10.0)}
-#: Micro-flow, Beta's second parameter, least sigma of the blur. The first is the preset `paper`, the last `released`.
-VARIANTS = (
-    ("exact", "0.42", "none"),
-    ("exact", "0.425", "none"),
-    ("relaxed", "0.42", "none"),
-    ("relaxed", "0.425", "none"),
-    ("relaxed", "0.425", "1"),
-)
+RELEASED_TIMES = {"timesteps": JiT.options("released")["timesteps"]}
+RELAXED = {"microflow": "relaxed"}
+#: What differs from the preset `paper`.
+VARIANTS = {
+    "paper: exact, Beta(1.4, 0.42)": {},
+    "exact, Beta(1.4, 0.425)": RELEASED_TIMES,
+    "relaxed, Beta(1.4, 0.42)": RELAXED,
+    "relaxed, Beta(1.4, 0.425)": RELAXED | RELEASED_TIMES,
+    "released: and a blur of at least 1 token": JiT.options("released"),
+    "default: exact, initial noise, ITA on clean, that blur": JiT.options("default"),
+}
 
 
-def variant(pipe: jitexport.Pipeline, microflow: str, beta: str, blur: str) -> jitexport.Pipeline:
+def variant(pipe: jitexport.Pipeline, changes: dict[str, object]) -> jitexport.Pipeline:
     """The pipeline with other settings of the method."""
-    a, b = BETAS[beta]
-    options = JiT.options("paper") | {
-        "timesteps": {"kind": "beta", "alpha": a, "beta": b},
-        "microflow": microflow,
-        "blur_sigma_range": BLURS[blur],
-    }
+    options = JiT.options("paper") | changes
     changed = copy.copy(pipe)
     changed.method = JiT(pipe.geometry.grid, options)
-    changed.schedule = replace(pipe.schedule, sigmas=beta_sigmas(pipe.schedule.nfe, a, b))
+    times = options["timesteps"]
+    changed.schedule = replace(pipe.schedule, sigmas=beta_sigmas(pipe.schedule.nfe, times["alpha"], times["beta"]))
     return changed
 
 
@@ -63,28 +59,26 @@ def main() -> None:
 
     data = DemoData()
     prompts, judge = data.prompts(args.prompts), Judge.of(data)
-    table = Table("bundle", "micro-flow", "beta", "least blur", "name", "pair", "background", "sharpness", "PSNR dB")
+    table = Table("bundle", "settings", "name", "pair", "background", "sharpness", "PSNR dB")
     rows = []
     for path in args.bundles:
         pipe = jitexport.load(path)
-        for microflow, beta, blur in VARIANTS:
-            changed = variant(pipe, microflow, beta, blur)
+        for name, changes in VARIANTS.items():
+            changed = variant(pipe, changes)
 
             def generate(texts: list[str], seeds: list[int], pipe: jitexport.Pipeline = changed) -> list:
                 return pipe(texts, generator=generators(seeds)).images
 
-            label = f"{path.name}, {microflow}, {beta}, {blur}"
+            label = f"{path.name}, {name}"
             began = time.perf_counter()
             pictures = make_pictures(Source(label, generate, pipe.batch_size), prompts)
             scores = [score(judge, prompt, picture) for prompt, picture in zip(prompts, pictures, strict=True)]
-            row = {"bundle": path.name, "microflow": microflow, "beta": beta, "least_blur": blur} | summarise(scores)
+            row = {"bundle": path.name, "settings": name} | summarise(scores)
             row["seconds"] = round(time.perf_counter() - began, 1)
             rows.append(row)
             table.add_row(
                 path.name,
-                microflow,
-                beta,
-                blur,
+                name,
                 *(str(row[m]["count"]) for m in ("name_right", "pair_right", "background_right")),
                 f"{row['sharpness']:.2f}",
                 f"{row['psnr']:.2f}",
