@@ -30,13 +30,14 @@ def seeded(*seeds):
 
 @pytest.fixture(scope="module")
 def pipe(make_bundle):
-    return jitexport.load(make_bundle(custom=THREE))
+    """With the preset that draws everything: latents, noise and anchors."""
+    return jitexport.load(make_bundle(preset="paper", custom=THREE))
 
 
 @pytest.fixture(scope="module")
 def pairs(make_bundle):
     """The same with two images an engine run."""
-    return jitexport.load(make_bundle(custom=THREE, batch=2))
+    return jitexport.load(make_bundle(preset="paper", custom=THREE, batch=2))
 
 
 def latents(pipe, prompt="a red fox", seeds=(0,), **options):
@@ -382,7 +383,7 @@ def test_nothing_is_shown_where_stderr_is_no_terminal(pipe, capsys):
 
 def test_bf16(make_bundle, pipe):
     """The same images up to bf16's rounding."""
-    half = jitexport.load(make_bundle(custom=THREE, dtype="bf16"))
+    half = jitexport.load(make_bundle(preset="paper", custom=THREE, dtype="bf16"))
     assert half.dtype == torch.bfloat16
     found, expected = latents(half), latents(pipe)
     assert found.dtype == torch.float32

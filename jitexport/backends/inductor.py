@@ -166,11 +166,14 @@ def private_cache(folder: Path) -> Iterator[Path]:
     Other threads' torch.compile waits meanwhile: where caches are is a matter of the process's environment.
     """
     from torch._dynamo.convert_frame import compile_lock
+    from torch._inductor import config
     from torch._inductor.utils import clear_caches
     from torch.compiler._cache import CacheArtifactManager
 
     places = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
-    with compile_lock, CacheArtifactManager.with_fresh_cache():
+    # AOTInductor leaves notes on what it compiled last in the settings, which are part of what a cache is found by.
+    settings = config.patch({"aot_inductor.metadata": {}})
+    with compile_lock, settings, CacheArtifactManager.with_fresh_cache():
         before = {name: os.environ.get(name) for name in places}
         try:
             folder.mkdir(mode=0o700, exist_ok=True)

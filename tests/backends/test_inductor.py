@@ -154,6 +154,20 @@ def test_a_second_process_compiles_nothing(bundle_of, tmp_path):
     assert torch.equal(image, load_file(tmp_path / "image.safetensors")["image"])
 
 
+def test_an_engine_that_aoti_compiled_before_changes_nothing(made, tmp_path, caplog):
+    """It leaves its notes in the settings of torch, which torch finds caches by."""
+    from torch._inductor import config
+
+    module, _ = made
+    (tmp_path / "aoti").mkdir()
+    with torch.no_grad():
+        registry.backend("aoti").build(SPEC, module, [X], tmp_path / "aoti")
+    assert config.aot_inductor.metadata, "else this test is about nothing"
+    load(made)
+    assert "compiled again" not in caplog.text
+    assert config.aot_inductor.metadata
+
+
 def test_a_cache_that_does_not_fit_is_said_and_gives_the_same(made, tmp_path, caplog):
     folder = copied(made, tmp_path / "stage0")
     kernel = min(inductor.read_libraries(folder / LIBRARIES).keys() - inductor.vector_trials().keys())
