@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jitexport import registry
 from jitexport._version import __version__
-from jitexport.backends.base import Backend, Engine, Source
+from jitexport.backends.base import Backend, Engine
 from jitexport.backends.eager import as_engine
 from jitexport.bundle import BundleWriter, Manifest
 from jitexport.bundle.golden import write_golden
@@ -37,6 +37,7 @@ from jitexport.bundle.manifest import (
     WeightsEntry,
 )
 from jitexport.bundle.references import find_references
+from jitexport.compiling import Compilers, Recipe, Task, check_jobs, default_jobs
 from jitexport.errors import BackendUnavailableError, InputError, VerificationError
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import ModelSource, download, find_source, load_adapter
@@ -198,6 +199,7 @@ def build(
     settings: dict[str, Any] | None = None,
     weights: Literal["store", "reference"] = "store",
     replace: bool = False,
+    jobs: int | None = None,
     command: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> BuildResult:
@@ -216,6 +218,8 @@ def build(
         settings: of the model family, for example height and width.
         weights: "store" copies them into the bundle; "reference" points at the model's own files by digest.
         replace: replace an existing bundle.
+        jobs: processes that compile at once, each with the model in memory; by default as many as cores and memory
+            allow, where the backend's engines can be compiled apart.
         command: what the user typed, for the manifest.
         progress: told about the steps.
 
@@ -225,6 +229,7 @@ def build(
     started = datetime.now(UTC)
     progress = progress or Silent()
     engine_backend, target_device = check_request(backend, dtype, batch, device, target)
+    check_jobs(jobs, engine_backend)
     if weights not in ("store", "reference"):
         raise InputError("unknown weights", found=weights, expected="store or reference")
     source = model if isinstance(model, ModelSource) else find_source(model)
@@ -236,7 +241,8 @@ def build(
         progress.begin(["read the model"])
         progress.step("read the model")
         folder = source.folder or download(source)
-        adapter = load_adapter(replaced(source, folder=folder), DTYPES[dtype], settings)
+        source = replaced(source, folder=folder)
+        adapter = load_adapter(source, DTYPES[dtype], settings)
         made = plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset, dtype=dtype)
         reference = eager_pipeline(
             adapter, made.schedule, made.method, made.options, batch=batch, dtype=dtype,
@@ -256,9 +262,15 @@ def build(
             )
             for t in adapter.tokenizers()
         ]
-        engines = build_engines(
-            writer, engine_backend, adapter, reference, tensors, target_device, target, progress
-        )
+        if jobs is None:
+            size = sum(t.nbytes for t in tensors.values())
+            jobs = default_jobs(engine_backend, target_device, len(reference.engines), size)
+        recipe = Recipe(source, dtype, settings, backend, str(target_device), target, torch.get_num_threads())
+        with Compilers(jobs, recipe, engine_backend, adapter) as compilers:
+            engines = build_engines(
+                writer, engine_backend, adapter, reference, tensors, target_device, compilers, progress,
+                verify=target is None,
+            )
         progress.step("digests")
         configs = plain_configs(adapter.configs)
         manifest = writer.publish(
@@ -332,12 +344,14 @@ def build_engines(
     reference: Pipeline,
     weights: Mapping[str, Tensor],
     device: torch.device,
-    target: str | None,
+    compilers: Compilers,
     progress: Progress,
+    *,
+    verify: bool,
 ) -> tuple[EngineEntry, ...]:
     """Compile all engines of a pipeline into the bundle, verify each against the eager one, and store golden examples.
 
-    With a `target`, engines cannot run here: they are not verified, and the examples come from the eager modules.
+    Without `verify`, for engines that cannot run here, the examples come from the eager modules.
 
     Raises:
         CompileError: an engine cannot be compiled.
@@ -346,15 +360,19 @@ def build_engines(
     entries = []
     dtype = DTYPE_NAMES[reference.dtype]
     probes = {spec.name: inputs for spec, inputs in probe_inputs(reference)}
+    begun = []
     for group in backend.groups([engine.spec for engine in reference.engines.values()]):
-        progress.step(f"engine {group[0].name}")
         name = f"engines/{group[0].name if len(group) == 1 else 'stages'}"
         directory = writer.directory(name)
-        backend.build_group([Source(s, adapter.module(s.name), probes[s.name]) for s in group], directory, target)
+        task = Task(group, [probes[spec.name] for spec in group], directory)
+        begun.append((group, name, directory, compilers.submit(task)))
+    for group, name, directory, finish in begun:
+        progress.step(f"engine {group[0].name}")
+        finish()
         for spec in group:
             engine, inputs = reference.engines[spec.name], probes[spec.name]
             relative = largest = None
-            if target is None:
+            if verify:
                 raw = backend.load(spec, directory, weights, partial(adapter.module, spec.name), device)
                 engine = Engine(spec, raw, device)
                 relative, largest = verify_engine(spec, engine, reference.engines[spec.name], inputs, dtype)

@@ -196,6 +196,9 @@ def build(
     weights: Annotated[
         str, typer.Option(help="store copies the weights; reference points at the model's own files by digest.")
     ] = "store",
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes that compile at once; by default as cores and memory allow.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -220,6 +223,7 @@ def build(
             settings=_settings(height, width, text_tokens),
             weights=weights,
             replace=force,
+            jobs=jobs,
             command=["jitexport", *sys.argv[1:]],
             progress=progress,
         )

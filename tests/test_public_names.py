@@ -36,7 +36,7 @@ SCHEDULE = {
 
 OPTIONS = {
     "build": SCHEDULE
-    | {"--backend", "--dtype", "--batch", "--output", "-o", "--device", "--target", "--weights", "--force"},
+    | {"--backend", "--dtype", "--batch", "--output", "-o", "--device", "--target", "--weights", "--jobs", "--force"},
     "plan": SCHEDULE,
     "generate": {"bundle", "prompt", "--output", "-o", "--seed", "--num-images", "--guidance", "--trust", "--json"},
     "inspect": {"bundle", "--json"},

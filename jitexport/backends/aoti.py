@@ -30,6 +30,7 @@ class AOTInductorBackend(Backend):
     summary = "AOTInductor, compiled ahead of time, shared weights"
     host_fields = ("system", "machine", "cpu", "torch", "device", "gpu")
     capturable = True
+    separable = True
 
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda" and not torch.cuda.is_available():

@@ -42,6 +42,8 @@ class Backend(ABC):
     live_weights: bool = True
     #: Whether engines on CUDA run on PyTorch's current stream without waiting for it, so that a graph can record them.
     capturable: bool = False
+    #: Whether groups of engines may be built in separate processes, and gain by it.
+    separable: bool = False
 
     @abstractmethod
     def missing(self, device: torch.device) -> str | None:

@@ -1,0 +1,255 @@
+"""Compiling engines in several processes at once: exporting and compiling keep one core busy, not all of them.
+
+Each process reads the model for itself, so that nothing of the caller's is shared with it; it ends with its caller.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import torch
+from torch import Tensor
+
+from jitexport import registry
+from jitexport.backends.base import Backend, Source
+from jitexport.errors import CompileError, InputError, JitExportError
+from jitexport.models.base import ModelAdapter
+from jitexport.models.sources import ModelSource, load_adapter
+from jitexport.specs import DTYPES, EngineSpec
+
+#: Memory that a compiling process needs beside the model, in bytes, and how many copies of the model it may hold at
+#: once: reading one and moving it to its dtype or device.
+COMPILER_BYTES = 2 * 1024**3
+MODEL_COPIES = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a process needs to make the engines' modules for itself, and how to compile them."""
+
+    source: ModelSource
+    dtype: str
+    settings: dict[str, Any] | None
+    backend: str
+    device: str
+    target: str | None
+    threads: int
+
+    def adapter(self) -> ModelAdapter:
+        """The model with its weights, on the device that it is compiled for."""
+        adapter = load_adapter(self.source, DTYPES[self.dtype], self.settings)
+        for component in adapter.components.values():
+            component.to("cpu" if self.target else self.device)
+        return adapter
+
+
+@dataclass(frozen=True)
+class Task:
+    """A group of engines that compile together into a directory, with an example of each one's inputs."""
+
+    specs: Sequence[EngineSpec]
+    examples: Sequence[Sequence[Tensor]]
+    directory: Path
+
+    def run(self, backend: Backend, adapter: ModelAdapter, target: str | None) -> None:
+        """Compile here.
+
+        Raises:
+            CompileError: exporting or compiling failed.
+        """
+        sources = [
+            Source(spec, adapter.module(spec.name), list(example))
+            for spec, example in zip(self.specs, self.examples, strict=True)
+        ]
+        backend.build_group(sources, self.directory, target)
+
+
+def default_jobs(backend: Backend, device: torch.device, tasks: int, model_bytes: int) -> int:
+    """How many processes compile at once: one a core, as far as there are tasks and memory for the model in each.
+
+    One for a GPU: compilers choose kernels there by their time, which other processes would disturb.
+    """
+    if not backend.separable or device.type != "cpu":
+        return 1
+    room = available_memory() // (MODEL_COPIES * model_bytes + COMPILER_BYTES)
+    return max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, tasks, room))
+
+
+def check_jobs(jobs: int | None, backend: Backend) -> None:
+    """Refuse a number of processes that the backend cannot compile in.
+
+    Raises:
+        InputError: fewer than one, or several where the engines must be compiled one after the other.
+    """
+    if jobs is not None and (jobs < 1 or (jobs > 1 and not backend.separable)):
+        raise InputError(
+            "cannot compile in that many processes", found=f"{jobs} with backend {backend.name}",
+            expected="1 or more" if backend.separable else "1: its engines are compiled together",
+        )
+
+
+def available_memory() -> int:
+    """Bytes that new processes can have without swapping; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return 0
+
+
+class Compilers:
+    """Context manager that compiles tasks: with one job here, when a task is waited for; else in processes, at once.
+
+    Args:
+        jobs: number of processes.
+        recipe: what the processes start from.
+        backend, adapter: the same, for compiling here.
+    """
+
+    def __init__(self, jobs: int, recipe: Recipe, backend: Backend, adapter: ModelAdapter) -> None:
+        self._jobs = jobs
+        self._recipe = recipe
+        self._backend = backend
+        self._adapter = adapter
+        self._workers: list[_Worker] = []
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+
+    def __enter__(self) -> Self:
+        if self._jobs > 1:
+            self._threads = ThreadPoolExecutor(self._jobs, "compile")
+            for _ in range(self._jobs):
+                self._workers.append(_Worker(self._recipe))
+                self._idle.put(self._workers[-1])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.kill()
+        if self._workers:
+            self._threads.shutdown(cancel_futures=True)
+
+    def submit(self, task: Task) -> Callable[[], None]:
+        """Begin a task; the result waits for its end, and raises what it raised."""
+        if not self._workers:
+            return lambda: task.run(self._backend, self._adapter, self._recipe.target)
+        return self._threads.submit(self._run, task).result
+
+    def _run(self, task: Task) -> None:
+        worker = self._idle.get()
+        try:
+            worker.run(task)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """A process that compiles one task after the other."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `kill`
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            # Two processes whose threads spin while they wait take the cores from each other.
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from jitexport.compiling import main; main()"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment,
+            start_new_session=True,  # Ctrl-C is for the caller, who ends this process
+        )
+        self._start = recipe
+
+    def run(self, task: Task) -> None:
+        """Compile a task there.
+
+        Raises:
+            JitExportError: what it raised there.
+            CompileError: the process ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            _send(self._process.stdin, self._start, task)
+            error: BaseException | None = pickle.load(self._process.stdout)
+        except (EOFError, OSError, ValueError, pickle.UnpicklingError) as broken:
+            raise CompileError(
+                f"the process that compiled {task.specs[0].name} ended", found=self._last_words(),
+                remedy="if memory ran out, build with fewer --jobs",
+            ) from broken
+        if error is not None:
+            raise error
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with suppress(OSError):  # of what was not sent yet
+                stream.close()
+        self._log.close()
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").split("\n")
+        return "\n".join([f"exit status {self._process.poll()}", *(line for line in lines if line)][-8:])
+
+
+def _send(stream: IO[bytes], *values: object) -> None:
+    for value in values:
+        pickle.dump(value, stream)
+    stream.flush()
+
+
+def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
+    """The process: reads a recipe and a task at a time, and replies with None or the error, until nothing is left.
+
+    Args:
+        requests, replies: pipes to the caller. When the first one ends, the caller has ended, and so does this process.
+    """
+    inbox: queue.SimpleQueue[tuple[Recipe, Task]] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            while True:
+                inbox.put((pickle.load(requests), pickle.load(requests)))
+        except (EOFError, OSError, pickle.UnpicklingError):
+            os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    made: tuple[Recipe, Backend, ModelAdapter] | None = None
+    while True:
+        recipe, task = inbox.get()
+        error: Exception | None = None
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                if made is None or made[0] != recipe:
+                    torch.set_num_threads(recipe.threads)  # compilers for CPUs build the number in
+                    made = recipe, registry.backend(recipe.backend), recipe.adapter()
+                task.run(made[1], made[2], recipe.target)
+        except JitExportError as raised:
+            # What was found may be any library's exception, which another process may not be able to read.
+            details: Mapping[str, object] = {k: getattr(raised, k) for k in ("found", "expected", "remedy")}
+            error = type(raised)(raised.message, **{k: v if v is None else str(v) for k, v in details.items()})
+        except Exception as raised:
+            found = f"{type(raised).__name__}: {raised}"
+            error = CompileError(f"cannot compile engine {task.specs[0].name}", found=found)
+        _send(replies, error)
+
+
+def main() -> None:
+    """`serve` on standard input and output."""
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no reply
+    serve(sys.stdin.buffer, replies)
