@@ -42,6 +42,7 @@ from jitexport.errors import BackendUnavailableError, InputError, VerificationEr
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import ModelSource, download, find_source, load_adapter
 from jitexport.plan import CustomSchedule, Plan, plan
+from jitexport.quant import check_kind
 from jitexport.runtime import Pipeline
 from jitexport.schedule import StageSchedule
 from jitexport.specs import DTYPE_NAMES, DTYPES, EngineSpec
@@ -200,6 +201,7 @@ def build(
     weights: Literal["store", "reference"] = "store",
     replace: bool = False,
     jobs: int | None = None,
+    quantization: str | None = None,
     command: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> BuildResult:
@@ -207,7 +209,8 @@ def build(
 
     Args:
         model: a registered name, a diffusers folder or a hub id.
-        output: the bundle's directory; engines/<model>-<speed-up>x by default, with the method's name unless it is jit.
+        output: the bundle's directory; engines/<model>-<speed-up>x by default, with the method's name unless it is jit,
+            and the quantization.
         speedup, custom, method, preset: see `jitexport.plan.plan`.
         backend: a registered backend.
         dtype: "bf16" or "fp32", of weights and engines; the sampler's state is fp32 in any case.
@@ -220,6 +223,7 @@ def build(
         replace: replace an existing bundle.
         jobs: processes that compile at once, each with the model in memory; by default as many as cores and memory
             allow, where the backend's engines can be compiled apart.
+        quantization: "int8" or "fp8", of the transformer blocks' linear layers; see `jitexport.quant`.
         command: what the user typed, for the manifest.
         progress: told about the steps.
 
@@ -228,13 +232,16 @@ def build(
     """
     started = datetime.now(UTC)
     progress = progress or Silent()
-    engine_backend, target_device = check_request(backend, dtype, batch, device, target)
+    engine_backend, target_device = check_request(backend, dtype, batch, device, target, quantization)
     check_jobs(jobs, engine_backend)
     if weights not in ("store", "reference"):
         raise InputError("unknown weights", found=weights, expected="store or reference")
     source = model if isinstance(model, ModelSource) else find_source(model)
     label = f"{speedup:g}x" if custom is None else "custom"
     label = label if method == "jit" else f"{method}-{label}"
+    if quantization is not None:
+        settings = (settings or {}) | {"quantization": quantization}
+        label = f"{label}-{quantization}"
     path = Path(output) if output is not None else Path("engines") / f"{source.name}-{label}"
 
     with BundleWriter(path, replace=replace) as writer, torch.inference_mode(False), torch.no_grad():
@@ -309,7 +316,7 @@ def build(
 
 
 def check_request(
-    backend: str, dtype: str, batch: int, device: str, target: str | None
+    backend: str, dtype: str, batch: int, device: str, target: str | None, quantization: str | None = None
 ) -> tuple[Backend, torch.device]:
     """The backend and the device of a build, checked before any work.
 
@@ -333,6 +340,12 @@ def check_request(
         raise BackendUnavailableError(
             f"backend {backend} has no {dtype} on {target_device}", expected=" or ".join(dtypes),
             remedy=f"--dtype {dtypes[0]}, or another --backend",
+        )
+    check_kind(quantization)
+    if quantization is not None and quantization not in (kinds := engine_backend.quantizations(target_device)):
+        raise BackendUnavailableError(
+            f"backend {backend} has no {quantization} on {target_device}",
+            expected=" or ".join(kinds) or "no quantization", remedy="leave --quant out, or take another --backend",
         )
     return engine_backend, target_device
 

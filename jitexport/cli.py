@@ -178,6 +178,9 @@ def build(
     speedup: Speedup = 4,
     backend: Annotated[str, typer.Option(help=f"Engine backend: {', '.join(registry.BACKENDS)}.")] = "aoti",
     dtype: Annotated[str, typer.Option(help="Of weights and engines: bf16 or fp32.")] = "bf16",
+    quant: Annotated[
+        str | None, typer.Option(help="8-bit linear layers: int8 or fp8; weights are quantized here.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per engine run.")] = 1,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Bundle directory; engines/MODEL-SPEEDUPx by default.")
@@ -224,6 +227,7 @@ def build(
             weights=weights,
             replace=force,
             jobs=jobs,
+            quantization=quant,
             command=["jitexport", *sys.argv[1:]],
             progress=progress,
         )
@@ -379,7 +383,7 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
         "method": f"{manifest.method.name}, preset {manifest.method.preset}",
         "speed-up": f"{schedule.predicted_speedup:.2f}x predicted over {schedule.reference_steps} steps "
         f"({_tera(schedule.tflops)} of {_tera(schedule.reference_tflops)} TFLOP)",
-        "engines": f"{manifest.backend}, {manifest.dtype}, built on {manifest.host.system} {manifest.host.machine} "
+        "engines": f"{manifest.backend}, {manifest.precision}, built on {manifest.host.system} {manifest.host.machine} "
         f"{manifest.host.gpu or manifest.host.cpu} with torch {manifest.host.torch}",
         "size": f"{manifest.size / 1e6:.1f} MB in {len(manifest.files)} files",
         "built": f"{manifest.created} with jitexport {manifest.jitexport_version}: {manifest.command or 'from Python'}",
@@ -437,7 +441,7 @@ def profile(
     with err.status("measuring the bundle") as status:  # first, so that its memory is its own
         measured = profiling.profile_pipeline(
             pipe,
-            f"{manifest.method.name}, {manifest.backend} {manifest.dtype}",
+            f"{manifest.method.name}, {manifest.backend} {manifest.precision}",
             prompt,
             flops=profiling.engine_flops(manifest),
             speedup=(schedule.reference_steps, schedule.predicted_speedup),

@@ -71,5 +71,6 @@ def preview_cost(adapter: ModelAdapter, dtype: str) -> float:
 
 
 def meta_adapter(adapter: ModelAdapter, dtype: str) -> ModelAdapter:
-    """The same model without weights, on the meta device."""
-    return type(adapter).from_configs(adapter.configs, adapter.settings(), DTYPES[dtype])
+    """The same model without weights, on the meta device, before any quantization, which leaves FLOPs alone."""
+    settings = adapter.settings() | {"quantization": None}
+    return type(adapter).from_configs(adapter.configs, settings, DTYPES[dtype])

@@ -38,6 +38,7 @@ from jitexport.grid import pack
 from jitexport.lora import LowRank, read_lora
 from jitexport.methods.base import Draws, Method
 from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry
+from jitexport.quant import kind_of, quantize
 from jitexport.sampler import OnStep, Velocity, draw, sample
 from jitexport.schedule import Stage, StageSchedule
 from jitexport.specs import DTYPES
@@ -185,12 +186,19 @@ class Pipeline:
         return self.weights
 
     def _merge(self, names: Iterable[str]) -> None:
-        """W + the sum of all adapters' changes, from the original and rounded once."""
+        """W + the sum of all adapters' changes, from the original and rounded once (quantized weights: again)."""
         for name in names:
+            scales = f"{name}_scale"
+            quantized = scales in self.weights.tensors
             merged = self.weights.original(name).float()
+            if quantized:
+                merged = merged * self.weights.original(scales)[:, None]
             for changes, scale in self._adapters:
                 if name in changes:
                     merged = merged + changes[name].delta(scale, merged.device)
+            if quantized:
+                merged, rows = quantize(merged, kind_of(self.weights.tensors[name]))
+                self.weights.set(scales, rows[:, 0])
             self.weights.set(name, merged)
 
     # --- the phases of a call ---

@@ -36,7 +36,8 @@ SCHEDULE = {
 
 OPTIONS = {
     "build": SCHEDULE
-    | {"--backend", "--dtype", "--batch", "--output", "-o", "--device", "--target", "--weights", "--jobs", "--force"},
+    | {"--backend", "--dtype", "--batch", "--output", "-o", "--device", "--target", "--weights", "--jobs", "--quant",
+       "--force"},
     "plan": SCHEDULE,
     "generate": {"bundle", "prompt", "--output", "-o", "--seed", "--num-images", "--guidance", "--trust", "--json"},
     "inspect": {"bundle", "--json"},

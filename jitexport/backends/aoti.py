@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor, nn
 
+from jitexport import quant
 from jitexport.backends.base import Backend, RawEngine
 from jitexport.errors import BackendError, CompileError
 from jitexport.specs import EngineSpec
@@ -31,6 +32,9 @@ class AOTInductorBackend(Backend):
     host_fields = ("system", "machine", "cpu", "torch", "device", "gpu")
     capturable = True
     separable = True
+
+    def quantizations(self, device: torch.device) -> Sequence[str]:
+        return quant.available(device)
 
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda" and not torch.cuda.is_available():

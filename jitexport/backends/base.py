@@ -57,6 +57,10 @@ class Backend(ABC):
         """Engine dtypes that the backend runs on the device."""
         return ("bf16", "fp32")
 
+    def quantizations(self, device: torch.device) -> Sequence[str]:
+        """Kinds of 8-bit linear layers that the backend can run on the device: see `jitexport.quant`."""
+        return ()
+
     def cannot_build(self, device: torch.device, target: str | None) -> str | None:
         """Why this machine cannot build for the device, or for another machine's GPU `target` ("sm_89"); else None."""
         if target is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from jitexport import quant
 from jitexport.backends.base import Backend, RawEngine, assign_weights
 from jitexport.specs import EngineSpec
 
@@ -30,6 +31,9 @@ class EagerBackend(Backend):
     summary = "PyTorch without compiling; the reference"
     native = False
     capturable = True
+
+    def quantizations(self, device: torch.device) -> Sequence[str]:
+        return quant.available(device)
 
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda" and not torch.cuda.is_available():

@@ -41,6 +41,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from jitexport import quant
 from jitexport.backends.base import Backend, RawEngine, assign_weights
 from jitexport.backends.eager import as_engine
 from jitexport.errors import BackendError, CompileError
@@ -61,6 +62,9 @@ class InductorBackend(Backend):
     summary = "torch.compile, its cache kept in the bundle, shared weights"
     host_fields = ("system", "machine", "cpu", "torch", "python", "device", "cuda", "gpu")
     capturable = True
+
+    def quantizations(self, device: torch.device) -> Sequence[str]:
+        return quant.available(device)
 
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda" and not torch.cuda.is_available():

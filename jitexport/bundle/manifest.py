@@ -300,6 +300,12 @@ class Manifest(_Entry):
         return ModelDefaults(self.model.guidance_scale, self.model.num_inference_steps)
 
     @property
+    def precision(self) -> str:
+        """The dtype, and the 8-bit type of the linear layers where they have one: "bf16", "bf16 + int8"."""
+        kind = self.model.settings.get("quantization")
+        return self.dtype if kind is None else f"{self.dtype} + {kind}"
+
+    @property
     def size(self) -> int:
         """Bytes of all files but the manifest itself."""
         return sum(f.size for f in self.files)

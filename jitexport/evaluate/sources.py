@@ -73,8 +73,8 @@ def bundle_source(path: Path, label: str | None = None) -> Source:
     return Source(
         label=label or path.resolve().name,
         method=manifest.method.name,
-        description=f"{manifest.method.name}, preset {manifest.method.preset}, {manifest.backend} {manifest.dtype}: "
-        f"{stages} tokens",
+        description=f"{manifest.method.name}, preset {manifest.method.preset}, {manifest.backend} "
+        f"{manifest.precision}: {stages} tokens",
         key=bundle_key(manifest),
         steps=schedule.schedule().nfe,
         tflops=schedule.tflops,
@@ -188,7 +188,7 @@ def reference_source(path: Path, steps: int) -> Source:
     return Source(
         label=f"reference-{steps}",
         method="reference",
-        description=f"all tokens, {steps} steps, {manifest.backend} {manifest.dtype}, by the engines of {path.name}",
+        description=f"all tokens, {steps} steps, {manifest.backend} {manifest.precision}, engines of {path.name}",
         key=f"{bundle_key(manifest)} reference {steps}",
         steps=steps,
         tflops=schedule.reference_tflops / schedule.reference_steps * steps,

@@ -102,7 +102,7 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Plain values that `from_configs` needs beside the configurations: sizes and defaults."""
+        """Plain values that `from_configs` needs beside the configurations: sizes, defaults, and `quantization`."""
 
     @abstractmethod
     def tokenizers(self) -> list[Tokenizer]:

@@ -28,6 +28,7 @@ from jitexport.errors import InputError, ModelNotFoundError, UnsupportedModelErr
 from jitexport.grid import TokenGrid, unpack
 from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry, Tokenizer, read_json
 from jitexport.positions import Rotary
+from jitexport.quant import QuantizedLinear, check_kind, quantize_linears
 from jitexport.schedule import StageSchedule
 from jitexport.specs import EngineSpec, TensorSpec
 
@@ -99,7 +100,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
 
 
-def project(linear: nn.Linear, x: Tensor, head_dim: int, norm: nn.Module | None = None) -> Tensor:
+def project(linear: nn.Module, x: Tensor, head_dim: int, norm: nn.Module | None = None) -> Tensor:
     """[B, L, D] -> [B, L, H, Dh], each head normalised where a norm is given."""
     heads = linear(x).unflatten(-1, (-1, head_dim))
     return heads if norm is None else norm(heads)
@@ -139,7 +140,7 @@ def softmax_product(scores: Tensor, v: Tensor) -> Tensor:
     return (product.float() / weights.sum(dim=-1, keepdim=True)).to(v.dtype)
 
 
-def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
+def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
     """GELU by the tanh approximation of a linear layer.
 
     By parts, with 1 + tanh(u) = 2 sigmoid(2 u): one exponential instead of a slow tanh.
@@ -150,8 +151,10 @@ def linear_gelu(linear: nn.Linear, x: Tensor) -> Tensor:
     return (y * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))).to(x.dtype)
 
 
-def linear_fp32(linear: nn.Linear, x: Tensor) -> Tensor:
+def linear_fp32(linear: nn.Module, x: Tensor) -> Tensor:
     """A linear layer before an elementwise step in fp32; by parts, its bias is added in that step's kernel."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.wide(x)
     if not by_parts(x):
         return linear(x)
     y = F.linear(x, linear.weight).float()
@@ -246,7 +249,8 @@ class FluxAdapter(ModelAdapter):
     """A FLUX.1 pipeline in diffusers' format.
 
     Settings (all optional in `from_folder`): height and width in pixels, max_sequence_length (T5 tokens),
-    guidance_scale, num_inference_steps. A folder may carry them in a file `jitexport.json`.
+    guidance_scale, num_inference_steps, quantization (of the blocks' linear layers: "int8", "fp8" or None). A folder
+    may carry them in a file `jitexport.json`.
 
     Raises:
         InputError: a size that the autoencoder and the packing do not divide.
@@ -299,6 +303,9 @@ class FluxAdapter(ModelAdapter):
         )
         for module in components.values():
             module.eval().requires_grad_(False)
+        if (kind := settings.get("quantization")) is not None:
+            # Modulation runs once per image, and embedders and the last layer are small: they stay as they are.
+            quantize_linears(transformer, kind, lambda name: "transformer_blocks." in name and "norm" not in name)
 
     @classmethod
     def from_folder(cls, folder: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None) -> FluxAdapter:
@@ -330,6 +337,7 @@ class FluxAdapter(ModelAdapter):
             "max_sequence_length": 256 if distilled else 512,
             "guidance_scale": 3.5,
             "num_inference_steps": 4 if distilled else 50,
+            "quantization": None,
         }
         stored = read_json(folder / "jitexport.json") if (folder / "jitexport.json").is_file() else {}
         given = {k: v for k, v in (settings or {}).items() if v is not None}
@@ -445,12 +453,13 @@ class FluxAdapter(ModelAdapter):
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Refuse sizes that are no positive whole numbers, and a guidance scale that is no number of at least 0.
+    """Refuse sizes that are no positive whole numbers, a guidance scale that is no number of at least 0, and others.
 
     Raises:
         InputError: naming the settings that are wrong.
     """
-    sizes = {k: v for k, v in settings.items() if k != "guidance_scale"}
+    check_kind(settings["quantization"])
+    sizes = {k: v for k, v in settings.items() if k not in ("guidance_scale", "quantization")}
     wrong = {k: v for k, v in sizes.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1}
     guidance = settings["guidance_scale"]
     if not isinstance(guidance, int | float) or not 0 <= guidance < float("inf"):  # also refuses NaN

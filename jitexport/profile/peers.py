@@ -106,7 +106,7 @@ def eager_profile(manifest: Manifest, prompt: str, *, dtype: str, repeats: int) 
     from jitexport.models.sources import ModelSource, load_adapter
 
     source = ModelSource(manifest.model.name, folder=model_folder(manifest))
-    adapter = load_adapter(source, DTYPES[dtype], manifest.model.settings)
+    adapter = load_adapter(source, DTYPES[dtype], manifest.model.settings | {"quantization": None})
     pipe = eager_pipeline(
         adapter,
         manifest.schedule.schedule(),

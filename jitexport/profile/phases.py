@@ -328,7 +328,8 @@ def engine_flops(manifest: Manifest) -> dict[str, float]:
         family = registry.family(manifest.model.family)
     except ImportError:
         return {}
-    adapter = family.from_configs(manifest.model.configs, manifest.model.settings, DTYPES[manifest.dtype])
+    settings = manifest.model.settings | {"quantization": None}  # products in 8 bits count as any others
+    adapter = family.from_configs(manifest.model.configs, settings, DTYPES[manifest.dtype])
     return {e.name: count_flops(adapter.module(e.name), e.spec()) for e in manifest.engines}
 
 
