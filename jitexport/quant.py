@@ -72,7 +72,8 @@ class QuantizedLinear(nn.Module):
             y = torch._int_mm(rows, self.weight.t()).float() * scale * self.weight_scale
         else:
             y = torch._scaled_mm(
-                rows, self.weight.t(), scale_a=scale, scale_b=self.weight_scale[None], out_dtype=torch.bfloat16
+                rows, self.weight.t(), scale_a=scale, scale_b=self.weight_scale[None], out_dtype=torch.bfloat16,
+                use_fast_accum=True,
             ).float()
         if self.bias is not None:
             y = y + self.bias

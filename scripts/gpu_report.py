@@ -30,11 +30,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from jitexport import registry
+from jitexport import quant, registry
 from jitexport.backends.base import Engine
 from jitexport.backends.eager import as_engine
 from jitexport.graphs import CUDARecorder
 from jitexport.methods.base import Draws
+from jitexport.models.flux import quantize_blocks
 from jitexport.models.sources import ModelSource, config_adapter, find_source
 from jitexport.plan import Plan, plan
 from jitexport.profile.measure import Timing, conditions, copy_rate, matmul_rate, now
@@ -43,7 +44,6 @@ from jitexport.runtime import Condition, Pipeline
 err = Console(stderr=True, highlight=False)
 SPEEDUPS = {"dense": 1.0, "4x": 4.0, "7x": 7.0}
 OLDEST_TORCH = (2, 11)
-FP8_LARGEST = 448.0  # of float8_e4m3fn
 
 TINY = {
     "transformer": {
@@ -85,43 +85,8 @@ def fill(module: nn.Module, device: torch.device) -> None:
             parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
 
 
-# --- fp8 ----------------------------------------------------------------------------------------------------------
-
-
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of x [.., K] in fp8 and their scales [.., 1], fp32: x is about their product."""
-    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / FP8_LARGEST
-    return (x.float() / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn), scale
-
-
-class Float8Linear(nn.Module):
-    """A linear layer with fp8 weights, a scale per output, and activations quantised as they come, a scale per row."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.bias = linear.bias
-        self.quantised, scale = quantise(linear.weight.detach())  # [N, K], [N, 1]
-        self.scale = scale.T.contiguous()  # [1, N]
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, scale = quantise(x.flatten(0, -2))
-        y = torch._scaled_mm(
-            rows, self.quantised.T, scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True
-        )
-        return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
-
-
-def quantise_blocks(transformer: nn.Module) -> None:
-    """Make the linear layers of all blocks fp8, but not the modulation's, which run once per image."""
-    for blocks in (transformer.transformer_blocks, transformer.single_transformer_blocks):
-        for name, module in list(blocks.named_modules()):
-            if isinstance(module, nn.Linear) and "norm" not in name:
-                parent, _, leaf = name.rpartition(".")
-                setattr(blocks.get_submodule(parent), leaf, Float8Linear(module))
-
-
 def has_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cuda" and "fp8" in quant.available(device)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -174,7 +139,7 @@ class Bench:
         return found
 
     def fp8_rate(self, n: int = 8192) -> float:
-        x, w = (quantise(torch.randn(n, n, device=self.device)) for _ in range(2))
+        x, w = (quant.quantize(torch.randn(n, n, device=self.device), "fp8") for _ in range(2))
         scale = w[1].T.contiguous()
 
         def product() -> Tensor:
@@ -226,8 +191,8 @@ class Bench:
 
     def ours(self, speedup: float, graphs: bool, fp8: bool = False) -> dict[str, Any]:
         """This package's denoising loop, and its engines alone, each run as often as the loop runs it."""
-        if fp8 and not any(isinstance(m, Float8Linear) for m in self.transformer.modules()):
-            quantise_blocks(self.transformer)
+        if fp8 and not any(isinstance(m, quant.QuantizedLinear) for m in self.transformer.modules()):
+            quantize_blocks(self.transformer, "fp8")
         made = plan(self.adapter, speedup=speedup)
         pipe = self.pipeline(made, graphs)
         with torch.inference_mode():
@@ -303,16 +268,9 @@ class Bench:
 def compile_blocks(modules: list[nn.Module]) -> None:
     """Compile the repeated blocks of stage modules: once for each shape and kind of block, not for each block."""
     torch._dynamo.config.recompile_limit = 64
-    from jitexport.models import flux
-
     for module in modules:
         for name in getattr(module, "regions", ()):
             setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
-    if not any(hasattr(module, "regions") for module in modules):
-        for name in ("double_block", "single_block"):
-            function = getattr(flux, name)
-            if not hasattr(function, "_torchdynamo_orig_callable"):
-                setattr(flux, name, torch.compile(function, dynamic=False))
 
 
 # --- parts and reports ----------------------------------------------------------------------------------------------

@@ -63,6 +63,12 @@ def test_the_largest_of_a_row_is_kept_and_rows_do_not_see_each_other(kind):
         assert torch.equal(alone.float()[0], small.float()[i]) and torch.equal(its[0], scale[i])
 
 
+def test_fp8_rows_keep_three_bits_of_the_mantissa():
+    values = normal(14, 32) * torch.logspace(-3, 3, 14)[:, None]
+    small, scale = quantize(values, "fp8")
+    assert ((small.float() * scale - values).abs() <= values.abs() / 16 + scale * 2**-9).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_zeros_stay_zeros(kind):
     small, scale = quantize(torch.zeros(2, 16), kind)

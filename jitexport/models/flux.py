@@ -304,8 +304,7 @@ class FluxAdapter(ModelAdapter):
         for module in components.values():
             module.eval().requires_grad_(False)
         if (kind := settings.get("quantization")) is not None:
-            # Modulation runs once per image, and embedders and the last layer are small: they stay as they are.
-            quantize_linears(transformer, kind, lambda name: "transformer_blocks." in name and "norm" not in name)
+            quantize_blocks(transformer, kind)
 
     @classmethod
     def from_folder(cls, folder: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None) -> FluxAdapter:
@@ -450,6 +449,11 @@ class FluxAdapter(ModelAdapter):
         else:
             module = FluxStage(parts["transformer"])
         return module.eval()
+
+
+def quantize_blocks(transformer: nn.Module, kind: str) -> None:
+    """Quantize the blocks' linear layers. Modulation runs once per image, embedders and the last layer are small."""
+    quantize_linears(transformer, kind, lambda name: "transformer_blocks." in name and "norm" not in name)
 
 
 def check_settings(settings: dict[str, Any]) -> None:
