@@ -32,6 +32,12 @@ class AOTInductorBackend(Backend):
     host_fields = ("system", "machine", "cpu", "torch", "device", "gpu")
     capturable = True
     separable = True
+    #: Of Inductor.
+    settings: Mapping[str, object] = {
+        "aot_inductor.package_constants_in_so": False,
+        # Short vectors (biases, norms) would become numbers in the code, out of a LoRA's reach.
+        "always_keep_tensor_constants": True,
+    }
 
     def quantizations(self, device: torch.device) -> Sequence[str]:
         return quant.available(device)
@@ -60,13 +66,7 @@ class AOTInductorBackend(Backend):
                 with torch.no_grad():
                     program = torch.export.export(module, tuple(example))
                     aoti_compile_and_package(
-                        program,
-                        package_path=str(package),
-                        inductor_configs={
-                            "aot_inductor.package_constants_in_so": False,
-                            # Short vectors (biases, norms) would become numbers in the code, out of a LoRA's reach.
-                            "always_keep_tensor_constants": True,
-                        },
+                        program, package_path=str(package), inductor_configs=dict(self.settings)
                     )
             except Exception as error:  # torch raises many types here, none of them ours
                 raise CompileError(f"AOTInductor cannot compile engine {spec.name}", found=error) from error
