@@ -201,15 +201,15 @@ def bundle(path: Path, setting: Setting) -> Make:
     return make
 
 
-def ours(backend: str, dtype: str, speedup: int, setting: Setting) -> Make:
+def ours(backend: str, dtype: str, quantization: str | None, speedup: int, setting: Setting) -> Make:
     """A bundle of the demo model, built where it is not there yet."""
     from jitexport.build import build
 
-    path = setting.out / "bundles" / f"{backend}-{dtype}-{speedup}x"
+    path = setting.out / "bundles" / f"{backend}-{quantization or dtype}-{speedup}x"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         err.print(f"building {path}", highlight=False)
-        build("demo", output=path, speedup=speedup, backend=backend, dtype=dtype)
+        build("demo", output=path, speedup=speedup, backend=backend, dtype=dtype, quantization=quantization)
     return bundle(path, setting)
 
 
@@ -250,10 +250,14 @@ def contenders(bundles: list[Path]) -> Iterator[Contender]:
     for speedup in NFE:
         for name in registry.BACKENDS:
             backend = registry.backend(name)
-            if backend.cannot_build(CPU, None) is None:
-                for dtype in backend.dtypes(CPU):
-                    what = f"jitexport, {speedup}x, {name} {dtype}"
-                    yield Contender(f"ours-{name}-{dtype}-{speedup}x", what, partial(ours, name, dtype, speedup))
+            if name == "auto" or backend.cannot_build(CPU, None) is not None:  # auto has engines of the others
+                continue
+            dtype = "bf16" if "bf16" in backend.dtypes(CPU) else "fp32"
+            for kind in (None, *(["int8"] if name == "aoti" else [])):
+                precision = dtype if kind is None else kind
+                what = f"jitexport, {speedup}x, {name} {precision}"
+                make = partial(ours, name, dtype, kind, speedup)
+                yield Contender(f"ours-{name}-{precision}-{speedup}x", what, make)
     for path in bundles:
         yield Contender(f"bundle-{path.name}", f"jitexport, {path}", partial(bundle, path))
 

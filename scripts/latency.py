@@ -76,7 +76,7 @@ class Row:
 
 def points(backends: list[str], full: bool) -> Iterator[Point]:
     device = torch.device("cpu")
-    for name in backends or registry.BACKENDS:
+    for name in backends or [n for n in registry.BACKENDS if n != "auto"]:  # whose engines are the others'
         backend = registry.backend(name)
         if reason := backend.cannot_build(device, None):
             err.print(f"{name} left out: {reason}")

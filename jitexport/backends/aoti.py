@@ -11,9 +11,10 @@ import threading
 import warnings
 import weakref
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ class AOTInductorBackend(Backend):
             warnings.simplefilter("ignore", FutureWarning)  # from inside torch.export, about its own calls
             package = Path(scratch) / f"{spec.name}.pt2"
             try:
-                with torch.no_grad():
+                exponentials = fast_exponentials() if reduced_precision(module) else nullcontext()
+                with torch.no_grad(), exponentials:
                     program = torch.export.export(module, tuple(example))
                     aoti_compile_and_package(
                         program, package_path=str(package), inductor_configs=dict(self.settings)
@@ -98,6 +100,28 @@ class AOTInductorBackend(Backend):
 
         weakref.finalize(run, _give_back, library)
         return run
+
+
+def reduced_precision(module: nn.Module) -> bool:
+    """Whether a module computes in bf16."""
+    return any(p.dtype == torch.bfloat16 for p in module.parameters())
+
+
+@contextmanager
+def fast_exponentials() -> Iterator[None]:
+    """C++ code for CPUs takes exponentials to 20 units in the last place of fp32, and not to 1.
+
+    PyTorch's own attention kernel does the same. It is a thousand times more exact than bf16, and a stage is 5% faster.
+    Inductor has no setting for it; with a torch that generates code in another way, nothing changes.
+    """
+    from torch._inductor.codegen import cpp
+
+    vectors = getattr(cpp, "CppVecOverrides", None)
+    if not hasattr(vectors, "exp"):
+        yield
+        return
+    with mock.patch.object(vectors, "exp", staticmethod(lambda x: f"{x}.exp_u20()")):
+        yield
 
 
 class _Library:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from jitexport.backends import aoti
+from jitexport.specs import EngineSpec, TensorSpec
 from tests.backends.conftest import CPU, Case
 
 
@@ -80,3 +81,46 @@ def test_few_idle_engines_are_kept(stage, monkeypatch):
     del runs
     gc.collect()
     assert len(aoti._idle) == 2
+
+
+# --- exponentials ---
+
+
+def test_exponentials_are_taken_faster_while_bf16_engines_compile_and_only_then():
+    from torch._inductor.codegen.cpp import CppVecOverrides
+
+    before = CppVecOverrides.exp("x")
+    with aoti.fast_exponentials():
+        assert CppVecOverrides.exp("x") == "x.exp_u20()"
+    assert CppVecOverrides.exp("x") == before != "x.exp_u20()"
+    linear = torch.nn.Linear(2, 2)
+    assert not aoti.reduced_precision(linear) and aoti.reduced_precision(linear.bfloat16())
+
+
+def test_a_compiler_that_takes_them_in_another_way_is_left_alone(monkeypatch):
+    from torch._inductor.codegen import cpp
+
+    monkeypatch.delattr(cpp, "CppVecOverrides")
+    with aoti.fast_exponentials():
+        assert not hasattr(cpp, "CppVecOverrides")
+
+
+def test_what_a_bf16_engine_computes_with_them(tmp_path):
+    """Softmax over rows of scores from -80 to 80, as exact as bf16 is."""
+    scores = torch.linspace(-80, 80, 4096).reshape(4, 1024).bfloat16()
+
+    class Softmax(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = torch.nn.Parameter(torch.ones((), dtype=torch.bfloat16), requires_grad=False)
+
+        def forward(self, x):
+            x = (x * self.one).float()
+            weights = torch.exp(x - x.amax(dim=-1, keepdim=True))
+            return weights / weights.sum(dim=-1, keepdim=True)
+
+    spec = EngineSpec("s", (TensorSpec("x", (4, 1024), "bf16"),), (TensorSpec("y", (4, 1024), "fp32"),))
+    module, backend = Softmax(), aoti.AOTInductorBackend()
+    backend.build(spec, module, [scores], tmp_path)
+    run = backend.load(spec, tmp_path, dict(module.named_parameters()), lambda: module, torch.device("cpu"))
+    torch.testing.assert_close(run([scores])[0], scores.float().softmax(dim=-1), rtol=1e-5, atol=1e-8)
