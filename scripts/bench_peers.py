@@ -37,6 +37,7 @@ from rich.table import Table
 
 from jitexport import registry
 from jitexport.evaluate.demo import DemoData, DemoPrompt, Judge
+from jitexport.evaluate.report import spread_labels
 from jitexport.models.sources import DEMO_FOLDER
 from jitexport.png import encode_png
 from jitexport.profile.measure import Timing, conditions, matmul_rate
@@ -416,6 +417,8 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.set_xlabel("s from prompt to PNG, median (line: to the 90th percentile)")
     axis.set_ylabel("PSNR to the picture of 50 ordinary fp32 steps, dB")
+    figure.draw_without_rendering()  # where labels are is known only then
+    spread_labels(axis)
     figure.savefig(path, dpi=110)
 
 

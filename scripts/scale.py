@@ -151,7 +151,7 @@ def measure_engine(tokens: int, batch: int) -> dict[str, Any]:
         with torch.inference_mode(False), torch.no_grad():
             backend.build(spec, adapter.module("stage0"), [x.clone() for x in inputs], directory)
         built = time.perf_counter() - start
-        run = backend.load(spec, directory, adapter.tensors(), lambda: adapter.module("stage0"), CPU)
+        run = backend.load(spec, directory, dict(adapter.tensors()), lambda: adapter.module("stage0"), CPU)
         ceiling = matmul_rate(torch.bfloat16, CPU)
         seconds = shortest(lambda: run(inputs), CPU, 3.0)
     return {

@@ -185,7 +185,7 @@ def curves(evaluation: Evaluation, measures: Sequence[str] | None = None, *, dpi
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     figure.draw_without_rendering()  # where labels are is known only then
     for plot in grid.flat:
-        _spread(plot)
+        spread_labels(plot)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", facecolor="white")
     return stream.getvalue()
@@ -195,7 +195,7 @@ def curves(evaluation: Evaluation, measures: Sequence[str] | None = None, *, dpi
 _PLACES = [(side, -2 + up * 7 * away) for away in range(9) for up in (1, -1) for side in (5, -5)]
 
 
-def _spread(plot: Any) -> None:
+def spread_labels(plot: Any) -> None:
     """Move each label to the first place inside the chart where it covers no point and no other label."""
     from matplotlib.transforms import Bbox
 
