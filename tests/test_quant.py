@@ -135,7 +135,7 @@ def test_pictures_of_a_quantized_bundle_are_close_to_the_others(make_bundle, kin
 
 
 def test_compiled_engines_agree_and_share_the_small_weights(make_bundle):
-    options = {"custom": SCHEDULE, "quantization": "int8", "dtype": "bf16"}
+    options = {"custom": CustomSchedule((2,), (1.0,)), "quantization": "int8", "dtype": "bf16"}
     path = make_bundle(backend="aoti", **options)
     manifest = read_manifest(path)
     assert manifest.precision == "bf16 + int8"

@@ -205,6 +205,7 @@ def test_settings_come_from_the_folder_or_the_caller(tiny_flux):
         "max_sequence_length": tiny.TEXT_TOKENS,
         "guidance_scale": 3.5,
         "num_inference_steps": 50,
+        "quantization": None,
     }
     assert (small.defaults.guidance_scale, small.defaults.num_inference_steps) == (3.5, 50)
     other = FluxAdapter.from_folder(tiny_flux, torch.float32, {"height": 16, "width": None, "guidance_scale": 2.0})
