@@ -33,13 +33,21 @@ GAIN = 0.03
 
 
 class AutotunedAOTInductorBackend(AOTInductorBackend):
-    """AOTInductor with the matrix-product templates that were fastest for the shapes at hand."""
+    """AOTInductor with the matrix-product templates that were fastest for the shapes at hand; for GPUs.
+
+    On CPUs these templates keep weights in an order of their own, as constants that cannot be shared.
+    """
 
     name = "aoti-autotuned"
     settings: Mapping[str, object] = {
         **AOTInductorBackend.settings, "max_autotune": True, "autotune_num_choices_displayed": 0,
         "max_autotune_report_choices_stats": False,
     }
+
+    def cannot_build(self, device: torch.device, target: str | None) -> str | None:
+        if device.type == "cpu":
+            return "on CPUs its templates copy the weights into an order of their own"
+        return super().cannot_build(device, target)
 
 
 #: By the name of their folders, the first one preferred. Only such as read shared weights live.
