@@ -251,9 +251,9 @@ def build(
         source = replaced(source, folder=folder)
         adapter = load_adapter(source, DTYPES[dtype], settings)
         made = plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset, dtype=dtype)
+        module_device = target_device if target is None else torch.device("cpu")
         reference = eager_pipeline(
-            adapter, made.schedule, made.method, made.options, batch=batch, dtype=dtype,
-            device=target_device if target is None else torch.device("cpu"),
+            adapter, made.schedule, made.method, made.options, batch=batch, dtype=dtype, device=module_device
         )
         progress.begin(["read the model", "weights", *(f"engine {name}" for name in reference.engines), "digests"])
         progress.step("weights")
@@ -272,7 +272,7 @@ def build(
         if jobs is None:
             size = sum(t.nbytes for t in tensors.values())
             jobs = default_jobs(engine_backend, target_device, len(reference.engines), size)
-        recipe = Recipe(source, dtype, settings, backend, str(target_device), target, torch.get_num_threads())
+        recipe = Recipe(source, dtype, settings, backend, str(module_device), target, torch.get_num_threads())
         with Compilers(jobs, recipe, engine_backend, adapter) as compilers:
             engines = build_engines(
                 writer, engine_backend, adapter, reference, tensors, target_device, compilers, progress,

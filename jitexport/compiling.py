@@ -37,7 +37,7 @@ MODEL_COPIES = 2
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a process needs to make the engines' modules for itself, and how to compile them."""
+    """What a process needs to make the engines' modules for itself, on `device`, and how to compile them."""
 
     source: ModelSource
     dtype: str
@@ -48,10 +48,10 @@ class Recipe:
     threads: int
 
     def adapter(self) -> ModelAdapter:
-        """The model with its weights, on the device that it is compiled for."""
+        """The model with its weights."""
         adapter = load_adapter(self.source, DTYPES[self.dtype], self.settings)
         for component in adapter.components.values():
-            component.to("cpu" if self.target else self.device)
+            component.to(self.device)
         return adapter
 
 
@@ -169,7 +169,8 @@ class _Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment,
             start_new_session=True,  # Ctrl-C is for the caller, who ends this process
         )
-        self._start = recipe
+        with suppress(OSError):  # it ended already: the first task tells
+            _send(self._process.stdin, recipe)
 
     def run(self, task: Task) -> None:
         """Compile a task there.
@@ -178,9 +179,9 @@ class _Worker:
             JitExportError: what it raised there.
             CompileError: the process ended.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdout is not None
         try:
-            _send(self._process.stdin, self._start, task)
+            _send(self._process.stdin, task)
             error: BaseException | None = pickle.load(self._process.stdout)
         except (EOFError, OSError, ValueError, pickle.UnpicklingError) as broken:
             raise CompileError(
@@ -206,38 +207,39 @@ class _Worker:
         return "\n".join([f"exit status {self._process.poll()}", *(line for line in lines if line)][-8:])
 
 
-def _send(stream: IO[bytes], *values: object) -> None:
-    for value in values:
-        pickle.dump(value, stream)
+def _send(stream: IO[bytes] | None, value: object) -> None:
+    assert stream is not None
+    pickle.dump(value, stream)
     stream.flush()
 
 
 def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """The process: reads a recipe and a task at a time, and replies with None or the error, until nothing is left.
+    """The process: reads a recipe, then a task at a time, and replies with None or the error, until nothing is left.
 
     Args:
         requests, replies: pipes to the caller. When the first one ends, the caller has ended, and so does this process.
     """
-    inbox: queue.SimpleQueue[tuple[Recipe, Task]] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Recipe | Task] = queue.SimpleQueue()
 
     def listen() -> None:
         try:
             while True:
-                inbox.put((pickle.load(requests), pickle.load(requests)))
+                inbox.put(pickle.load(requests))
         except (EOFError, OSError, pickle.UnpicklingError):
             os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-    made: tuple[Recipe, Backend, ModelAdapter] | None = None
+    recipe = inbox.get()
+    backend: Backend | None = None
     while True:
-        recipe, task = inbox.get()
+        task = inbox.get()
         error: Exception | None = None
         try:
             with torch.inference_mode(False), torch.no_grad():
-                if made is None or made[0] != recipe:
+                if backend is None:  # with the first task, which can be answered with what goes wrong
                     torch.set_num_threads(recipe.threads)  # compilers for CPUs build the number in
-                    made = recipe, registry.backend(recipe.backend), recipe.adapter()
-                task.run(made[1], made[2], recipe.target)
+                    adapter, backend = recipe.adapter(), registry.backend(recipe.backend)
+                task.run(backend, adapter, recipe.target)
         except JitExportError as raised:
             # What was found may be any library's exception, which another process may not be able to read.
             details: Mapping[str, object] = {k: getattr(raised, k) for k in ("found", "expected", "remedy")}

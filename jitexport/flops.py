@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from jitexport.models.base import ModelAdapter
+from jitexport.quant import unquantized
 from jitexport.schedule import Stage, StageSchedule
 from jitexport.specs import DTYPES, EngineSpec
 
@@ -72,5 +73,4 @@ def preview_cost(adapter: ModelAdapter, dtype: str) -> float:
 
 def meta_adapter(adapter: ModelAdapter, dtype: str) -> ModelAdapter:
     """The same model without weights, on the meta device, before any quantization, which leaves FLOPs alone."""
-    settings = adapter.settings() | {"quantization": None}
-    return type(adapter).from_configs(adapter.configs, settings, DTYPES[dtype])
+    return type(adapter).from_configs(adapter.configs, unquantized(adapter.settings()), DTYPES[dtype])

@@ -10,6 +10,7 @@ Written here and not taken from torchao, whose int8 layers made the demo model's
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,11 @@ def quantize(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     peak = values.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
     scaled = values * (largest / peak)
     return (scaled.round() if kind == "int8" else scaled).to(dtype), peak / largest
+
+
+def unquantized(settings: dict[str, Any]) -> dict[str, Any]:
+    """A model's settings without quantization: its FLOPs are the same, and references are measured without."""
+    return settings | {"quantization": None}
 
 
 def kind_of(weight: Tensor) -> str:

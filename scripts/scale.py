@@ -1,6 +1,6 @@
 """How cost grows with the work: the loop around the engines, its memory, planning, and the engines themselves.
 
-    python scripts/scale.py --report docs/results            # about 5 minutes on two cores
+    python scripts/scale.py --report docs/results            # 6 to 7 minutes on two cores
     python scripts/scale.py --tokens 256 --tokens 1024 --engines 0
 
 - loop: everything between the engines (gathering, lifting, Euler steps, activation, micro-flow) of the preset
@@ -30,11 +30,12 @@ from jitexport import registry
 from jitexport.flops import meta_adapter, step_cost
 from jitexport.grid import TokenGrid
 from jitexport.methods.jit import JiT
-from jitexport.models.sources import find_source, load_adapter
+from jitexport.models.sources import config_adapter, find_source, load_adapter
 from jitexport.plan import plan
 from jitexport.profile.measure import Timing, conditions, matmul_rate, shortest
 from jitexport.sampler import draw, sample
 from jitexport.schedule import Stage, StageSchedule, make_stages, timesteps
+from jitexport.specs import DTYPES
 
 CPU = torch.device("cpu")
 CHANNELS = 64
@@ -119,8 +120,6 @@ def measure_loop(tokens: int, batch: int, stages: int, repeats: int) -> dict[str
 
 def measure_plan(tokens: int) -> dict[str, Any]:
     """A 4x plan of FLUX.1-dev at a size, from its configuration."""
-    from jitexport.models.sources import config_adapter
-
     side = math.isqrt(tokens) * 16
     adapter = config_adapter(find_source("flux"), torch.bfloat16, {"height": side, "width": side})
     start = time.perf_counter()
@@ -140,8 +139,7 @@ def measure_engine(tokens: int, batch: int) -> dict[str, Any]:
     schedule = plan(adapter, speedup=1).schedule
     spec = next(s for s in adapter.specs(schedule, batch, "bf16") if s.name == "stage0")
     generator = torch.Generator().manual_seed(0)
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    inputs = [torch.randn(s.shape, generator=generator).to(dtypes[s.dtype]) for s in spec.inputs]
+    inputs = [torch.randn(s.shape, generator=generator).to(DTYPES[s.dtype]) for s in spec.inputs]
     backend = registry.backend("aoti")
     flops = step_cost(meta_adapter(adapter, "bf16"), "bf16")(tokens) * batch
     with tempfile.TemporaryDirectory() as folder:

@@ -9,13 +9,14 @@ from torch import nn
 
 import jitexport
 from jitexport import quant, registry
-from jitexport.build import build, check_request
+from jitexport.build import build, check_request, compare
 from jitexport.bundle.reading import read_manifest
 from jitexport.errors import BackendUnavailableError, InputError
 from jitexport.flops import meta_adapter, step_cost
 from jitexport.models.flux import FluxAdapter
 from jitexport.plan import CustomSchedule
 from jitexport.quant import KINDS, QuantizedLinear, quantize, quantize_linears
+from tests.backends.test_lora import picture
 from tests.test_lora import adapter as lora
 
 CPU = torch.device("cpu")
@@ -29,11 +30,7 @@ def normal(*shape, seed=0):
 
 
 def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-def picture(pipe, seed=1):
-    return pipe("red apple", generator=torch.Generator().manual_seed(seed), output_type="pt").images
+    return compare([a], [b])[0]
 
 
 # --- rows ---

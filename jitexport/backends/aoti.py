@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from jitexport import quant
 from jitexport.backends.base import Backend, RawEngine
 from jitexport.errors import BackendError, CompileError
 from jitexport.specs import EngineSpec
@@ -32,6 +31,7 @@ class AOTInductorBackend(Backend):
     summary = "AOTInductor, compiled ahead of time, shared weights"
     host_fields = ("system", "machine", "cpu", "torch", "device", "gpu")
     capturable = True
+    quantizes = True
     separable = True
     #: Of Inductor.
     settings: Mapping[str, object] = {
@@ -39,9 +39,6 @@ class AOTInductorBackend(Backend):
         # Short vectors (biases, norms) would become numbers in the code, out of a LoRA's reach.
         "always_keep_tensor_constants": True,
     }
-
-    def quantizations(self, device: torch.device) -> Sequence[str]:
-        return quant.available(device)
 
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda" and not torch.cuda.is_available():

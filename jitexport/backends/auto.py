@@ -16,12 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jitexport import quant
-from jitexport.backends.aoti import AOTInductorBackend
+from jitexport.backends.aoti import AOTInductorBackend, reduced_precision
 from jitexport.backends.base import Backend, RawEngine
 from jitexport.backends.onnx import ONNXBackend
 from jitexport.errors import BackendError, CompileError, JitExportError
-from jitexport.specs import DTYPE_NAMES, EngineSpec
+from jitexport.specs import EngineSpec
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +64,7 @@ class AutoBackend(Backend):
     summary = f"the fastest of {', '.join(CANDIDATES)} for each engine"
     host_fields = AOTInductorBackend.host_fields
     capturable = True
+    quantizes = True
 
     def missing(self, device: torch.device) -> str | None:
         return AOTInductorBackend().missing(device)
@@ -75,9 +75,6 @@ class AutoBackend(Backend):
             with suppress(ImportError):  # what is not installed has built nothing
                 found |= kind().libraries()
         return found
-
-    def quantizations(self, device: torch.device) -> Sequence[str]:
-        return quant.available(device)
 
     def candidates(self, device: torch.device, dtype: str) -> dict[str, Backend]:
         """Those that can build for a device here. A CUDA graph has to be able to record them all."""
@@ -93,7 +90,7 @@ class AutoBackend(Backend):
         weights = dict(module.named_parameters(remove_duplicate=False))
         weights |= dict(module.named_buffers(remove_duplicate=False))
         device = example[0].device
-        dtype = "bf16" if any(DTYPE_NAMES.get(t.dtype) == "bf16" for t in weights.values()) else "fp32"
+        dtype = "bf16" if reduced_precision(module) else "fp32"
         runs: dict[str, RawEngine] = {}
         errors: dict[str, Exception] = {}
         for name, backend in self.candidates(device, dtype).items():

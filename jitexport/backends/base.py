@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from jitexport import quant
 from jitexport.errors import BackendError, InputError
 from jitexport.specs import DTYPE_NAMES, DTYPES, EngineSpec, TensorSpec
 
@@ -42,6 +43,8 @@ class Backend(ABC):
     live_weights: bool = True
     #: Whether engines on CUDA run on PyTorch's current stream without waiting for it, so that a graph can record them.
     capturable: bool = False
+    #: Whether engines can run 8-bit linear layers: see `jitexport.quant`.
+    quantizes: bool = False
     #: Whether groups of engines may be built in separate processes, and gain by it.
     separable: bool = False
 
@@ -58,8 +61,8 @@ class Backend(ABC):
         return ("bf16", "fp32")
 
     def quantizations(self, device: torch.device) -> Sequence[str]:
-        """Kinds of 8-bit linear layers that the backend can run on the device: see `jitexport.quant`."""
-        return ()
+        """Kinds of 8-bit linear layers that the backend can run on the device."""
+        return quant.available(device) if self.quantizes else ()
 
     def cannot_build(self, device: torch.device, target: str | None) -> str | None:
         """Why this machine cannot build for the device, or for another machine's GPU `target` ("sm_89"); else None."""

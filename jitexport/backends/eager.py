@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jitexport import quant
 from jitexport.backends.base import Backend, RawEngine, assign_weights
 from jitexport.specs import EngineSpec
 
@@ -31,9 +30,7 @@ class EagerBackend(Backend):
     summary = "PyTorch without compiling; the reference"
     native = False
     capturable = True
-
-    def quantizations(self, device: torch.device) -> Sequence[str]:
-        return quant.available(device)
+    quantizes = True
 
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda" and not torch.cuda.is_available():

@@ -41,7 +41,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from jitexport import quant
 from jitexport.backends.base import Backend, RawEngine, assign_weights
 from jitexport.backends.eager import as_engine
 from jitexport.errors import BackendError, CompileError
@@ -62,9 +61,7 @@ class InductorBackend(Backend):
     summary = "torch.compile, its cache kept in the bundle, shared weights"
     host_fields = ("system", "machine", "cpu", "torch", "python", "device", "cuda", "gpu")
     capturable = True
-
-    def quantizations(self, device: torch.device) -> Sequence[str]:
-        return quant.available(device)
+    quantizes = True
 
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda" and not torch.cuda.is_available():

@@ -457,7 +457,7 @@ def quantize_blocks(transformer: nn.Module, kind: str) -> None:
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Refuse sizes that are no positive whole numbers, a guidance scale that is no number of at least 0, and others.
+    """Refuse sizes that are no positive whole numbers, negative or no guidance scales, unknown quantizations.
 
     Raises:
         InputError: naming the settings that are wrong.

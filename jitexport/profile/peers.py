@@ -104,9 +104,10 @@ def eager_profile(manifest: Manifest, prompt: str, *, dtype: str, repeats: int) 
     """
     from jitexport.build import eager_pipeline
     from jitexport.models.sources import ModelSource, load_adapter
+    from jitexport.quant import unquantized
 
     source = ModelSource(manifest.model.name, folder=model_folder(manifest))
-    adapter = load_adapter(source, DTYPES[dtype], manifest.model.settings | {"quantization": None})
+    adapter = load_adapter(source, DTYPES[dtype], unquantized(manifest.model.settings))
     pipe = eager_pipeline(
         adapter,
         manifest.schedule.schedule(),

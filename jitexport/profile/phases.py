@@ -322,14 +322,15 @@ def engine_flops(manifest: Manifest) -> dict[str, float]:
     """FLOPs of one run of each engine, by name, counted on meta tensors; empty where the model's code is missing."""
     from jitexport import registry
     from jitexport.flops import count_flops
+    from jitexport.quant import unquantized
     from jitexport.specs import DTYPES
 
     try:
         family = registry.family(manifest.model.family)
     except ImportError:
         return {}
-    settings = manifest.model.settings | {"quantization": None}  # products in 8 bits count as any others
-    adapter = family.from_configs(manifest.model.configs, settings, DTYPES[manifest.dtype])
+    model = manifest.model
+    adapter = family.from_configs(model.configs, unquantized(model.settings), DTYPES[manifest.dtype])
     return {e.name: count_flops(adapter.module(e.name), e.spec()) for e in manifest.engines}
 
 
