@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from jitexport.errors import InputError
-
-#: The 8-bit types, and the largest number that each is scaled to.
-KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+from jitexport.kernels.linear import KINDS, linear_8bit, quantize
 
 
 def check_kind(kind: str | None) -> None:
@@ -36,15 +34,6 @@ def available(device: torch.device) -> tuple[str, ...]:
     if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 9):
         return ("int8",)
     return tuple(KINDS)
-
-
-def quantize(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Rows [R, K] in 8 bits and their scales [R, 1], fp32: values = scales * rows, up to rounding."""
-    dtype, largest = KINDS[kind]
-    values = values.float()
-    peak = values.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
-    scaled = values * (largest / peak)
-    return (scaled.round() if kind == "int8" else scaled).to(dtype), peak / largest
 
 
 def unquantized(settings: dict[str, Any]) -> dict[str, Any]:
@@ -73,21 +62,19 @@ class QuantizedLinear(nn.Module):
 
     def wide(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in fp32 (fp8 products round to bf16)."""
-        rows, scale = quantize(x.flatten(0, -2), self.kind)
-        if self.kind == "int8":
-            y = torch._int_mm(rows, self.weight.t()).float() * scale * self.weight_scale
-        else:
-            y = torch._scaled_mm(
-                rows, self.weight.t(), scale_a=scale, scale_b=self.weight_scale[None], out_dtype=torch.bfloat16,
-                use_fast_accum=True,
-            ).float()
-        if self.bias is not None:
-            y = y + self.bias
-        return y.unflatten(0, x.shape[:-1])
+        return self._run(x, torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in the dtype of x."""
-        return self.wide(x).to(x.dtype)
+        return self._run(x, x.dtype)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """The tanh GELU of the layer, x [..., K] -> [..., N], in the dtype of x."""
+        return self._run(x, x.dtype, gelu=True)
+
+    def _run(self, x: Tensor, dtype: torch.dtype, gelu: bool = False) -> Tensor:
+        y = linear_8bit(x.flatten(0, -2), self.weight, self.weight_scale, self.bias, gelu=gelu, dtype=dtype)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def quantize_linears(module: nn.Module, kind: str, chosen: Callable[[str], bool]) -> None:

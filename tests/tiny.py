@@ -60,20 +60,20 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def flux(*, guidance: bool) -> FluxPipeline:
-    """The pipeline with random weights, the same at every call."""
+def flux(*, guidance: bool, channels: int = 16) -> FluxPipeline:
+    """The pipeline with random weights, the same at every call; `channels` of a head."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformer = FluxTransformer2DModel(
             in_channels=16,
             num_layers=1,
             num_single_layers=2,
-            attention_head_dim=16,
+            attention_head_dim=channels,
             num_attention_heads=2,
             joint_attention_dim=32,
             pooled_projection_dim=24,
             guidance_embeds=guidance,
-            axes_dims_rope=(4, 6, 6),
+            axes_dims_rope=(channels // 4, channels * 3 // 8, channels * 3 // 8),
         )
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 2,
@@ -117,8 +117,8 @@ def flux(*, guidance: bool) -> FluxPipeline:
     )
 
 
-def save_flux(folder: Path, *, guidance: bool) -> Path:
-    flux(guidance=guidance).save_pretrained(folder)
+def save_flux(folder: Path, *, guidance: bool, channels: int = 16) -> Path:
+    flux(guidance=guidance, channels=channels).save_pretrained(folder)
     settings = {"height": HEIGHT, "width": WIDTH, "max_sequence_length": TEXT_TOKENS}
     settings |= {} if guidance else {"num_inference_steps": 4}
     (folder / "jitexport.json").write_text(json.dumps(settings))

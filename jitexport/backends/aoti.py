@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from jitexport.backends.base import Backend, RawEngine
 from jitexport.errors import BackendError, CompileError
+from jitexport.kernels.native import native_kernels
 from jitexport.specs import EngineSpec
 
 
@@ -62,7 +63,7 @@ class AOTInductorBackend(Backend):
             package = Path(scratch) / f"{spec.name}.pt2"
             try:
                 exponentials = fast_exponentials() if reduced_precision(module) else nullcontext()
-                with torch.no_grad(), exponentials:
+                with torch.no_grad(), exponentials, native_kernels():
                     program = torch.export.export(module, tuple(example))
                     aoti_compile_and_package(
                         program, package_path=str(package), inductor_configs=dict(self.settings)

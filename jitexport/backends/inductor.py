@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from jitexport.backends.base import Backend, RawEngine, assign_weights
 from jitexport.backends.eager import as_engine
 from jitexport.errors import BackendError, CompileError
+from jitexport.kernels.native import native_kernels
 from jitexport.specs import DTYPES, EngineSpec
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class InductorBackend(Backend):
         device, threads = example[0].device, torch.get_num_threads()
         # Beside the engine and not in TMPDIR: what a killed build leaves is then removed with the rest of it.
         scratch = tempfile.mkdtemp(prefix=".scratch-", dir=directory.parent)
-        with private_cache(Path(scratch)) as cache:
+        with private_cache(Path(scratch)) as cache, native_kernels():
             try:
                 if device.type == "cpu":
                     write_libraries(vector_trials(), cache)
@@ -102,7 +103,7 @@ class InductorBackend(Backend):
         device: torch.device,
     ) -> RawEngine:
         made = assign_weights(module(), weights)
-        with private_cache(own_folder(os.getpid())) as cache:
+        with private_cache(own_folder(os.getpid())) as cache, native_kernels():
             try:
                 threads = json.loads((directory / INFO).read_text(encoding="utf-8"))["threads"]
                 link_libraries(directory / LIBRARIES, cache)

@@ -11,7 +11,6 @@ The modules below run diffusers' own weights under their own names, arranged for
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,9 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config,
 
 from jitexport.errors import InputError, ModelNotFoundError, UnsupportedModelError
 from jitexport.grid import TokenGrid, unpack
+from jitexport.kernels.attention import attention
+from jitexport.kernels.linear import gelu_tanh
+from jitexport.kernels.native import by_parts
 from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry, Tokenizer, read_json
 from jitexport.positions import Rotary
 from jitexport.quant import QuantizedLinear, check_kind, quantize_linears
@@ -106,49 +108,23 @@ def project(linear: nn.Module, x: Tensor, head_dim: int, norm: nn.Module | None 
     return heads if norm is None else norm(heads)
 
 
-def by_parts(x: Tensor) -> bool:
-    """Whether plain products and elementwise steps beat PyTorch's fused kernels: bf16 on CPUs, where the fused ones
-    run no faster than in fp32 while plain products reach the bf16 rate and Inductor fuses what lies between them."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, int8: bool = False) -> Tensor:
     """Full attention over heads [B, L, H, Dh] with rotary positions -> [B, L, D]."""
-    q, k, v = (x.transpose(1, 2) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v))  # [B, H, L, Dh]
-    out = blockwise_attention(q, k, v) if by_parts(q) else F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(2)
+    return attention(rotate(q, cos, sin), rotate(k, cos, sin), v, int8=int8).flatten(2)
 
 
-def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tensor:
-    """Attention by plain matrix products over blocks of at most `block` queries; heads [B, H, L, Dh].
-
-    The scores of a block stay in the cache. They are rounded to bf16: against fp32, a stage is as exact either way.
-    """
-    queries = q.shape[2]
-    blocks = -(-queries // block)
-    # Products copy operands that do not lie in memory as they need them, for every block: they are laid out once.
-    q = (q * q.shape[-1] ** -0.5).contiguous()
-    k, v = k.contiguous().transpose(-1, -2), v.contiguous()
-    return torch.cat([softmax_product(part @ k, v) for part in q.split(-(-queries // blocks), dim=2)], dim=2)
-
-
-def softmax_product(scores: Tensor, v: Tensor) -> Tensor:
-    """softmax(scores [B, H, L, L']) @ v [B, H, L', Dh], divided by the sums after the product, where there is less."""
-    scores = scores.float()
-    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
-    product = weights.to(v.dtype) @ v
-    return (product.float() / weights.sum(dim=-1, keepdim=True)).to(v.dtype)
+def runs_in_int8(linear: nn.Module) -> bool:
+    """Whether a block's attention may run in 8 bits as well: where its linear layers do."""
+    return isinstance(linear, QuantizedLinear) and linear.kind == "int8"
 
 
 def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
-    """GELU by the tanh approximation of a linear layer.
-
-    By parts, with 1 + tanh(u) = 2 sigmoid(2 u): one exponential instead of a slow tanh.
-    """
+    """GELU by the tanh approximation of a linear layer."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.gelu(x)
     if not by_parts(x):
         return F.gelu(linear(x), approximate="tanh")
-    y = linear_fp32(linear, x)
-    return (y * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))).to(x.dtype)
+    return gelu_tanh(linear_fp32(linear, x)).to(x.dtype)
 
 
 def linear_fp32(linear: nn.Module, x: Tensor) -> Tensor:
@@ -180,7 +156,7 @@ def double_block(
     q = torch.cat([project(attn.add_q_proj, c, d, attn.norm_added_q), project(attn.to_q, x, d, attn.norm_q)], dim=1)
     k = torch.cat([project(attn.add_k_proj, c, d, attn.norm_added_k), project(attn.to_k, x, d, attn.norm_k)], dim=1)
     v = torch.cat([project(attn.add_v_proj, c, d), project(attn.to_v, x, d)], dim=1)
-    c, x = attend(q, k, v, cos, sin).split([text.shape[1], image.shape[1]], dim=1)
+    c, x = attend(q, k, v, cos, sin, int8=runs_in_int8(attn.to_q)).split([text.shape[1], image.shape[1]], dim=1)
 
     image = gated(image, gate_i, linear_fp32(attn.to_out[0], x))
     image = gated(image, gate_i2, feed_forward(block.ff, modulate(block.norm2, image, shift_i2, scale_i2)))
@@ -196,7 +172,7 @@ def single_block(block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, s
     d = attn.head_dim
     h = modulate(block.norm.norm, x, shift, scale)
     q, k = project(attn.to_q, h, d, attn.norm_q), project(attn.to_k, h, d, attn.norm_k)
-    a = attend(q, k, project(attn.to_v, h, d), cos, sin)
+    a = attend(q, k, project(attn.to_v, h, d), cos, sin, int8=runs_in_int8(attn.to_q))
     return gated(x, gate, linear_fp32(block.proj_out, torch.cat([a, linear_gelu(block.proj_mlp, h)], dim=-1)))
 
 

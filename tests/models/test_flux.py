@@ -9,7 +9,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 
 from jitexport.errors import InputError, ModelNotFoundError, UnsupportedModelError
 from jitexport.flops import count_flops, meta_adapter
-from jitexport.models.flux import FluxAdapter, blockwise_attention, linear_gelu, read_tokenizer, rotate
+from jitexport.models.flux import FluxAdapter, linear_gelu, read_tokenizer, rotate
 from jitexport.models.sources import config_adapter, flux_dev, flux_schnell
 from jitexport.schedule import PAPER_PRESETS, StageSchedule, beta_sigmas, make_stages, split_steps, uniform_sigmas
 from jitexport.specs import DTYPES
@@ -416,14 +416,6 @@ def test_meta_copy_of_a_loaded_model(small):
     copy = meta_adapter(small, "bf16")
     assert copy.geometry == small.geometry
     assert {p.dtype for p in copy.components["transformer"].parameters()} == {torch.bfloat16}
-
-
-def test_blockwise_attention_is_attention():
-    generator = torch.Generator().manual_seed(0)
-    for length in (1, 255, 256, 600):
-        q, k, v = torch.randn(3, 2, 3, length, 16, generator=generator)
-        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        torch.testing.assert_close(blockwise_attention(q, k, v), expected)
 
 
 def test_gelu_by_parts_is_the_tanh_gelu():
