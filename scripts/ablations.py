@@ -45,8 +45,8 @@ class StillTokens(JiT):
     def step(self, state: JiTState, velocity: Tensor, sigma: float, sigma_next: float) -> JiTState:
         u = velocity.float()
         scattered = scatter_tokens(torch.zeros_like(state.y), state.lift.anchors, u)
-        clean = self.tokens(state) - sigma * u
-        return replace(state, y=state.y + (sigma_next - sigma) * scattered, velocity=scattered, clean=clean)
+        y = state.y + (sigma_next - sigma) * scattered
+        return replace(state, y=y, velocity=scattered, before=(state.y, u, sigma))
 
 
 class RandomActivation(JiT):
@@ -56,7 +56,7 @@ class RandomActivation(JiT):
         anchors, new = activate(state.lift.anchors, state.noise[..., 0], stage.tokens)
         target = microflow_target(gather_tokens(state.lift(state.clean), new), gather_tokens(state.noise, new), sigma)
         moved = microflow(gather_tokens(state.y, new), target, self.settings.microflow_weight)
-        return replace(state, y=scatter_tokens(state.y, new, moved), lift=self.lifter(anchors))
+        return replace(state, y=scatter_tokens(state.y, new, moved), lift=self.lifter(anchors), before=None)
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,12 @@ def spied(monkeypatch):
 
     def spy(pipe):
         seen, lifter = [], pipe.method.lifter
-        monkeypatch.setattr(pipe.method, "lifter", lambda anchors: seen.append(anchors.clone()) or lifter(anchors))
+
+        def record(anchors, **how):
+            seen.append(anchors.clone())
+            return lifter(anchors, **how)
+
+        monkeypatch.setattr(pipe.method, "lifter", record)
         return seen
 
     return spy

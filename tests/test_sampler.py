@@ -133,9 +133,9 @@ class Spy(JiT):
         super().__init__(*args)
         self.anchors = []
 
-    def lifter(self, anchors):
+    def lifter(self, anchors, **how):
         self.anchors.append(anchors.clone())
-        return super().lifter(anchors)
+        return super().lifter(anchors, **how)
 
 
 def test_an_image_of_a_batch_is_that_seed_alone():

@@ -117,9 +117,13 @@ def mean_matrix(n: int, window: int, device: torch.device | str | None = None) -
 
 def separable(grid: TokenGrid, matrices: tuple[Tensor, ...], y: Tensor) -> Tensor:
     """Apply one matrix along each axis of the grid: y [B, N, C] -> [B, N, C]."""
-    field = grid.unflatten(y)
-    for axis, matrix in enumerate(matrices, start=1):
-        field = torch.tensordot(matrix, field, dims=([1], [axis])).movedim(0, axis)
+    before, _, after = y.shape
+    after *= grid.tokens
+    field = y
+    for matrix, n in zip(matrices, grid.shape, strict=True):
+        after //= n
+        field = matrix @ field.reshape(before, n, after)
+        before *= n
     return field.reshape(y.shape)
 
 
@@ -133,16 +137,24 @@ class Lifter:
         anchors: active token indices, [B, m].
         nearest: `nearest_anchor` of them, [B, N].
         blur: one `blur_matrix` per grid axis.
+        whole: whether the anchors are all tokens in their own order, and there is nothing to do.
     """
 
     grid: TokenGrid
     anchors: Tensor
     nearest: Tensor
     blur: tuple[Tensor, ...]
+    whole: bool = False
+
+    def active(self, y: Tensor) -> Tensor:
+        """The anchors' tokens of y [B, N, C], as [B, m, C]."""
+        return y if self.whole else gather_tokens(y, self.anchors)
 
     def __call__(self, u: Tensor) -> Tensor:
         """u [B, m, C] -> [B, N, C]; the values at anchors are u's own bits (Algorithm 2, step 3)."""
-        if u.shape[1] == self.grid.tokens:  # every token is an anchor, so nothing is interpolated
+        if self.whole:
+            return u
+        if u.shape[1] == self.grid.tokens:  # in another order: nothing is interpolated
             return scatter_tokens(u, self.anchors, u)
         blurred = separable(self.grid, self.blur, gather_tokens(u, self.nearest))
         return scatter_tokens(blurred, self.anchors, u)
@@ -276,14 +288,21 @@ class JiTState:
         noise: eps of the micro-flow, [B, N, C].
         lift: the lifter of the current anchors.
         velocity: the last lifted velocity, [B, N, C]; None before the first step.
-        clean: y_hat(1) of the anchors at the last step, [B, m, C]; None before the first step.
+        before: y before the stage's last step, the anchors' velocity in it, [B, m, C], and its noise level; None before
+            the first.
     """
 
     y: Tensor
     noise: Tensor
     lift: Lifter
     velocity: Tensor | None = None
-    clean: Tensor | None = None
+    before: tuple[Tensor, Tensor, float] | None = None
+
+    @property
+    def clean(self) -> Tensor:
+        """y_hat(1) = y - sigma * u of the anchors at the stage's last step, [B, m, C]."""
+        y, u, sigma = self.before
+        return self.lift.active(y) - sigma * u
 
 
 class JiT(Method[JiTState]):
@@ -334,19 +353,21 @@ class JiT(Method[JiTState]):
         sigma = min(max(self.settings.blur_scale * rho**-0.5, low), high)
         return sigma, math.ceil(3 * sigma)
 
-    def lifter(self, anchors: Tensor) -> Lifter:
-        """The lifter of a set of anchors [B, m]."""
-        sigma, radius = self.blur_radius(anchors.shape[1] / self.grid.tokens)
+    def lifter(self, anchors: Tensor, *, ascending: bool = False) -> Lifter:
+        """The lifter of a set of anchors [B, m]; `ascending` if they are known to be in this order."""
+        n = self.grid.tokens
+        sigma, radius = self.blur_radius(anchors.shape[1] / n)
         blur = tuple(blur_matrix(n, sigma, radius, anchors.device) for n in self.grid.shape)
-        return Lifter(self.grid, anchors, nearest_anchor(self.grid, anchors), blur)
+        whole = ascending and anchors.shape[1] == n
+        return Lifter(self.grid, anchors, nearest_anchor(self.grid, anchors), blur, whole)
 
     def start(self, draws: Draws, stage: Stage) -> JiTState:
-        batch = draws.latents.shape[0]
-        anchors = draws.anchors
-        if anchors is None:  # a schedule without sparse stages
+        batch, anchors = draws.latents.shape[0], draws.anchors
+        every = anchors is None  # a schedule without sparse stages
+        if every:
             anchors = torch.arange(self.grid.tokens, device=draws.latents.device).expand(batch, -1)
         noise = draws.noise if draws.noise is not None else draws.latents
-        return JiTState(draws.latents, noise, self.lifter(anchors))
+        return JiTState(draws.latents, noise, self.lifter(anchors, ascending=every))
 
     def transition(
         self, state: JiTState, stage: Stage, sigma: float, preview: Preview | None = None
@@ -358,20 +379,21 @@ class JiT(Method[JiTState]):
         anchors, new = activate(state.lift.anchors, importance(self.grid, mean, signal), stage.tokens)
         target = microflow_target(gather_tokens(prior, new), gather_tokens(state.noise, new), sigma)
         moved = microflow(gather_tokens(state.y, new), target, self.settings.microflow_weight)
-        return replace(state, y=scatter_tokens(state.y, new, moved), lift=self.lifter(anchors))
+        lift = self.lifter(anchors, ascending=True)
+        return replace(state, y=scatter_tokens(state.y, new, moved), lift=lift, before=None)
 
     def tokens(self, state: JiTState) -> Tensor:
-        return gather_tokens(state.y, state.lift.anchors)
+        return state.lift.active(state.y)
 
     def positions(self, state: JiTState) -> Tensor:
         return self.grid.coordinates(state.y.device)[state.lift.anchors]
 
     def step(self, state: JiTState, velocity: Tensor, sigma: float, sigma_next: float) -> JiTState:
-        """SAG-ODE (eq. 17) with an Euler step; y_hat(1) = y - sigma * u is kept for the micro-flow's target."""
+        """SAG-ODE (eq. 17) with an Euler step; what gives y_hat(1) = y - sigma * u is kept for the micro-flow."""
         u = velocity.float()
         lifted = state.lift(u)
-        clean = self.tokens(state) - sigma * u
-        return replace(state, y=state.y + (sigma_next - sigma) * lifted, velocity=lifted, clean=clean)
+        y = state.y + (sigma_next - sigma) * lifted
+        return replace(state, y=y, velocity=lifted, before=(state.y, u, sigma))
 
     def latents(self, state: JiTState) -> Tensor:
         return state.y
