@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -96,6 +97,7 @@ def reflect(index: Tensor, n: int) -> Tensor:
     return torch.minimum(index, period - index)
 
 
+@cache
 def blur_matrix(n: int, sigma: float, radius: int, device: torch.device | str | None = None) -> Tensor:
     """Gaussian blur along an axis of n tokens with reflect padding, as a matrix: [n, n], rows sum to 1, fp32.
 
@@ -109,6 +111,7 @@ def blur_matrix(n: int, sigma: float, radius: int, device: torch.device | str | 
     return torch.where(source[:, :, None] == place, weights[:, None], 0.0).sum(1).float()
 
 
+@cache
 def mean_matrix(n: int, window: int, device: torch.device | str | None = None) -> Tensor:
     """Mean over a window along an axis with zero padding that is counted, as a matrix: [n, n], fp32."""
     place = torch.arange(n, device=device)
@@ -355,11 +358,11 @@ class JiT(Method[JiTState]):
 
     def lifter(self, anchors: Tensor, *, ascending: bool = False) -> Lifter:
         """The lifter of a set of anchors [B, m]; `ascending` if they are known to be in this order."""
-        n = self.grid.tokens
-        sigma, radius = self.blur_radius(anchors.shape[1] / n)
+        if ascending and anchors.shape[1] == self.grid.tokens:
+            return Lifter(self.grid, anchors, nearest=anchors, blur=(), whole=True)
+        sigma, radius = self.blur_radius(anchors.shape[1] / self.grid.tokens)
         blur = tuple(blur_matrix(n, sigma, radius, anchors.device) for n in self.grid.shape)
-        whole = ascending and anchors.shape[1] == n
-        return Lifter(self.grid, anchors, nearest_anchor(self.grid, anchors), blur, whole)
+        return Lifter(self.grid, anchors, nearest_anchor(self.grid, anchors), blur)
 
     def start(self, draws: Draws, stage: Stage) -> JiTState:
         batch, anchors = draws.latents.shape[0], draws.anchors
