@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -49,13 +50,18 @@ class TokenGrid:
         return TokenGrid((*frames, height // 2, width // 2))
 
     def coordinates(self, device: torch.device | str | None = None) -> Tensor:
-        """Integer coordinates of every token, [N, 2] or [N, 3]."""
-        axes = [torch.arange(n, device=device) for n in self.shape]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(self.tokens, len(self.shape))
+        """Integer coordinates of every token, [N, 2] or [N, 3]. Not to be changed: they are made once."""
+        return _coordinates(self.shape, device)
 
     def unflatten(self, y: Tensor) -> Tensor:
         """[B, N, C] -> [B, *shape, C]."""
         return y.unflatten(1, self.shape)
+
+
+@cache
+def _coordinates(shape: tuple[int, ...], device: torch.device | str | None) -> Tensor:
+    axes = [torch.arange(n, device=device) for n in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
 def gather_tokens(y: Tensor, index: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +31,14 @@ class Rotary:
         Angles are computed in fp64, as diffusers does, because fp32 loses digits at large positions.
         """
         ids = F.pad(positions.double(), (len(self.axes) - positions.shape[-1], 0, self.text_tokens, 0))
-        angles = []
-        for axis, size in enumerate(self.axes):
-            exponent = torch.arange(0, size, 2, dtype=torch.float64, device=ids.device) / size
-            angles.append(ids[..., axis, None] / self.theta**exponent)
-        angle = torch.cat(angles, dim=-1)
+        axis, period = _periods(self.axes, self.theta, ids.device)
+        angle = ids.index_select(-1, axis) / period
         return angle.cos().float(), angle.sin().float()
+
+
+@cache
+def _periods(axes: tuple[int, ...], theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For every pair of a head's dimensions, the axis it takes and the position in it at which its angle is 1."""
+    axis = [torch.full((size // 2,), i, device=device) for i, size in enumerate(axes)]
+    period = [theta ** (torch.arange(0, size, 2, dtype=torch.float64, device=device) / size) for size in axes]
+    return torch.cat(axis), torch.cat(period)
