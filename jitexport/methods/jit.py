@@ -125,7 +125,7 @@ def separable(grid: TokenGrid, matrices: tuple[Tensor, ...], y: Tensor) -> Tenso
     field = y
     for matrix, n in zip(matrices, grid.shape, strict=True):
         after //= n
-        field = matrix @ field.reshape(before, n, after)
+        field = matrix @ (field.reshape(n, after) if before == 1 else field.reshape(before, n, after))
         before *= n
     return field.reshape(y.shape)
 
@@ -377,25 +377,30 @@ class JiT(Method[JiTState]):
     ) -> JiTState:
         """ITA, then DMF for the tokens that it activates, at the noise level of the step about to run."""
         prior = state.lift(state.clean)  # Phi, with the anchors that predicted it
-        signal = state.velocity if self.settings.importance == "velocity" else prior
-        mean = tuple(mean_matrix(n, self.settings.window, state.y.device) for n in self.grid.shape)
-        anchors, new = activate(state.lift.anchors, importance(self.grid, mean, signal), stage.tokens)
-        target = microflow_target(gather_tokens(prior, new), gather_tokens(state.noise, new), sigma)
-        moved = microflow(gather_tokens(state.y, new), target, self.settings.microflow_weight)
-        lift = self.lifter(anchors, ascending=True)
-        return replace(state, y=scatter_tokens(state.y, new, moved), lift=lift, before=None)
+        target = microflow_target(prior, state.noise, sigma)
+        moved = microflow(state.y, target, self.settings.microflow_weight)
+        if stage.tokens == self.grid.tokens:  # nothing to choose: all but the active tokens move
+            y = scatter_tokens(moved, state.lift.anchors, state.lift.active(state.y))
+            anchors = torch.arange(stage.tokens, device=y.device).expand(y.shape[:2])
+        else:
+            signal = state.velocity if self.settings.importance == "velocity" else prior
+            mean = tuple(mean_matrix(n, self.settings.window, state.y.device) for n in self.grid.shape)
+            anchors, new = activate(state.lift.anchors, importance(self.grid, mean, signal), stage.tokens)
+            y = scatter_tokens(state.y, new, gather_tokens(moved, new))
+        return replace(state, y=y, lift=self.lifter(anchors, ascending=True), before=None)
 
     def tokens(self, state: JiTState) -> Tensor:
         return state.lift.active(state.y)
 
     def positions(self, state: JiTState) -> Tensor:
-        return self.grid.coordinates(state.y.device)[state.lift.anchors]
+        places, anchors = self.grid.coordinates(state.y.device), state.lift.anchors
+        return places.expand(*anchors.shape, -1) if state.lift.whole else places[anchors]
 
     def step(self, state: JiTState, velocity: Tensor, sigma: float, sigma_next: float) -> JiTState:
         """SAG-ODE (eq. 17) with an Euler step; what gives y_hat(1) = y - sigma * u is kept for the micro-flow."""
         u = velocity.float()
         lifted = state.lift(u)
-        y = state.y + (sigma_next - sigma) * lifted
+        y = torch.add(state.y, lifted, alpha=sigma_next - sigma)
         return replace(state, y=y, velocity=lifted, before=(state.y, u, sigma))
 
     def latents(self, state: JiTState) -> Tensor:
