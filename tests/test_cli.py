@@ -5,12 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import jitexport
 from jitexport.bundle import EngineBundle
 from jitexport.cli import app, main
+from jitexport.kernels import native
 from jitexport.plan import CustomSchedule
 from tests import tiny
 
@@ -282,6 +284,12 @@ def test_doctor(run):
     report = json.loads(run("doctor", "--json")[1])
     assert report["versions"]["jitexport"] == jitexport.__version__
     assert report["backends"]["eager"].startswith("cpu: ready")
+
+
+def test_doctor_says_whether_the_kernels_are_used(run, monkeypatch):
+    for has, expected in [({}, "the CPU lacks"), (dict.fromkeys(native.INSTRUCTIONS, True), "attention")]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        assert expected in json.loads(run("doctor", "--json")[1])["machine"]["kernels"]
 
 
 def test_doctor_names_the_extra_that_brings_what_is_missing(run, monkeypatch):

@@ -1,0 +1,139 @@
+"""The C++ kernels beside PyTorch's own ways, each compiled by Inductor: times, rates and errors as a table.
+
+    python scripts/kernels.py                          # about two minutes on two cores
+    python scripts/kernels.py --json --tokens 1040
+
+Attention over 4 heads of 64 channels; linear layers of the shapes of the demo model. Ways are timed in turns and
+compared by their medians; errors are relative, against fp32 on the same bf16 numbers.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from jitexport.backends.inductor import compiled as compile_module
+from jitexport.kernels.attention import attention
+from jitexport.kernels.linear import linear_8bit, quantize
+from jitexport.kernels.native import missing, native_kernels
+from jitexport.profile.measure import conditions, matmul_rate
+
+HEADS, CHANNELS = 4, 64
+LAYERS = {"q": (256, 256, False), "mlp up, GELU": (256, 1024, True), "mlp down": (1024, 256, False)}
+BF16 = torch.bfloat16
+
+
+def compiled(function: Callable[..., Tensor], kernels: bool, *inputs: Tensor) -> Callable[[], Tensor]:
+    """A function compiled for the shapes of its inputs, with or without the kernels, and called with them."""
+
+    class Module(nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return function(*inputs)
+
+    run = compile_module(Module(), torch.device("cpu"), torch.get_num_threads())
+    with native_kernels() if kernels else nullcontext():
+        run(inputs)
+    return lambda: run(inputs)[0]
+
+
+def attentions(tokens: int) -> Iterator[tuple[str, int, Tensor, dict[str, Callable[[], Tensor]]]]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, tokens, HEADS, CHANNELS).to(BF16) for _ in range(3))
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    def ours(int8: bool) -> Callable[..., Tensor]:
+        return lambda q, k, v: attention(q, k, v, int8=int8)
+
+    ways = {
+        "PyTorch's fused kernel, bf16": lambda: fused(q, k, v),
+        "by parts, bf16": compiled(ours(False), False, q, k, v),
+        "kernel, bf16": compiled(ours(False), True, q, k, v),
+        "kernel, int8": compiled(ours(True), True, q, k, v),
+    }
+    yield "attention", 4 * tokens**2 * HEADS * CHANNELS, fused(q.float(), k.float(), v.float()), ways
+
+
+def layers(tokens: int) -> Iterator[tuple[str, int, Tensor, dict[str, Callable[[], Tensor]]]]:
+    for name, (inputs, outputs, gelu) in LAYERS.items():
+        torch.manual_seed(0)
+        x, w, b = (torch.randn(s).to(BF16) for s in ((tokens, inputs), (outputs, inputs), (outputs,)))
+        w = w / inputs**0.5
+        weight, scale = quantize(w, "int8")
+
+        def plain(x: Tensor, w: Tensor, b: Tensor, gelu: bool = gelu) -> Tensor:
+            y = F.linear(x, w, b)
+            return F.gelu(y, approximate="tanh") if gelu else y
+
+        def small(x: Tensor, weight: Tensor, scale: Tensor, b: Tensor, gelu: bool = gelu) -> Tensor:
+            return linear_8bit(x, weight, scale, b, gelu=gelu, dtype=BF16)
+
+        small_inputs = (x, weight, scale[:, 0].contiguous(), b)
+        ways = {
+            "PyTorch, bf16": compiled(plain, False, x, w, b),
+            "by parts, int8": compiled(small, False, *small_inputs),
+            "kernel, int8": compiled(small, True, *small_inputs),
+        }
+        exact = plain(x.float(), w.float(), b.float())
+        yield f"{name}: {inputs} to {outputs}", 2 * tokens * inputs * outputs, exact, ways
+
+
+def measure(ways: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
+    """Median seconds of each way, in turns, after three runs of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(repeats + 3):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            if i >= 3:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, action="append", help="repeatable; default 374, 650, 1040 and 4112")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    err = Console(stderr=True, highlight=False)
+    if reason := missing():
+        err.print(f"the kernels are not used on this machine: {reason}")
+        sys.exit(4)
+    rows = []
+    with torch.no_grad():
+        for tokens in options.tokens or (374, 650, 1040, 4112):
+            err.print(f"{tokens} tokens")
+            for group in (attentions(tokens), layers(tokens)):
+                for what, operations, exact, ways in group:
+                    seconds = measure(ways, options.repeats)
+                    for name, run in ways.items():
+                        error = ((run().float() - exact).norm() / exact.norm()).item()
+                        rows.append({
+                            "what": what, "tokens": tokens, "way": name, "ms": seconds[name] * 1e3,
+                            "gops": operations / seconds[name] / 1e9, "error": error,
+                        })  # fmt: skip
+    facts = conditions() | {"bf16 products, GFLOP/s": f"{matmul_rate(BF16, torch.device('cpu')) / 1e9:.0f}"}
+    if options.json:
+        print(json.dumps({"conditions": facts, "rows": rows}, indent=1))
+        return
+    table = Table("what", "tokens", "way", "median ms", "Gop/s", "error")
+    for r in rows:
+        table.add_row(r["what"], str(r["tokens"]), r["way"], f"{r['ms']:.2f}", f"{r['gops']:.0f}", f"{r['error']:.4f}")
+    console = Console(width=110)
+    console.print(table)
+    console.print(", ".join(f"{k} {v}" for k, v in facts.items()), highlight=False)
+
+
+if __name__ == "__main__":
+    main()
