@@ -250,6 +250,7 @@ def build(
         folder = source.folder or download(source)
         source = replaced(source, folder=folder)
         adapter = load_adapter(source, DTYPES[dtype], settings)
+        check_quantization(adapter.settings().get("quantization"), engine_backend, target_device)  # the folder's own
         made = plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset, dtype=dtype)
         module_device = target_device if target is None else torch.device("cpu")
         reference = eager_pipeline(
@@ -341,13 +342,23 @@ def check_request(
             f"backend {backend} has no {dtype} on {target_device}", expected=" or ".join(dtypes),
             remedy=f"--dtype {dtypes[0]}, or another --backend",
         )
-    check_kind(quantization)
-    if quantization is not None and quantization not in (kinds := engine_backend.quantizations(target_device)):
-        raise BackendUnavailableError(
-            f"backend {backend} has no {quantization} on {target_device}",
-            expected=" or ".join(kinds) or "no quantization", remedy="leave --quant out, or take another --backend",
-        )
+    check_quantization(quantization, engine_backend, target_device)
     return engine_backend, target_device
+
+
+def check_quantization(kind: str | None, backend: Backend, device: torch.device) -> None:
+    """Refuse 8-bit layers that the backend cannot run on the device.
+
+    Raises:
+        InputError: there is no such kind.
+        BackendUnavailableError: not by this backend, or not there.
+    """
+    check_kind(kind)
+    if kind is not None and kind not in (kinds := backend.quantizations(device)):
+        raise BackendUnavailableError(
+            f"backend {backend.name} has no {kind} on {device}", expected=" or ".join(kinds) or "no quantization",
+            remedy="leave --quant out (or the model's setting `quantization`), or take another --backend",
+        )
 
 
 def build_engines(

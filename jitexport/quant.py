@@ -3,8 +3,9 @@
 Activations are quantized as they come, so nothing has to be calibrated, and a product of 8-bit numbers is exact up to
 its scales: y = s_x s_w (x_q w_q^T) + b.
 
-Written here and not taken from torchao, whose int8 layers made the demo model's stages slower on CPUs than bf16 ones
-(docs/speed.md), and whose weights are tensor subclasses, which engines on shared weights cannot read.
+The arithmetic is in `jitexport.kernels.linear`. It is ours and not torchao's, whose int8 layers made the demo model's
+stages slower on CPUs than bf16 ones (docs/speed.md), and whose weights are tensor subclasses, which engines on shared
+weights cannot read.
 """
 
 from __future__ import annotations

@@ -206,3 +206,23 @@ def test_latency_goes_on_where_it_stopped(latency, tmp_path, monkeypatch):
             latency.main()
         assert len(measured) == len(built) == done
     assert (tmp_path / "latency.png").is_file()
+
+
+# --- kernels ---
+
+
+def test_kernels_are_compared_with_pytorchs_ways(monkeypatch, capsys):
+    import kernels
+
+    if reason := kernels.missing():
+        pytest.skip(reason)
+    monkeypatch.setattr(kernels, "LAYERS", {"q": (64, 64, False)})
+    monkeypatch.setattr("sys.argv", ["kernels.py", "--tokens", "70", "--repeats", "2", "--json"])
+    kernels.main()
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    attention = {r["way"]: r["error"] for r in rows if r["what"] == "attention"}
+    layer = {r["way"]: r["error"] for r in rows if r["what"] != "attention"}
+    assert len(attention) == 4 and len(layer) == 3 and all(r["gops"] > 0 for r in rows)
+    # Each way is what it says: weights in 8 bits are less exact, and the kernel's scores are not rounded to bf16.
+    assert attention["kernel, bf16"] < attention["by parts, bf16"] < attention["kernel, int8"] < 0.05
+    assert layer["PyTorch, bf16"] < 0.003 < layer["kernel, int8"] < 0.02

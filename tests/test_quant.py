@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -183,6 +184,19 @@ def test_unknown_kinds_are_refused(tiny_flux):
 def test_backends_without_quantization_say_so():
     with pytest.raises(BackendUnavailableError, match=r"onnx has no int8[\s\S]*--quant"):
         check_request("onnx", "fp32", 1, "cpu", None, "int8")
+
+
+def test_so_they_do_where_the_models_own_settings_ask_for_it(tmp_path, tiny_flux):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_flux, model)
+    settings = json.loads((model / "jitexport.json").read_text())
+    (model / "jitexport.json").write_text(json.dumps(settings | {"quantization": "int8"}))
+    options = {"backend": "onnx", "dtype": "fp32", "custom": SCHEDULE, "output": tmp_path / "bundle"}
+    with pytest.raises(BackendUnavailableError, match=r"onnx has no int8[\s\S]*setting"):
+        build(str(model), **options)
+    with pytest.raises(BackendUnavailableError, match="onnx has no int8"):
+        build(str(tiny_flux), settings={"quantization": "int8"}, **options)
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize(
