@@ -62,7 +62,7 @@ def by_parts(x: Tensor) -> bool:
 
 
 Lowering = Callable[..., Any]
-_lowerings: dict[Any, Lowering] = {}
+_lowerings: dict[Any, Lowering] = {}  # that Inductor does not know yet
 
 
 def lowers(operator: Any) -> Callable[[Lowering], Lowering]:
@@ -75,13 +75,12 @@ def lowers(operator: Any) -> Callable[[Lowering], Lowering]:
     return mark
 
 
-@cache
 def teach_inductor() -> None:
-    """Register all lowerings."""
+    """Register all lowerings that are not registered yet: more may have been imported since the last time."""
     from torch._inductor.lowering import register_lowering
 
-    for operator, lowering in _lowerings.items():
-        register_lowering(operator, type_promotion_kind=None)(lowering)
+    for operator in list(_lowerings):
+        register_lowering(operator, type_promotion_kind=None)(_lowerings.pop(operator))
 
 
 def kernel_node(

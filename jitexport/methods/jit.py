@@ -400,7 +400,7 @@ class JiT(Method[JiTState]):
         """SAG-ODE (eq. 17) with an Euler step; what gives y_hat(1) = y - sigma * u is kept for the micro-flow."""
         u = velocity.float()
         lifted = state.lift(u)
-        y = torch.add(state.y, lifted, alpha=sigma_next - sigma)
+        y = state.y + (sigma_next - sigma) * lifted
         return replace(state, y=y, velocity=lifted, before=(state.y, u, sigma))
 
     def latents(self, state: JiTState) -> Tensor:

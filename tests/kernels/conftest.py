@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from jitexport.build import compare
 from jitexport.kernels import native
 
 HARNESS = """
@@ -72,6 +73,11 @@ class Kernels:
         sizes = map(ctypes.c_int64, (*x.shape, len(weight)))
         self.library.linear(gelu, wide, *map(pointer, (x, weight, scale, bias, out)), *sizes, threads)
         return out
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||."""
+    return compare([a], [b])[0]
 
 
 def needs_kernels() -> None:

@@ -1,26 +1,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jitexport.kernels.attention import attention, blockwise_attention
+from tests.kernels.conftest import relative
 
 #: Relative error against fp32 on normal numbers: of bf16's rounding of weights and results, and of 8 bits.
 ERROR = {False: 0.006, True: 0.04}
 KINDS = pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
-#: The fixtures hold no state.
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def exact(q, k, v):
     """In fp32; heads [B, L, H, Dh]."""
     heads = [x.float().transpose(1, 2) for x in (q, k, v)]
     return F.scaled_dot_product_attention(*heads).transpose(1, 2)
-
-
-def relative(a, b):
-    return ((a.float() - b).norm() / b.norm()).item()
 
 
 # --- by operators ---
@@ -45,7 +40,6 @@ def test_without_a_compiler_attention_is_pytorchs(normal, dtype, int8):
 # --- by the kernel ---
 
 
-@shared
 @given(
     batch=st.integers(1, 2), length=st.integers(1, 200), heads=st.integers(1, 3), channels=st.sampled_from([64, 128]),
     int8=st.booleans(), seed=st.integers(0, 10),

@@ -1,17 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jitexport.kernels.linear import by_torch, gelu_tanh, linear_8bit, quantize
-
-#: The fixtures hold no state.
-shared = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def relative(a, b):
-    return ((a.float() - b).norm() / b.norm()).item()
+from tests.kernels.conftest import relative
 
 
 def test_gelu_is_pytorchs_and_stays_finite():
@@ -20,7 +14,6 @@ def test_gelu_is_pytorchs_and_stays_finite():
     assert gelu_tanh(torch.tensor([-1e4, 1e4])).tolist() == [0.0, 1e4]
 
 
-@shared
 @given(
     rows=st.integers(1, 80), inputs=st.integers(1, 5), outputs=st.integers(1, 4), bias=st.booleans(),
     gelu=st.booleans(), wide=st.booleans(),

@@ -7,20 +7,16 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from jitexport import registry
-from jitexport.build import compare, eager_pipeline, probe_inputs
+from jitexport.build import eager_pipeline, probe_inputs
 from jitexport.kernels import native
 from jitexport.kernels.attention import attention
 from jitexport.kernels.linear import linear_8bit, quantize
 from jitexport.models.flux import FluxAdapter
 from jitexport.plan import CustomSchedule, plan
 from tests import tiny
-from tests.kernels.conftest import needs_kernels
+from tests.kernels.conftest import needs_kernels, relative
 
 CPU = torch.device("cpu")
-
-
-def relative(a, b):
-    return compare([a], [b])[0]
 
 
 def compiled(function, *inputs, kernels):
@@ -53,6 +49,22 @@ def test_other_machines_are_told_apart(monkeypatch):
             assert native.wanted(torch.zeros(1).bfloat16()) == (reason is None)
             assert not native.wanted(torch.zeros(1))
         assert not native.wanted(torch.zeros(1).bfloat16())
+
+
+def test_lowerings_may_come_late(monkeypatch):
+    """Modules with kernels are imported with the models that need them, perhaps after the first compilation."""
+    taught = []
+    monkeypatch.setattr(native, "missing", lambda: None)
+    monkeypatch.setattr(
+        "torch._inductor.lowering.register_lowering", lambda operator, **_: lambda low: taught.append((operator, low))
+    )
+    monkeypatch.setattr(native, "_lowerings", {})
+    for name in ("first", "second"):
+        native.lowers(name)(len)
+        for _ in range(2):
+            with native.native_kernels():
+                assert taught[-1] == (name, len)
+    assert len(taught) == 2
 
 
 def test_headers_are_whole():
