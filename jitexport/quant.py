@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from jitexport.errors import InputError
-from jitexport.kernels.linear import KINDS, linear_8bit, quantize
+from jitexport.kernels.linear import KINDS, linear, quantize
 
 
 def check_kind(kind: str | None) -> None:
@@ -61,26 +61,14 @@ class QuantizedLinear(nn.Module):
         self.weight_scale = nn.Parameter(scale[:, 0], requires_grad=False)
         self.bias = linear.bias
 
-    def wide(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in fp32 (fp8 products round to bf16)."""
-        return self._run(x, torch.float32)
-
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N], in the dtype of x."""
-        return self._run(x, x.dtype)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        """The tanh GELU of the layer, x [..., K] -> [..., N], in the dtype of x."""
-        return self._run(x, x.dtype, gelu=True)
-
-    def _run(self, x: Tensor, dtype: torch.dtype, gelu: bool = False) -> Tensor:
-        y = linear_8bit(x.flatten(0, -2), self.weight, self.weight_scale, self.bias, gelu=gelu, dtype=dtype)
-        return y.unflatten(0, x.shape[:-1])
+        """x [..., K] -> [..., N]."""
+        return linear([x], self.weight, self.bias, self.weight_scale)
 
 
 def quantize_linears(module: nn.Module, kind: str, chosen: Callable[[str], bool]) -> None:
     """Put a `QuantizedLinear` in the place of every linear layer whose name is chosen."""
-    for name, linear in list(module.named_modules()):
-        if isinstance(linear, nn.Linear) and chosen(name):
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Linear) and chosen(name):
             parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, QuantizedLinear(linear, kind))
+            setattr(module.get_submodule(parent), leaf, QuantizedLinear(layer, kind))

@@ -22,8 +22,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from jitexport.backends.inductor import compiled as compile_module
-from jitexport.kernels.attention import attention
-from jitexport.kernels.linear import linear_8bit, quantize
+from jitexport.kernels.attention import Stream, attention
+from jitexport.kernels.linear import linear, quantize
 from jitexport.kernels.native import missing, native_kernels
 from jitexport.profile.measure import conditions, matmul_rate
 
@@ -53,7 +53,7 @@ def attentions(tokens: int) -> Iterator[tuple[str, int, Tensor, dict[str, Callab
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
     def ours(int8: bool) -> Callable[..., Tensor]:
-        return lambda q, k, v: attention(q, k, v, int8=int8)
+        return lambda q, k, v: attention([Stream(q, k, v)], int8=int8)
 
     ways = {
         "PyTorch's fused kernel, bf16": lambda: fused(q, k, v),
@@ -71,20 +71,17 @@ def layers(tokens: int) -> Iterator[tuple[str, int, Tensor, dict[str, Callable[[
         w = w / inputs**0.5
         weight, scale = quantize(w, "int8")
 
-        def plain(x: Tensor, w: Tensor, b: Tensor, gelu: bool = gelu) -> Tensor:
-            y = F.linear(x, w, b)
-            return F.gelu(y, approximate="tanh") if gelu else y
+        def layer(x: Tensor, w: Tensor, b: Tensor, scale: Tensor | None = None, gelu: bool = gelu) -> Tensor:
+            return linear([x], w, b, scale, gelu=gelu)
 
-        def small(x: Tensor, weight: Tensor, scale: Tensor, b: Tensor, gelu: bool = gelu) -> Tensor:
-            return linear_8bit(x, weight, scale, b, gelu=gelu, dtype=BF16)
-
-        small_inputs = (x, weight, scale[:, 0].contiguous(), b)
+        small = (x, weight, b, scale[:, 0].contiguous())
         ways = {
-            "PyTorch, bf16": compiled(plain, False, x, w, b),
-            "by parts, int8": compiled(small, False, *small_inputs),
-            "kernel, int8": compiled(small, True, *small_inputs),
+            "by parts, bf16": compiled(layer, False, x, w, b),
+            "kernel, bf16": compiled(layer, True, x, w, b),
+            "by parts, int8": compiled(layer, False, *small),
+            "kernel, int8": compiled(layer, True, *small),
         }
-        exact = plain(x.float(), w.float(), b.float())
+        exact = layer(x.float(), w.float(), b.float())
         yield f"{name}: {inputs} to {outputs}", 2 * tokens * inputs * outputs, exact, ways
 
 

@@ -222,7 +222,7 @@ def test_kernels_are_compared_with_pytorchs_ways(monkeypatch, capsys):
     rows = json.loads(capsys.readouterr().out)["rows"]
     attention = {r["way"]: r["error"] for r in rows if r["what"] == "attention"}
     layer = {r["way"]: r["error"] for r in rows if r["what"] != "attention"}
-    assert len(attention) == 4 and len(layer) == 3 and all(r["gops"] > 0 for r in rows)
+    assert len(attention) == 4 and len(layer) == 4 and all(r["gops"] > 0 for r in rows)
     # Each way is what it says: weights in 8 bits are less exact, and the kernel's scores are not rounded to bf16.
     assert attention["kernel, bf16"] < attention["by parts, bf16"] < attention["kernel, int8"] < 0.05
-    assert layer["PyTorch, bf16"] < 0.003 < layer["kernel, int8"] < 0.02
+    assert max(layer["by parts, bf16"], layer["kernel, bf16"]) < 0.003 < layer["kernel, int8"] < 0.02

@@ -1,4 +1,5 @@
-// Attention over heads of bf16 for CPUs with AVX-512, as one kernel: scores, softmax and product with the values.
+// Attention over heads of bf16 for CPUs with AVX-512, as one kernel: norms and rotary positions of queries and keys,
+// scores, softmax and product with the values.
 //
 // Products are of bf16 numbers, or of 8-bit numbers, which are twice as fast:
 //
@@ -23,13 +24,12 @@ namespace {
 constexpr int64_t CHUNK = 1152;        // keys of a block's scores: 110 KB, in the second-level cache
 constexpr float LOG2_TOP = 7.9937876f;  // of 254.9: with a threshold of almost 1 it is still under 256
 
-// Heads [B, L, H, D] in bf16, one after the other.
-struct Heads {
+// Heads [B, L, H, D] in bf16, and the weights [D] of their RMS norm, or none. Streams follow each other: the sequence is
+// as long as all together.
+struct Stream {
   const uint16_t* data;
-  int64_t tokens, heads, channels;
-  const uint16_t* row(int64_t batch, int64_t head, int64_t token) const {
-    return data + ((batch * tokens + token) * heads + head) * channels;
-  }
+  const uint16_t* norm;
+  int64_t tokens;
 };
 
 template <class Kind, int D>
@@ -40,72 +40,133 @@ struct Attention {
   static constexpr int WORDS = D / PACK;  // 32-bit words of a row
   static constexpr bool INT8 = PACK == 4;
 
-  // One head's keys -> words [groups of 64 keys][WORDS][64], in 8 bits as 0 ... 255 with 128 for zero; scales [keys].
-  static void pack_keys(const Heads& k, int64_t batch, int64_t head, int64_t padded, int32_t* words, float* scales) {
-    alignas(64) float mean[D];
-    if (INT8) {
-      for (int c = 0; c < D; c += LANES) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t j = 0; j < k.tokens; j++) sum = _mm512_add_ps(sum, widen(k.row(batch, head, j) + c));
-        _mm512_store_ps(mean + c, _mm512_div_ps(sum, _mm512_set1_ps(k.tokens)));
+  int64_t batch, tokens, heads;
+  float scale;              // of the scores
+  float eps;                // of the norms
+  const float *cos, *sin;  // [B, tokens, D / 2] of the angles that neighbours are rotated by; null for none
+
+  const uint16_t* row(const Stream*& stream, int64_t b, int64_t h, int64_t token) const {
+    while (token >= stream->tokens) token -= stream++->tokens;
+    return stream->data + ((b * stream->tokens + token) * heads + h) * D;
+  }
+
+  // A query or key as attention takes it: normalised, then rotated.
+  void load(const Stream* stream, int64_t b, int64_t h, int64_t token, float* to) const {
+    const uint16_t* from = row(stream, b, h, token);
+    __m512 x[D / LANES], squares = _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int i = 0; i < D / LANES; i++) {
+      x[i] = widen(from + i * LANES);
+      squares = _mm512_fmadd_ps(x[i], x[i], squares);
+    }
+    if (stream->norm != nullptr) {
+      const __m512 factor = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / D + eps));
+#pragma GCC unroll 8
+      for (int i = 0; i < D / LANES; i++)
+        x[i] = _mm512_mul_ps(x[i], _mm512_mul_ps(factor, widen(stream->norm + i * LANES)));
+    }
+    if (cos != nullptr) {
+      const int64_t at = (b * tokens + token) * (D / 2);
+#pragma GCC unroll 8
+      for (int i = 0; i < D / LANES; i++) {  // (a, b) -> (a cos - b sin, b cos + a sin)
+        const __m512 swapped = _mm512_permute_ps(x[i], 0xb1);
+        x[i] = _mm512_fmaddsub_ps(x[i], twice(cos + at + i * LANES / 2),
+                                  _mm512_mul_ps(swapped, twice(sin + at + i * LANES / 2)));
       }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < D / LANES; i++) _mm512_store_ps(to + i * LANES, x[i]);
+  }
+
+  // Each of 8 numbers twice.
+  static __m512 twice(const float* from) {
+    const __m512i order = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    return _mm512_permutexvar_ps(order, _mm512_castps256_ps512(_mm256_loadu_ps(from)));
+  }
+
+  // One head's keys -> words [groups of 64 keys][WORDS][64], in 8 bits as 0 ... 255 with 128 for zero; scales [keys].
+  void pack_keys(const Stream* k, int64_t b, int64_t h, int64_t padded, int32_t* words, float* scales) const {
+    alignas(64) float x[D], mean[D] = {};
+    if (INT8) {
+      for (int64_t j = 0; j < tokens; j++) {
+        load(k, b, h, j, x);
+        for (int c = 0; c < D; c++) mean[c] += x[c];
+      }
+      for (int c = 0; c < D; c++) mean[c] /= tokens;
     }
     alignas(64) int32_t line[WORDS];
     for (int64_t j = 0; j < padded; j++) {
-      const uint16_t* row = k.row(batch, head, std::min(j, k.tokens - 1));  // padding must not raise a maximum
-      if (INT8)
-        scales[j] = quantize_row(row, mean, D, 128, line);
-      else
-        std::memcpy(line, row, sizeof line);
+      load(k, b, h, std::min(j, tokens - 1), x);  // padding must not raise a maximum
+      if (INT8) {
+        for (int c = 0; c < D; c++) x[c] -= mean[c];
+        scales[j] = quantize_row([&](int64_t c) { return _mm512_load_ps(x + c); }, D, 128, line);
+      } else {
+        narrow(x, line);
+      }
       int32_t* to = words + j / GROUP * WORDS * GROUP + j % GROUP;
       for (int w = 0; w < WORDS; w++) to[w * GROUP] = line[w];
     }
   }
 
   // One head's values -> words [keys / PACK][D]; scales [D].
-  static void pack_values(const Heads& v, int64_t batch, int64_t head, int64_t padded, int32_t* words, float* scales) {
-    alignas(64) float inverse[D];
+  void pack_values(const Stream* v, int64_t b, int64_t h, int64_t padded, int32_t* words, float* scales) const {
+    alignas(64) float top[D], inverse[D];
     if (INT8) {
-      for (int c = 0; c < D; c += LANES) {
-        __m512 top = _mm512_set1_ps(1e-12f);
-        for (int64_t j = 0; j < v.tokens; j++)
-          top = _mm512_max_ps(top, _mm512_abs_ps(widen(v.row(batch, head, j) + c)));
-        _mm512_storeu_ps(scales + c, _mm512_div_ps(top, _mm512_set1_ps(127)));
-        _mm512_store_ps(inverse + c, _mm512_div_ps(_mm512_set1_ps(127), top));
+      std::fill_n(top, D, 1e-12f);
+      for (int64_t j = 0; j < tokens; j++) {
+        const Stream* stream = v;
+        const uint16_t* from = row(stream, b, h, j);
+        for (int c = 0; c < D; c += LANES)
+          _mm512_store_ps(top + c, _mm512_max_ps(_mm512_load_ps(top + c), _mm512_abs_ps(widen(from + c))));
+      }
+      for (int c = 0; c < D; c++) {
+        scales[c] = top[c] / 127;
+        inverse[c] = 127 / top[c];
       }
     }
-    for (int64_t j = 0; j < padded; j += PACK)
-      for (int c = 0; c < D; c += LANES) {
-        __m512i word = _mm512_setzero_si512();
-        for (int i = 0; i < PACK && j + i < v.tokens; i++) {
-          const uint16_t* from = v.row(batch, head, j + i) + c;
+    for (int64_t j = 0; j < padded; j += PACK) {
+      __m512i word[D / LANES] = {};
+      for (int i = 0; i < PACK && j + i < tokens; i++) {
+        const Stream* stream = v;
+        const uint16_t* from = row(stream, b, h, j + i);
+#pragma GCC unroll 8
+        for (int c = 0; c < D / LANES; c++) {
           __m512i n;
           if (INT8) {
-            n = _mm512_cvtps_epi32(_mm512_mul_ps(widen(from), _mm512_load_ps(inverse + c)));
+            n = _mm512_cvtps_epi32(_mm512_mul_ps(widen(from + c * LANES), _mm512_load_ps(inverse + c * LANES)));
             n = _mm512_and_si512(n, _mm512_set1_epi32(255));
           } else {
-            n = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+            n = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + c * LANES)));
           }
-          word = _mm512_or_si512(word, _mm512_slli_epi32(n, i * 32 / PACK));
+          word[c] = _mm512_or_si512(word[c], _mm512_slli_epi32(n, i * 32 / PACK));
         }
-        _mm512_store_si512(words + j / PACK * D + c, word);
       }
+#pragma GCC unroll 8
+      for (int c = 0; c < D / LANES; c++) _mm512_store_si512(words + j / PACK * D + c * LANES, word[c]);
+    }
   }
 
   // A block of queries -> words [BLOCK][WORDS], their scales, and the sums of their 8-bit numbers.
-  static void pack_queries(
-      const Heads& q, int64_t batch, int64_t head, int64_t first, int64_t count, int32_t* words, float* scales,
-      int32_t* sums) {
+  void pack_queries(
+      const Stream* q, int64_t b, int64_t h, int64_t first, int64_t count, int32_t* words, float* scales,
+      int32_t* sums) const {
+    alignas(64) float x[D] = {};
     for (int64_t r = 0; r < BLOCK; r++) {
       scales[r] = 1;
       sums[r] = 0;
-      if (r >= count)
-        std::memset(words + r * WORDS, 0, WORDS * sizeof *words);
-      else if (INT8)
-        scales[r] = quantize_row(q.row(batch, head, first + r), nullptr, D, 0, words + r * WORDS, sums + r);
+      if (r < count)
+        load(q, b, h, first + r, x);
       else
-        std::memcpy(words + r * WORDS, q.row(batch, head, first + r), WORDS * sizeof *words);
+        std::fill_n(x, D, 0.f);
+      if (INT8)
+        scales[r] = quantize_row([&](int64_t c) { return _mm512_load_ps(x + c); }, D, 0, words + r * WORDS, sums + r);
+      else
+        narrow(x, words + r * WORDS);
     }
+  }
+
+  static void narrow(const float* x, int32_t* bf16) {
+    for (int c = 0; c < D; c += LANES) store_bf16(reinterpret_cast<uint16_t*>(bf16) + c, _mm512_load_ps(x + c));
   }
 
   // Scores of ROWS queries and GROUP keys, without the queries' scales -> out [ROWS][stride], and their maxima.
@@ -119,14 +180,17 @@ struct Attention {
       for (int w = 0; w < WIDE; w++) sum[r][w] = Kind::start(-128 * sums[r]);  // keys are 128 too large
     multiply<Kind, true>(sum, queries, WORDS, keys, GROUP, WORDS);
 #pragma GCC unroll 6
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++) {
+      __m512 most = top[r];
 #pragma GCC unroll 4
       for (int w = 0; w < WIDE; w++) {
         __m512 x = Kind::real(sum[r][w]);
         if (INT8) x = _mm512_mul_ps(x, _mm512_loadu_ps(scales + w * LANES));
         _mm512_store_ps(out + r * stride + w * LANES, x);
-        top[r] = _mm512_max_ps(top[r], x);
+        most = _mm512_max_ps(most, x);
       }
+      top[r] = most;
+    }
   }
 
   // 16 weights, those of a mask, others 0; added to their sum.
@@ -186,16 +250,15 @@ struct Attention {
     }
   }
 
-  // out [B, L, H, D] = softmax(scale q k^T) v.
-  static void run(
-      const Heads& q, const Heads& k, const Heads& v, uint16_t* out, int64_t batch, float scale, int threads) {
+  // out [B, tokens, H, D] = softmax(scale q k^T) v, of queries, keys and values in streams of the same lengths.
+  void run(const Stream* q, const Stream* k, const Stream* v, uint16_t* out, int threads) const {
     constexpr float LOWEST = -std::numeric_limits<float>::infinity();
-    const int64_t padded = divide_up(k.tokens, GROUP) * GROUP;
+    const int64_t padded = divide_up(tokens, GROUP) * GROUP;
     const int64_t chunk = divide_up(divide_up(padded, divide_up(padded, CHUNK)), GROUP) * GROUP;
-    const int64_t heads = batch * q.heads, blocks = divide_up(q.tokens, BLOCK);
+    const int64_t all = batch * heads, blocks = divide_up(tokens, BLOCK);
     const int64_t size = padded * WORDS;  // of a head's keys, and of its values
-    const auto keys = buffer<int32_t>(heads * size), values = buffer<int32_t>(heads * size);
-    const auto key_scales = buffer<float>(heads * padded), value_scales = buffer<float>(heads * D);
+    const auto keys = buffer<int32_t>(all * size), values = buffer<int32_t>(all * size);
+    const auto key_scales = buffer<float>(all * padded), value_scales = buffer<float>(all * D);
     const auto thresholds = buffer<float>(chunk + BLOCK);
     for (int64_t j = 0; j < chunk + BLOCK; j++)  // multiples of the golden ratio, without their whole parts
       thresholds[j] = static_cast<uint32_t>(j * 2654435769u) * 0x1p-32f * 0.999f;
@@ -205,8 +268,8 @@ struct Attention {
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < 2 * heads; i++) {
-        const int64_t n = i / 2, b = n / q.heads, h = n % q.heads;
+      for (int64_t i = 0; i < 2 * all; i++) {
+        const int64_t n = i / 2, b = n / heads, h = n % heads;
         if (i % 2 == 0)
           pack_keys(k, b, h, padded, keys.get() + n * size, key_scales.get() + n * padded);
         else
@@ -220,9 +283,9 @@ struct Attention {
       int32_t query_sums[BLOCK];
       __m512 top[BLOCK];
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < heads * blocks; i++) {
-        const int64_t n = i / blocks, b = n / q.heads, h = n % q.heads, first = i % blocks * BLOCK;
-        const int64_t count = std::min<int64_t>(BLOCK, q.tokens - first);
+      for (int64_t i = 0; i < all * blocks; i++) {
+        const int64_t n = i / blocks, b = n / heads, h = n % heads, first = i % blocks * BLOCK;
+        const int64_t count = std::min<int64_t>(BLOCK, tokens - first);
         pack_queries(q, b, h, first, count, queries, query_scales, query_sums);
         std::fill_n(result, BLOCK * D, 0.f);
         std::fill_n(sum, BLOCK, 0.f);
@@ -239,7 +302,7 @@ struct Attention {
             const float now = std::max(most[r], _mm512_reduce_max_ps(top[r]) * factor);
             keep[r] = std::exp2(most[r] - now);
             most[r] = now;
-            sum[r] = sum[r] * keep[r] + weigh(s + r * chunk, width, k.tokens - from, factor,
+            sum[r] = sum[r] * keep[r] + weigh(s + r * chunk, width, tokens - from, factor,
                                               INT8 ? now - LOG2_TOP : now, thresholds.get() + r, p + r * chunk);
           }
           for (int r = 0; r < BLOCK; r += ROWS)
@@ -248,7 +311,7 @@ struct Attention {
         }
         for (int r = 0; r < count; r++)
           for (int c = 0; c < D; c += LANES)
-            store_bf16(out + ((b * q.tokens + first + r) * q.heads + h) * D + c,
+            store_bf16(out + ((b * tokens + first + r) * heads + h) * D + c,
                        _mm512_div_ps(_mm512_load_ps(result + r * D + c), _mm512_set1_ps(sum[r])));
       }
     }

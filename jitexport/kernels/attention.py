@@ -2,12 +2,14 @@
 
 PyTorch's fused attention for CPUs runs no faster in bf16 than in fp32. By parts, its products reach the rate of bf16
 products, and the softmax between them takes half as long again. The kernel (attention.h) does both at once for CPUs
-with AVX-512 and bf16 instructions, and in 8 bits where a model's linear layers are quantized.
+with AVX-512 and bf16 instructions, with norms and rotation before them, and in 8 bits where a model's linear layers are
+quantized.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +19,74 @@ from jitexport.kernels import native
 from jitexport.kernels.native import by_parts
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, int8: bool = False) -> Tensor:
-    """Full attention, softmax(q k^T / sqrt(Dh)) v, over heads [B, L, H, Dh] -> [B, L, H, Dh].
+class Stream(NamedTuple):
+    """Tokens with projections of their own, such as the text's or the image's.
+
+    Attributes:
+        q, k, v: heads as they are projected, [B, L, H, Dh].
+        q_norm, k_norm: weights [Dh] of the RMS norms of queries and keys; None for none.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
+def attention(
+    streams: Sequence[Stream],
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    int8: bool = False,
+) -> Tensor:
+    """Full attention, softmax(q k^T / sqrt(Dh)) v, over the tokens of all streams, one stream after the other.
 
     Args:
+        cos, sin: of the angles [B, sum of L, Dh / 2] by which neighbouring channels of queries and keys are rotated,
+            after the norms; fp32. None for no rotation.
+        eps: of the norms.
         int8: whether products may run on 8-bit numbers; only the kernel does so, with an error of about 1%.
+
+    Returns:
+        [B, sum of L, H, Dh].
     """
-    if native.wanted(q) and q.shape[-1] % native.GROUP == 0:
-        return torch.ops.jitexport.attention(q, k, v, int8)
-    heads = [x.transpose(1, 2) for x in (q, k, v)]
-    out = blockwise_attention(*heads) if by_parts(q) else F.scaled_dot_product_attention(*heads)
+    q, k, v, q_norms, k_norms = zip(*streams, strict=True)
+    if native.wanted(q[0]) and q[0].shape[-1] % native.GROUP == 0:
+        norms = ([norm for norm in given if norm is not None] for given in (q_norms, k_norms))
+        return torch.ops.jitexport.attention(list(q), list(k), list(v), *norms, cos, sin, eps, int8)
+    heads = [x.transpose(1, 2) for x in joined(streams, cos, sin, eps)]
+    out = blockwise_attention(*heads) if by_parts(q[0]) else F.scaled_dot_product_attention(*heads)
     return out.transpose(1, 2)
+
+
+def joined(
+    streams: Sequence[Stream], cos: Tensor | None, sin: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of all streams as products take them, [B, sum of L, H, Dh]: normalised, joined, rotated."""
+
+    def join(parts: Sequence[Tensor], norms: Sequence[Tensor | None]) -> Tensor:
+        parts = [
+            x if norm is None else F.rms_norm(x, norm.shape, norm, eps) for x, norm in zip(parts, norms, strict=True)
+        ]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    q, k, v, q_norms, k_norms = zip(*streams, strict=True)
+    q, k, v = join(q, q_norms), join(k, k_norms), join(v, [None] * len(v))
+    return (q, k, v) if cos is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of x [B, L, H, Dh] by angles [B, L, Dh / 2], in fp32.
+
+    The result holds the first of each pair, then the second of each: scores of queries and keys do not depend on the
+    order of a head's dimensions, and compilers vectorise halves where they cannot vectorise pairs.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
 
 
 def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, block: int = 256) -> Tensor:
@@ -52,35 +111,54 @@ def softmax_product(scores: Tensor, v: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("jitexport::attention", mutates_args=(), device_types="cpu")
-def attention_operator(q: Tensor, k: Tensor, v: Tensor, int8: bool) -> Tensor:
-    """`attention` as one operator, for graphs; bf16 heads of a multiple of 64 channels."""
-    out = blockwise_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+def attention_operator(
+    q: Sequence[Tensor],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    q_norms: Sequence[Tensor],
+    k_norms: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    int8: bool,
+) -> Tensor:
+    """`attention` as one operator, for graphs; bf16 heads of a multiple of 64 channels; norms for all streams or []."""
+    none = [None] * len(q)
+    streams = [Stream(*stream) for stream in zip(q, k, v, q_norms or none, k_norms or none, strict=True)]
+    out = blockwise_attention(*(x.transpose(1, 2) for x in joined(streams, cos, sin, eps)))
     return out.transpose(1, 2).contiguous()
 
 
 @attention_operator.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, int8: bool) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _(q: Any, k: Any, v: Any, q_norms: Any, k_norms: Any, cos: Any, sin: Any, eps: float, int8: bool) -> Tensor:
+    batch, _, heads, channels = q[0].shape
+    return q[0].new_empty((batch, sum(x.shape[1] for x in q), heads, channels))
 
 
 CALL = """
+{%- macro streams(heads, norms) -%}
+{ {% for data in heads -%}
+{(const uint16_t*){{data}}, (const uint16_t*){{norms[loop.index0] if norms else "nullptr"}},
+ {{lengths[loop.index0]}}}, {% endfor -%} }
+{%- endmacro -%}
 using namespace jitexport;
-const auto heads = [](const void* data) {
-  return Heads{static_cast<const uint16_t*>(data), {{tokens}}, {{heads}}, {{channels}}};
-};
-Attention<{{kind}}, {{channels}}>::run(
-    heads({{q}}), heads({{k}}), heads({{v}}), reinterpret_cast<uint16_t*>({{out}}), {{batch}}, {{scale}}, {{threads}});
+const Stream q[] = {{streams(q, q_norms)}}, k[] = {{streams(k, k_norms)}}, v[] = {{streams(v, [])}};
+Attention<{{kind}}, {{channels}}>{ {{batch}}, {{tokens}}, {{heads}}, {{scale}}, {{eps}}, {{cos}}, {{sin}} }.run(
+    q, k, v, (uint16_t*){{out}}, {{threads}});
 """
 
 
 @native.lowers(torch.ops.jitexport.attention.default)
-def lowering(q: Any, k: Any, v: Any, int8: bool) -> Any:
+def lowering(q: Any, k: Any, v: Any, q_norms: Any, k_norms: Any, cos: Any, sin: Any, eps: float, int8: bool) -> Any:
     """The operator for Inductor."""
-    batch, tokens, heads, channels = map(int, q.get_size())
+    batch, _, heads, channels = map(int, q[0].get_size())
+    lengths = [int(x.get_size()[1]) for x in q]
     return native.kernel_node(
-        "attention.h", CALL, {"q": q, "k": k, "v": v}, q.get_size(), q.get_dtype(),
+        "attention.h", CALL,
+        {"q": q, "k": k, "v": v, "q_norms": q_norms, "k_norms": k_norms, "cos": cos, "sin": sin},
+        [batch, sum(lengths), heads, channels], q[0].get_dtype(),
         {
-            "batch": batch, "tokens": tokens, "heads": heads, "channels": channels,
-            "kind": "Int8" if int8 else "BF16", "scale": channels**-0.5,
+            "batch": batch, "tokens": sum(lengths), "lengths": lengths, "heads": heads, "channels": channels,
+            "kind": "Int8" if int8 else "BF16", "scale": channels**-0.5, "eps": eps,
         },
     )

@@ -1,18 +1,22 @@
-"""Linear layers of 8-bit weights: y = s_x s_w (x_q w_q^T) + b, with a scale for each row of x and of w.
+"""Linear layers, of weights as they are or of 8-bit ones: y = s_x s_w (x_q w_q^T) + b, with a scale for each row of x
+and of w.
 
-By PyTorch, a product of 8-bit numbers between elementwise steps, which compilers fuse; or by a kernel of our own
-(linear.h) that Inductor puts into its code, where no number leaves the registers between product and activation.
+By PyTorch, a product between elementwise steps, which compilers fuse; or by a kernel of our own (linear.h) that
+Inductor puts into its code, where no number leaves the registers between product and activation.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from jitexport.kernels import native
+from jitexport.kernels.native import by_parts
 
 
 def gelu_tanh(y: Tensor) -> Tensor:
@@ -33,68 +37,94 @@ def quantize(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return (scaled.round() if kind == "int8" else scaled).to(dtype), peak / largest
 
 
-def linear_8bit(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, gelu: bool = False, dtype: torch.dtype
+def linear(
+    x: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    gelu: bool = False,
+    wide: bool = False,
 ) -> Tensor:
-    """A linear layer on 8-bit numbers, and where it is asked for the tanh GELU behind it.
+    """A linear layer, and where it is asked for the tanh GELU behind it.
 
     Args:
-        x: [R, K].
-        weight: [N, K], int8 or float8_e4m3fn, with a scale [N] for each row, fp32.
+        x: [..., K], in parts that lie side by side, [..., K_i] each.
+        weight: [N, K], of the dtype of x; int8 or float8_e4m3fn with a scale [N] for each row, fp32.
         bias: [N].
-        dtype: of the result [R, N]; torch.float32 for what goes on in another elementwise step. Products of fp8 numbers
-            are rounded to bf16 before.
+        wide: the result goes on in another elementwise step and may be fp32, where that costs nothing.
+
+    Returns:
+        [..., N], in the dtype of x or fp32. Products of fp8 numbers are rounded to bf16 before.
     """
-    fits = weight.dtype == torch.int8 and all(n % native.GROUP == 0 for n in weight.shape)
-    if native.wanted(x) and fits and (bias is None or bias.dtype == x.dtype):
-        return torch.ops.jitexport.linear_int8(x, weight, scale, bias, gelu, dtype == torch.float32)
-    return by_torch(x, weight, scale, bias, gelu).to(dtype)
+    kind = x[0].dtype if scale is None else torch.int8
+    sizes = [weight.shape[0], *(part.shape[-1] for part in x)]
+    fits = weight.dtype == kind and all(n % native.GROUP == 0 for n in sizes)
+    if native.wanted(x[0]) and fits and (bias is None or bias.dtype == x[0].dtype):
+        y = torch.ops.jitexport.linear([part.flatten(0, -2) for part in x], weight, bias, scale, gelu, wide)
+        return y.unflatten(0, x[0].shape[:-1])
+    joined = torch.cat(list(x), dim=-1) if len(x) > 1 else x[0]
+    if scale is None and not (by_parts(joined) and (gelu or wide)):
+        y = F.linear(joined, weight, bias)
+        return F.gelu(y, approximate="tanh") if gelu else y
+    y = by_torch(joined, weight, bias, scale, gelu)
+    return y if wide else y.to(joined.dtype)
 
 
-def by_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """The same in PyTorch's operators, in fp32."""
-    if weight.dtype == torch.int8:
-        rows, its = quantize(x, "int8")
-        y = torch._int_mm(rows, weight.t()).float() * its * scale
+def by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, gelu: bool) -> Tensor:
+    """The same by a product and elementwise steps in fp32, which compilers fuse."""
+    if scale is None:
+        y = F.linear(x, weight).float()
     else:
-        rows, its = quantize(x, "fp8")
-        y = torch._scaled_mm(
-            rows, weight.t(), scale_a=its, scale_b=scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
-        ).float()
+        y = product_8bit(x.flatten(0, -2), weight, scale).unflatten(0, x.shape[:-1])
     y = y if bias is None else y + bias
     return gelu_tanh(y) if gelu else y
 
 
-@torch.library.custom_op("jitexport::linear_int8", mutates_args=(), device_types="cpu")
-def linear_operator(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool, wide: bool) -> Tensor:
-    """`linear_8bit` in int8 as one operator, for graphs; bf16, inputs and outputs in multiples of 64."""
-    return by_torch(x, weight, scale, bias, gelu).to(torch.float32 if wide else x.dtype)
+def product_8bit(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [R, K] weight^T in 8 bits, fp32."""
+    if weight.dtype == torch.int8:
+        rows, its = quantize(x, "int8")
+        return torch._int_mm(rows, weight.t()).float() * its * scale
+    rows, its = quantize(x, "fp8")
+    return torch._scaled_mm(
+        rows, weight.t(), scale_a=its, scale_b=scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
+    ).float()
+
+
+@torch.library.custom_op("jitexport::linear", mutates_args=(), device_types="cpu")
+def linear_operator(
+    x: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: Tensor | None, gelu: bool, wide: bool
+) -> Tensor:
+    """`linear` of rows as one operator, for graphs; bf16, inputs and outputs in multiples of 64; fp32 if `wide`."""
+    return by_torch(torch.cat(list(x), dim=1), weight, bias, scale, gelu).to(torch.float32 if wide else x[0].dtype)
 
 
 @linear_operator.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, gelu: bool, wide: bool) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32 if wide else x.dtype)
+def _(x: Any, weight: Tensor, bias: Any, scale: Any, gelu: bool, wide: bool) -> Tensor:
+    return x[0].new_empty((x[0].shape[0], weight.shape[0]), dtype=torch.float32 if wide else x[0].dtype)
 
 
 CALL = """
 using namespace jitexport;
-using Out = {{number}};
-Linear<{{gelu}}, Out>{ {{rows}}, {{inputs}}, {{outputs}} }.run(
-    (const uint16_t*){{x}}, {{weight}}, {{scale}}, (const uint16_t*){{bias}},
-    (Out*){{out}}, {{threads}});
+using Layer = Linear<{{kind}}, {{gelu}}, {{number}}>;
+const Part x[] = { {% for data in x %}{(const uint16_t*){{data}}, {{widths[loop.index0]}}}, {% endfor %} };
+Layer{ {{rows}}, {{inputs}}, {{outputs}} }.run(
+    x, (const Layer::Weight*){{weight}}, {{scale}}, (const uint16_t*){{bias}}, ({{number}}*){{out}}, {{threads}});
 """
 
 
-@native.lowers(torch.ops.jitexport.linear_int8.default)
-def lowering(x: Any, weight: Any, scale: Any, bias: Any, gelu: bool, wide: bool) -> Any:
+@native.lowers(torch.ops.jitexport.linear.default)
+def lowering(x: Any, weight: Any, bias: Any, scale: Any, gelu: bool, wide: bool) -> Any:
     """The operator for Inductor."""
-    rows, inputs = map(int, x.get_size())
+    rows, widths = int(x[0].get_size()[0]), [int(part.get_size()[1]) for part in x]
     outputs = int(weight.get_size()[0])
     return native.kernel_node(
-        "linear.h", CALL, {"x": x, "weight": weight, "scale": scale, "bias": bias}, [rows, outputs],
-        torch.float32 if wide else x.get_dtype(),
+        "linear.h", CALL, {"x": x, "weight": weight, "bias": bias, "scale": scale}, [rows, outputs],
+        torch.float32 if wide else x[0].get_dtype(),
         {
-            "rows": rows, "inputs": inputs, "outputs": outputs, "gelu": "true" if gelu else "false",
+            "rows": rows, "inputs": sum(widths), "widths": widths, "outputs": outputs,
+            "kind": "BF16" if scale is None else "Int8", "gelu": "true" if gelu else "false",
             "number": "float" if wide else "uint16_t",
         },
     )

@@ -95,24 +95,29 @@ def kernel_node(
 
     Args:
         call: a C++ statement as a Jinja template, which sees `values`, `threads`, and the C++ pointers of the inputs,
-            by name (`nullptr` for None), and of the output, as `out`.
-        inputs: nodes, or None, by name.
+            by name (a list for a list, `nullptr` for None), and of the output, as `out`.
+        inputs: nodes, lists of nodes, or None, by name.
         size, dtype: of the output.
     """
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
-    given = {
-        name: ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(x))
-        for name, x in inputs.items()
-        if x is not None
-    }
-    # Arguments are found by their buffer: two views of one buffer need two.
-    names = [x.get_name() for x in given.values()]
-    given = {n: ir.ExternKernel.copy_input(x) if names.count(x.get_name()) > 1 else x for n, x in given.items()}
+    used = set()
+
+    def given(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return [given(part) for part in x]
+        if x is None:
+            return None
+        x = ir.ExternKernel.realize_input(ir.ExternKernel.require_contiguous(x))
+        if x.get_name() in used:  # arguments are found by their buffer: two views of one buffer need two
+            x = ir.ExternKernel.copy_input(x)
+        used.add(x.get_name())
+        return x
+
     layout = ir.FixedLayout(torch.device("cpu"), dtype, list(size))
-    absent = {name: "nullptr" for name in inputs if name not in given}
-    out = kernel_template()(source(header), call, given, layout, {**absent, **values}).generate().output_node()
+    template = kernel_template()(source(header), call, {n: given(x) for n, x in inputs.items()}, layout, values)
+    out = template.generate().output_node()
     V.graph.no_fuse_buffer_names.add(out.get_name())
     return out
 
@@ -136,18 +141,36 @@ def kernel_template() -> Any:
         def __init__(
             self, text: str, call: str, inputs: Mapping[str, Any], layout: Any, values: Mapping[str, object]
         ) -> None:
-            super().__init__("jitexport", list(inputs.values()), layout, parallel_num_threads())
-            self.text, self.call, self.inputs, self.values = text, call, inputs, values
+            self.nodes: dict[str, Any] = {}  # by the names of the C++ function's arguments
+            self.arguments = {name: self.arguments_of(name, x) for name, x in inputs.items()}
+            super().__init__("jitexport", list(self.nodes.values()), layout, parallel_num_threads())
+            self.text, self.call, self.values = text, call, values
+
+        def arguments_of(self, name: str, x: Any) -> Any:
+            """The names of an input's arguments, in the input's own form."""
+            if isinstance(x, list):
+                return [self.arguments_of(f"{name}_{i}", part) for i, part in enumerate(x)]
+            if x is not None:
+                self.nodes[name] = x
+            return None if x is None else name
 
         def render(self, kernel: Any, template_buffer_node: Any = None, **_: Any) -> str:
             out = template_buffer_node or self.output_node
-            definition = kernel.def_kernel(inputs=self.inputs, outputs={"out": out})
-            pointers = {
-                name: f"(&{kernel.index(node, [0] * len(node.get_size()))})"
-                for name, node in {**self.inputs, "out": out}.items()
-            }
+            definition = kernel.def_kernel(inputs=self.nodes, outputs={"out": out})
+
+            def pointer(argument: Any) -> Any:
+                if isinstance(argument, list):
+                    return [pointer(part) for part in argument]
+                if argument is None:
+                    return "nullptr"
+                node = self.nodes[argument]
+                return f"(&{kernel.index(node, [0] * len(node.get_size()))})"
+
             body = self._template_from_string(self.call).render(
-                **self.values, **pointers, threads=self.num_threads
+                **self.values,
+                **{name: pointer(argument) for name, argument in self.arguments.items()},
+                out=f"(&{kernel.index(out, [0] * len(out.get_size()))})",
+                threads=self.num_threads,
             )
             profile = kernel.maybe_codegen_profile()
             return f"{self.header().getvalue()}\n{self.text}\nextern \"C\"\n{definition} {{\n{profile}\n{body}\n}}\n"

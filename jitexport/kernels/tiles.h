@@ -112,20 +112,16 @@ __attribute__((always_inline)) inline void multiply(
   }
 }
 
-// channels bf16 numbers (minus a mean where one is given) as 8-bit ones plus an offset: their scale, and their sum
+// Numbers 0 ... count of a row, 16 from c on by number(c), as 8-bit ones plus an offset: their scale, and their sum
 // without the offset.
-inline float quantize_row(
-    const uint16_t* row, const float* mean, int64_t channels, int offset, void* to, int32_t* sum = nullptr) {
-  const auto number = [&](int64_t c) {
-    const __m512 x = widen(row + c);
-    return mean == nullptr ? x : _mm512_sub_ps(x, _mm512_load_ps(mean + c));
-  };
+template <class Number>
+float quantize_row(const Number& number, int64_t count, int offset, void* to, int32_t* sum = nullptr) {
   __m512 top = _mm512_set1_ps(1e-12f);
-  for (int64_t c = 0; c < channels; c += LANES) top = _mm512_max_ps(top, _mm512_abs_ps(number(c)));
+  for (int64_t c = 0; c < count; c += LANES) top = _mm512_max_ps(top, _mm512_abs_ps(number(c)));
   const float peak = _mm512_reduce_max_ps(top);
   const __m512 factor = _mm512_set1_ps(127 / peak);
   __m512i sums = _mm512_setzero_si512();
-  for (int64_t c = 0; c < channels; c += LANES) {
+  for (int64_t c = 0; c < count; c += LANES) {
     const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(number(c), factor));
     sums = _mm512_add_epi32(sums, n);
     store_int8(static_cast<char*>(to) + c, _mm512_add_epi32(n, _mm512_set1_epi32(offset)));

@@ -11,6 +11,7 @@ The modules below run diffusers' own weights under their own names, arranged for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config,
 
 from jitexport.errors import InputError, ModelNotFoundError, UnsupportedModelError
 from jitexport.grid import TokenGrid, unpack
-from jitexport.kernels.attention import attention
-from jitexport.kernels.linear import gelu_tanh
-from jitexport.kernels.native import by_parts
+from jitexport.kernels.attention import Stream, attention
+from jitexport.kernels.linear import linear
 from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry, Tokenizer, read_json
 from jitexport.positions import Rotary
 from jitexport.quant import QuantizedLinear, check_kind, quantize_linears
@@ -75,10 +75,10 @@ class FluxCondition(nn.Module):
         if guidance is not None:
             time = time + embed.guidance_embedder(embed.time_proj(guidance.float() * 1000).to(dtype))
         emb = F.silu(time + embed.text_embedder(pooled))  # [S, B, D]
-        linears = [norm.linear for b in model.transformer_blocks for norm in (b.norm1, b.norm1_context)]
-        linears += [b.norm.linear for b in model.single_transformer_blocks]
-        linears += [model.norm_out.linear]
-        return torch.cat([linear(emb) for linear in linears], dim=-1), model.context_embedder(prompt_embeds)
+        layers = [norm.linear for b in model.transformer_blocks for norm in (b.norm1, b.norm1_context)]
+        layers += [b.norm.linear for b in model.single_transformer_blocks]
+        layers += [model.norm_out.linear]
+        return torch.cat([layer(emb) for layer in layers], dim=-1), model.context_embedder(prompt_embeds)
 
 
 def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -91,55 +91,25 @@ def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     return (x + gate[:, None] * update).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of x [B, L, H, Dh] by angles [B, L, Dh / 2], in fp32.
-
-    The result holds the first of each pair, then the second of each: scores of queries and keys do not depend on the
-    order of a head's dimensions, and compilers vectorise halves where they cannot vectorise pairs.
-    """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
+def stream(x: Tensor, layers: Sequence[nn.Module], norms: Sequence[nn.RMSNorm], head_dim: int) -> Stream:
+    """Queries, keys and values of tokens x [B, L, D], by projections and norms in this order."""
+    heads = (run_linear(layer, x).unflatten(-1, (-1, head_dim)) for layer in layers)
+    return Stream(*heads, *(norm.weight for norm in norms))
 
 
-def project(linear: nn.Module, x: Tensor, head_dim: int, norm: nn.Module | None = None) -> Tensor:
-    """[B, L, D] -> [B, L, H, Dh], each head normalised where a norm is given."""
-    heads = linear(x).unflatten(-1, (-1, head_dim))
-    return heads if norm is None else norm(heads)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, int8: bool = False) -> Tensor:
-    """Full attention over heads [B, L, H, Dh] with rotary positions -> [B, L, D]."""
-    return attention(rotate(q, cos, sin), rotate(k, cos, sin), v, int8=int8).flatten(2)
-
-
-def runs_in_int8(linear: nn.Module) -> bool:
+def runs_in_int8(layer: nn.Module) -> bool:
     """Whether a block's attention may run in 8 bits as well: where its linear layers do."""
-    return isinstance(linear, QuantizedLinear) and linear.kind == "int8"
+    return isinstance(layer, QuantizedLinear) and layer.kind == "int8"
 
 
-def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
-    """GELU by the tanh approximation of a linear layer."""
-    if isinstance(linear, QuantizedLinear):
-        return linear.gelu(x)
-    if not by_parts(x):
-        return F.gelu(linear(x), approximate="tanh")
-    return gelu_tanh(linear_fp32(linear, x)).to(x.dtype)
-
-
-def linear_fp32(linear: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer before an elementwise step in fp32; by parts, its bias is added in that step's kernel."""
-    if isinstance(linear, QuantizedLinear):
-        return linear.wide(x)
-    if not by_parts(x):
-        return linear(x)
-    y = F.linear(x, linear.weight).float()
-    return y if linear.bias is None else y + linear.bias
+def run_linear(layer: nn.Module, *parts: Tensor, gelu: bool = False, wide: bool = False) -> Tensor:
+    """A linear layer, quantized or not: see `jitexport.kernels.linear.linear`."""
+    return linear(parts, layer.weight, layer.bias, getattr(layer, "weight_scale", None), gelu=gelu, wide=wide)
 
 
 def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
     """diffusers' `FeedForward` with its tanh GELU, [B, L, D] -> [B, L, D]."""
-    return linear_fp32(ff.net[2], linear_gelu(ff.net[0].proj, x))
+    return run_linear(ff.net[2], run_linear(ff.net[0].proj, x, gelu=True), wide=True)
 
 
 def double_block(
@@ -153,14 +123,16 @@ def double_block(
 
     x = modulate(block.norm1.norm, image, shift_i, scale_i)
     c = modulate(block.norm1_context.norm, text, shift_t, scale_t)
-    q = torch.cat([project(attn.add_q_proj, c, d, attn.norm_added_q), project(attn.to_q, x, d, attn.norm_q)], dim=1)
-    k = torch.cat([project(attn.add_k_proj, c, d, attn.norm_added_k), project(attn.to_k, x, d, attn.norm_k)], dim=1)
-    v = torch.cat([project(attn.add_v_proj, c, d), project(attn.to_v, x, d)], dim=1)
-    c, x = attend(q, k, v, cos, sin, int8=runs_in_int8(attn.to_q)).split([text.shape[1], image.shape[1]], dim=1)
+    streams = [
+        stream(c, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k), d),
+        stream(x, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), d),
+    ]
+    a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_q)).flatten(2)
+    c, x = a.split([text.shape[1], image.shape[1]], dim=1)
 
-    image = gated(image, gate_i, linear_fp32(attn.to_out[0], x))
+    image = gated(image, gate_i, run_linear(attn.to_out[0], x, wide=True))
     image = gated(image, gate_i2, feed_forward(block.ff, modulate(block.norm2, image, shift_i2, scale_i2)))
-    text = gated(text, gate_t, linear_fp32(attn.to_add_out, c))
+    text = gated(text, gate_t, run_linear(attn.to_add_out, c, wide=True))
     text = gated(text, gate_t2, feed_forward(block.ff_context, modulate(block.norm2_context, text, shift_t2, scale_t2)))
     return image, text
 
@@ -171,9 +143,9 @@ def single_block(block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, s
     attn = block.attn
     d = attn.head_dim
     h = modulate(block.norm.norm, x, shift, scale)
-    q, k = project(attn.to_q, h, d, attn.norm_q), project(attn.to_k, h, d, attn.norm_k)
-    a = attend(q, k, project(attn.to_v, h, d), cos, sin, int8=runs_in_int8(attn.to_q))
-    return gated(x, gate, linear_fp32(block.proj_out, torch.cat([a, linear_gelu(block.proj_mlp, h)], dim=-1)))
+    streams = [stream(h, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), d)]
+    a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_q)).flatten(2)
+    return gated(x, gate, run_linear(block.proj_out, a, run_linear(block.proj_mlp, h, gelu=True), wide=True))
 
 
 class FluxStage(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,27 +23,32 @@ using namespace jitexport;
 using I = int64_t;
 
 template <class Kind, int D>
-void attend(const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out, I b, I l, I h, int threads) {
-  Attention<Kind, D>::run({q, l, h, D}, {k, l, h, D}, {v, l, h, D}, out, b, 1 / std::sqrt(float(D)), threads);
+void attend(const Stream* s, const float* cos, const float* sin, uint16_t* out, I b, I l, I h, int threads) {
+  const float scale = 1 / std::sqrt(float(D));
+  Attention<Kind, D>{b, l, h, scale, 1e-6f, cos, sin}.run(s, s + 2, s + 4, out, threads);
 }
+// Streams: two of queries, two of keys, two of values; l tokens in all.
 extern "C" void attention(
-    bool int8, const uint16_t* q, const uint16_t* k, const uint16_t* v, uint16_t* out, I b, I l, I h, I d,
-    int threads) {
+    bool int8, const Stream* s, const float* cos, const float* sin, uint16_t* out, I b, I l, I h, I d, int threads) {
   const auto run = d == 64 ? int8 ? attend<Int8, 64> : attend<BF16, 64> : int8 ? attend<Int8, 128> : attend<BF16, 128>;
-  run(q, k, v, out, b, l, h, threads);
+  run(s, cos, sin, out, b, l, h, threads);
 }
 
-template <bool GELU, class Out>
+template <class Kind, bool GELU, class Out>
 void layer(
-    const uint16_t* x, const int8_t* w, const float* s, const uint16_t* b, void* out, I r, I k, I n, int threads) {
-  Linear<GELU, Out>{r, k, n}.run(x, w, s, b, static_cast<Out*>(out), threads);
+    const Part* x, const void* w, const float* s, const uint16_t* b, void* out, I r, I k, I n, int threads) {
+  using Layer = Linear<Kind, GELU, Out>;
+  Layer{r, k, n}.run(x, static_cast<const typename Layer::Weight*>(w), s, b, static_cast<Out*>(out), threads);
+}
+template <class Kind>
+auto of(bool gelu, bool wide) {
+  return gelu ? wide ? layer<Kind, true, float> : layer<Kind, true, uint16_t>
+              : wide ? layer<Kind, false, float> : layer<Kind, false, uint16_t>;
 }
 extern "C" void linear(
-    bool gelu, bool wide, const uint16_t* x, const int8_t* w, const float* s, const uint16_t* b, void* out, I r, I k,
-    I n, int threads) {
-  const auto run = gelu ? wide ? layer<true, float> : layer<true, uint16_t>
-                        : wide ? layer<false, float> : layer<false, uint16_t>;
-  run(x, w, s, b, out, r, k, n, threads);
+    bool int8, bool gelu, bool wide, const Part* x, const void* w, const float* s, const uint16_t* b, void* out, I r,
+    I k, I n, int threads) {
+  (int8 ? of<Int8>(gelu, wide) : of<BF16>(gelu, wide))(x, w, s, b, out, r, k, n, threads);
 }
 """
 
@@ -53,25 +58,53 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+class CStream(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("norm", ctypes.c_void_p), ("tokens", ctypes.c_int64)]
+
+
+class CPart(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("inputs", ctypes.c_int64)]
+
+
 @dataclass(frozen=True)
 class Kernels:
     library: ctypes.CDLL
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *, int8: bool, threads: int = 2) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, int8: bool, threads: int = 2, split: int | None = None,
+        norms: Sequence[tuple[Tensor, Tensor]] = ((None, None), (None, None)), cos: Tensor | None = None,
+        sin: Tensor | None = None,
+    ) -> Tensor:
+        """Of all tokens, or of those before and from `split` on in streams of their own, with (q, k) norms of each."""
         assert {t.dtype for t in (q, k, v)} == {torch.bfloat16}
         out = torch.full_like(q, torch.nan)
-        batch, tokens, heads, channels = map(ctypes.c_int64, q.shape)
-        self.library.attention(int8, *map(pointer, (q, k, v, out)), batch, tokens, heads, channels, threads)
+        batch, tokens, heads, channels = q.shape
+        split = tokens if split is None else split
+        kept, streams = [], []
+        for x, name in ((q, 0), (k, 1), (v, None)):
+            for part, norm in zip((x[:, :split], x[:, split:]), norms, strict=True):
+                kept.append(part.contiguous())
+                weight = None if name is None else norm[name]
+                streams.append(CStream(pointer(kept[-1]), pointer(weight), part.shape[1]))
+        self.library.attention(
+            int8, (CStream * 6)(*streams), pointer(cos), pointer(sin), pointer(out),
+            *map(ctypes.c_int64, (batch, tokens, heads, channels)), threads,
+        )  # fmt: skip
         return out
 
     def linear(
-        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, gelu: bool, wide: bool, threads: int = 2
+        self, parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: Tensor | None, *, gelu: bool,
+        wide: bool, threads: int = 2,
     ) -> Tensor:
-        assert (x.dtype, weight.dtype, scale.dtype) == (torch.bfloat16, torch.int8, torch.float32)
-        dtype = torch.float32 if wide else torch.bfloat16
-        out = torch.full((len(x), len(weight)), torch.nan, dtype=dtype)
-        sizes = map(ctypes.c_int64, (*x.shape, len(weight)))
-        self.library.linear(gelu, wide, *map(pointer, (x, weight, scale, bias, out)), *sizes, threads)
+        assert {x.dtype for x in parts} == {torch.bfloat16}
+        assert weight.dtype == (torch.bfloat16 if scale is None else torch.int8)
+        rows, outputs = len(parts[0]), len(weight)
+        out = torch.full((rows, outputs), torch.nan, dtype=torch.float32 if wide else torch.bfloat16)
+        given = (CPart * len(parts))(*(CPart(pointer(x), x.shape[1]) for x in parts))
+        self.library.linear(
+            scale is not None, gelu, wide, given, *map(pointer, (weight, scale, bias, out)),
+            *map(ctypes.c_int64, (rows, weight.shape[1], outputs)), threads,
+        )  # fmt: skip
         return out
 
 

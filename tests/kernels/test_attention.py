@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jitexport.kernels.attention import attention, blockwise_attention
+from jitexport.kernels.attention import Stream, attention, blockwise_attention, rotate
 from tests.kernels.conftest import relative
 
 #: Relative error against fp32 on normal numbers: of bf16's rounding of weights and results, and of 8 bits.
@@ -32,12 +32,71 @@ def test_blockwise_attention_is_attention():
 @KINDS
 def test_without_a_compiler_attention_is_pytorchs(normal, dtype, int8):
     q, k, v = (normal(2, 50, 3, 64, seed=i).to(dtype) for i in range(3))
-    out = attention(q, k, v, int8=int8)
+    out = attention([Stream(q, k, v)], int8=int8)
     assert out.shape == q.shape and out.dtype == dtype
     assert relative(out, exact(q, k, v)) < 0.006
 
 
+def two_streams(normal, channels, *, batch=2, lengths=(7, 60), heads=2):
+    """Text and image with norms of their own, and angles of rotation for all tokens of each image."""
+    streams = []
+    for i, length in enumerate(lengths):
+        q, k, v = (normal(batch, length, heads, channels, seed=10 * i + j) for j in range(3))
+        streams.append(Stream(3 * q, k + 1, v, *(1 + normal(channels, seed=10 * i + j) / 4 for j in (3, 4))))
+    angles = normal(batch, sum(lengths), channels // 2, seed=30).float()
+    return streams, angles.cos(), angles.sin()
+
+
+def written_out(streams, cos, sin):
+    """Norms, rotation as complex numbers, and attention, in fp64, as the equations read."""
+
+    def normalised(x, weight):
+        x = x.double()
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+
+    def turned(x):
+        turn = torch.complex(cos.double(), sin.double())[:, :, None]
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+    q = turned(torch.cat([normalised(s.q, s.q_norm) for s in streams], dim=1))
+    k = turned(torch.cat([normalised(s.k, s.k_norm) for s in streams], dim=1))
+    v = torch.cat([s.v.double() for s in streams], dim=1)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
+def test_streams_norms_and_rotation(normal, dtype, error):
+    streams, cos, sin = two_streams(normal, 16)
+    out = attention([Stream(*(x.to(dtype) for x in s)) for s in streams], cos, sin)
+    assert out.dtype == dtype and out.shape == (2, 67, 2, 16)
+    assert relative(out, written_out(streams, cos, sin)) < error
+
+
+def test_rotation_keeps_scores_of_positions_apart():
+    """q at i and k at j score by i - j alone."""
+    angles = torch.arange(8.0)[None, :, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
+    cos, sin = angles.cos(), angles.sin()
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    q, k = (rotate(t.expand(1, 8, 1, 8), cos, sin)[0, :, 0] for t in (q, k))
+    scores = q @ k.T
+    for offset in range(-7, 8):
+        along = scores.diagonal(offset)
+        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=1e-4, atol=1e-5)
+
+
 # --- by the kernel ---
+
+
+@KINDS
+@pytest.mark.parametrize("channels", [64, 128])
+def test_the_kernel_normalises_and_rotates(kernels, normal, int8, channels):
+    for lengths in [(7, 60), (64, 1), (1, 1200)]:
+        streams, cos, sin = two_streams(normal, channels, lengths=lengths)
+        q, k, v = (torch.cat(parts, dim=1) for parts in list(zip(*streams, strict=True))[:3])
+        norms = [(s.q_norm, s.k_norm) for s in streams]
+        out = kernels.attention(q, k, v, int8=int8, split=lengths[0], norms=norms, cos=cos, sin=sin)
+        assert relative(out, written_out(streams, cos, sin)) < ERROR[int8]
 
 
 @given(

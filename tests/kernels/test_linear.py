@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jitexport.kernels.linear import by_torch, gelu_tanh, linear_8bit, quantize
+from jitexport.kernels.linear import by_torch, gelu_tanh, linear, quantize
 from tests.kernels.conftest import relative
 
 
@@ -14,20 +14,52 @@ def test_gelu_is_pytorchs_and_stays_finite():
     assert gelu_tanh(torch.tensor([-1e4, 1e4])).tolist() == [0.0, 1e4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_layers_of_pytorchs_operators(normal, dtype, gelu, wide):
+    x, w, b = (normal(*s, seed=i).to(dtype) for i, s in enumerate([(2, 20, 48), (32, 48), (32,)]))
+    out = linear([x[..., :16], x[..., 16:]], w, b, gelu=gelu, wide=wide)
+    y = F.linear(x.float(), w.float(), b.float())
+    assert out.shape == (2, 20, 32) and (wide or out.dtype == dtype)
+    assert relative(out, F.gelu(y, approximate="tanh") if gelu else y) < 0.004
+    assert linear([-1000 * x.abs()], w, b, gelu=gelu).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_8_bit_layers_of_pytorchs_operators(normal, kind, dtype, gelu):
+    x, w, b = normal(2, 10, 48).to(dtype), normal(32, 48, seed=1), normal(32, seed=2)
+    weight, scale = quantize(w, kind)
+    y = F.linear(x.float(), w.float(), b.float())
+    wanted = F.gelu(y, approximate="tanh") if gelu else y
+    for parts in ([x], [x[..., :16], x[..., 16:]]):
+        out = linear(parts, weight, b, scale[:, 0], gelu=gelu)
+        assert out.shape == (2, 10, 32) and out.dtype == dtype
+        assert relative(out, wanted) < {"int8": 0.02, "fp8": 0.06}[kind]
+    assert linear([x], weight, b, scale[:, 0], gelu=gelu, wide=True).dtype == torch.float32
+
+
 @given(
-    rows=st.integers(1, 80), inputs=st.integers(1, 5), outputs=st.integers(1, 4), bias=st.booleans(),
-    gelu=st.booleans(), wide=st.booleans(),
+    rows=st.integers(1, 80), parts=st.lists(st.integers(1, 5), min_size=1, max_size=3), outputs=st.integers(1, 4),
+    bias=st.booleans(), int8=st.booleans(), gelu=st.booleans(), wide=st.booleans(),
 )
-@example(rows=24, inputs=4, outputs=1, bias=True, gelu=True, wide=False)  # whole blocks
-@example(rows=1, inputs=20, outputs=16, bias=False, gelu=False, wide=True)
-def test_the_kernel_is_the_layer(kernels, normal, rows, inputs, outputs, bias, gelu, wide):
-    x = normal(rows, 64 * inputs)
-    weight, scale = quantize(normal(64 * outputs, 64 * inputs, seed=1), "int8")
-    b = normal(64 * outputs, seed=2) if bias else None
-    out = kernels.linear(x, weight, scale[:, 0].contiguous(), b, gelu=gelu, wide=wide)
+@example(rows=24, parts=[4], outputs=1, bias=True, int8=True, gelu=True, wide=False)  # whole blocks
+@example(rows=1, parts=[4, 16], outputs=16, bias=False, int8=False, gelu=False, wide=True)
+def test_the_kernel_is_the_layer(kernels, normal, rows, parts, outputs, bias, int8, gelu, wide):
+    x = [normal(rows, 64 * inputs, seed=i) for i, inputs in enumerate(parts)]
+    weight, scale = normal(64 * outputs, 64 * sum(parts), seed=10), None
+    if int8:
+        weight, scale = quantize(weight, "int8")
+        scale = scale[:, 0].contiguous()
+    b = normal(64 * outputs, seed=11) if bias else None
+    out = kernels.linear(x, weight, b, scale, gelu=gelu, wide=wide)
+    x, weight = torch.cat(x, dim=1), weight if int8 else weight.float()
+    wanted = by_torch(x if int8 else x.float(), weight, b, scale, gelu)
     # Roundings of activations that lie between two numbers may differ.
-    torch.testing.assert_close(out.float(), by_torch(x, weight, scale[:, 0], b, gelu), rtol=0.01, atol=0.1)
-    assert relative(out, by_torch(x, weight, scale[:, 0], b, gelu)) < 0.004
+    torch.testing.assert_close(out.float(), wanted, rtol=0.01, atol=0.1)
+    assert relative(out, wanted) < 0.004
 
 
 def test_whole_numbers_are_exact(kernels):
@@ -36,34 +68,22 @@ def test_whole_numbers_are_exact(kernels):
     x = torch.randint(-127, 128, (30, 256), generator=generator)
     x[:, 0] = 127
     weight = torch.randint(-127, 128, (128, 256), generator=generator, dtype=torch.int8)
-    out = kernels.linear(x.bfloat16(), weight, torch.ones(128), None, gelu=False, wide=True)
+    out = kernels.linear([x.bfloat16()], weight, None, torch.ones(128), gelu=False, wide=True)
     assert torch.equal(out, (x @ weight.T.long()).float())
 
 
 def test_extremes_do_not_overflow(kernels):
     x = torch.full((7, 1024), 1e30).bfloat16()
     weight = torch.full((64, 1024), -127, dtype=torch.int8)
-    out = kernels.linear(x, weight, torch.full((64,), 1e-30), None, gelu=False, wide=True)
+    out = kernels.linear([x], weight, None, torch.full((64,), 1e-30), gelu=False, wide=True)
     torch.testing.assert_close(out, torch.full((7, 64), -127.0 * 1024), rtol=0.01, atol=0)
-    assert not kernels.linear(0 * x, weight, torch.ones(64), None, gelu=True, wide=False).any()
+    assert not kernels.linear([0 * x], weight, None, torch.ones(64), gelu=True, wide=False).any()
 
 
 def test_the_number_of_threads_does_not_matter(kernels, normal):
     x = normal(100, 128)
     weight, scale = quantize(normal(192, 128, seed=1), "int8")
     one, three = (
-        kernels.linear(x, weight, scale[:, 0].contiguous(), None, gelu=True, wide=True, threads=n) for n in (1, 3)
+        kernels.linear([x], weight, None, scale[:, 0].contiguous(), gelu=True, wide=True, threads=n) for n in (1, 3)
     )
     assert torch.equal(one, three)
-
-
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("gelu", [False, True])
-def test_layers_of_pytorchs_operators(normal, kind, dtype, gelu):
-    x, w, b = normal(20, 48), normal(32, 48, seed=1), normal(32, seed=2)
-    weight, scale = quantize(w, kind)
-    out = linear_8bit(x, weight, scale[:, 0], b, gelu=gelu, dtype=dtype)
-    y = F.linear(x.float(), w.float(), b.float())
-    assert out.dtype == dtype
-    assert relative(out, F.gelu(y, approximate="tanh") if gelu else y) < {"int8": 0.02, "fp8": 0.06}[kind]

@@ -9,7 +9,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 
 from jitexport.errors import InputError, ModelNotFoundError, UnsupportedModelError
 from jitexport.flops import count_flops, meta_adapter
-from jitexport.models.flux import FluxAdapter, linear_gelu, read_tokenizer, rotate
+from jitexport.models.flux import FluxAdapter, read_tokenizer
 from jitexport.models.sources import config_adapter, flux_dev, flux_schnell
 from jitexport.schedule import PAPER_PRESETS, StageSchedule, beta_sigmas, make_stages, split_steps, uniform_sigmas
 from jitexport.specs import DTYPES
@@ -416,25 +416,3 @@ def test_meta_copy_of_a_loaded_model(small):
     copy = meta_adapter(small, "bf16")
     assert copy.geometry == small.geometry
     assert {p.dtype for p in copy.components["transformer"].parameters()} == {torch.bfloat16}
-
-
-def test_gelu_by_parts_is_the_tanh_gelu():
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(32, 64).bfloat16()
-    x = 4 * torch.randn(1, 200, 32).bfloat16()
-    y = torch.nn.functional.linear(x.float(), linear.weight.float(), linear.bias.float())
-    exact = torch.nn.functional.gelu(y, approximate="tanh")
-    torch.testing.assert_close(linear_gelu(linear, x).float(), exact, rtol=0.01, atol=0.01)
-    assert linear_gelu(linear, -100 * x.abs()).isfinite().all()
-
-
-def test_rotation_keeps_scores_of_positions_apart():
-    """q at i and k at j score by i - j alone."""
-    angles = torch.arange(8.0)[None, :, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
-    cos, sin = angles.cos(), angles.sin()
-    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
-    q, k = (rotate(t.expand(1, 8, 1, 8), cos, sin)[0, :, 0] for t in (q, k))
-    scores = q @ k.T
-    for offset in range(-7, 8):
-        along = scores.diagonal(offset)
-        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=1e-4, atol=1e-5)
