@@ -1,4 +1,4 @@
-"""Rotary position tables, made once per stage from the positions of the tokens that it runs."""
+"""Rotary position tables: made once for all places that tokens can be at, gathered for the tokens of a stage."""
 
 from __future__ import annotations
 
@@ -34,6 +34,12 @@ class Rotary:
         axis, period = _periods(self.axes, self.theta, ids.device)
         angle = ids.index_select(-1, axis) / period
         return angle.cos().float(), angle.sin().float()
+
+    def gather(self, tables: tuple[Tensor, Tensor], where: Tensor) -> tuple[Tensor, Tensor]:
+        """`tables` of the places at `where` [B, m], from those of all places [1, T + P, D / 2]."""
+        rows = F.pad(where + self.text_tokens, (self.text_tokens, 0))  # the text's rows are all the same
+        cos, sin = (table[0].index_select(0, rows.flatten()).unflatten(0, rows.shape) for table in tables)
+        return cos, sin
 
 
 @cache

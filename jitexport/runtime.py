@@ -119,6 +119,7 @@ class Pipeline:
         self._read_checkpoint = read_checkpoint
         self._adapters: list[tuple[dict[str, LowRank], float]] = []
         self._show_progress = sys.stderr.isatty()
+        self._rotary = geometry.rotary.tables(method.places(device)[None])
         self.graph = self.loop_graph(CUDARecorder(device)) if cuda_graphs and device.type == "cuda" else None
 
     def set_progress_bar_config(self, *, disable: bool) -> None:
@@ -245,9 +246,9 @@ class Pipeline:
         if self.graph is not None and on_step is None:
             return self.graph(_by_name(condition, draws))
 
-        def begin_stage(stage: Stage, positions: Tensor) -> Velocity:
+        def begin_stage(stage: Stage, where: Tensor) -> Velocity:
             engine = self.engines[stage.name]
-            cos, sin = self.geometry.rotary.tables(positions)
+            cos, sin = self.geometry.rotary.gather(self._rotary, where)
             fixed = {"cos": cos, "sin": sin, **condition.static}
 
             def velocity(tokens: Tensor, step: int) -> Tensor:

@@ -63,7 +63,8 @@ def sample(
     """Integrate from noise to data through all stages; returns the clean latents [B, N, C], fp32.
 
     Args:
-        begin_stage: given a stage and its tokens' positions [B, m, d], returns the stage's velocity function.
+        begin_stage: given a stage and which of the method's places its tokens are at [B, m], returns the stage's
+            velocity function.
         on_step: called after every step; an exception it raises ends the loop.
         preview: decodes latents of half the sides, for methods that look at pictures between stages.
     """
@@ -73,7 +74,7 @@ def sample(
             state = method.start(draws, stage)
         else:
             state = method.transition(state, stage, steps[0].sigma, preview)
-        velocity = begin_stage(stage, method.positions(state))
+        velocity = begin_stage(stage, method.where(state))
         for i, sigma, sigma_next in steps:
             u = velocity(method.tokens(state), i)
             state = method.step(state, u, sigma, sigma_next)

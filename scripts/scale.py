@@ -91,7 +91,7 @@ def loop(tokens: int, batch: int, stages: int) -> Callable[[], object]:
     generators = [torch.Generator().manual_seed(i) for i in range(batch)]
     draws = draw(method, schedule, (CHANNELS, side, side), 1, generators)
 
-    def begin_stage(stage: Stage, positions: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    def begin_stage(stage: Stage, where: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
         velocity = torch.randn(batch, stage.tokens, CHANNELS, generator=generators[0])
         return lambda tokens, step: velocity
 

@@ -227,9 +227,10 @@ def on_meta(method, custom, batch=2, shape=(12, 8), patch=2):
     rotary = Rotary((4, 6, 6), 10000.0, 10)
     fake = {name: None if value is None else value.to("meta") for name, value in vars(drawn).items()}
     with OnOneDevice():
+        tables = rotary.tables(made.places("meta")[None])
 
-        def begin_stage(stage, positions):
-            cos, sin = rotary.tables(positions)
+        def begin_stage(stage, where):
+            cos, sin = rotary.gather(tables, where)
             return lambda tokens, step: tokens.to(torch.bfloat16) * cos.mean() + sin.mean()
 
         y = sample(made, schedule, Draws(**fake), begin_stage)

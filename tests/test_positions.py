@@ -32,6 +32,14 @@ def test_each_image_has_its_own_positions():
     assert not torch.equal(both[0][0], both[0][1])
 
 
+def test_gathered_tables_are_those_of_the_places():
+    rotary, places = Rotary((4, 6, 6), 10000.0, 3), TokenGrid((5, 7)).coordinates() + 0.5
+    where = torch.tensor([[0, 7, 34], [33, 3, 3]])
+    gathered = rotary.gather(rotary.tables(places[None]), where)
+    for found, expected in zip(gathered, rotary.tables(places[where]), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_three_axes_are_taken_as_they_are():
     cos, _ = Rotary((2, 2, 2), 10000.0, 0).tables(torch.tensor([[[1, 2, 3]]]))
     torch.testing.assert_close(cos[0, 0], torch.tensor([1.0, 2.0, 3.0]).cos())

@@ -32,9 +32,9 @@ def jit(preset="paper"):
     return JiT(GRID, JiT.options(preset))
 
 
-def model(stage, positions):
-    """A velocity that depends on everything that it may: the tokens, all of them together, positions and step."""
-    places = positions.float().sum(-1, keepdim=True)
+def model(stage, where):
+    """A velocity that depends on everything that it may: the tokens, all of them together, places and step."""
+    places = GRID.coordinates()[where].float().sum(-1, keepdim=True)
 
     def velocity(tokens, step):
         mixed = torch.tanh(tokens.roll(1, -1) + 0.1 * places) + tokens.mean(1, keepdim=True)
@@ -91,7 +91,7 @@ def run(method, stages, drawn, begin_stage=model, on_step=None):
 
 def test_dense_is_a_plain_euler_loop():
     drawn = draw(DENSE, FULL, LATENT, 2, [seeded(0)])
-    y, velocity = drawn.latents, model(None, GRID.coordinates()[None])
+    y, velocity = drawn.latents, model(None, torch.arange(GRID.tokens)[None])
     for i in range(5):
         y = y + (FULL.sigmas[i + 1] - FULL.sigmas[i]) * velocity(y, i)
     torch.testing.assert_close(run(DENSE, FULL, drawn), y, atol=1e-6, rtol=0)
@@ -103,11 +103,11 @@ def test_jit_of_one_full_stage_is_dense(preset):
     torch.testing.assert_close(run(jit(preset), FULL, drawn), run(DENSE, FULL, drawn), atol=1e-6, rtol=0)
 
 
-def test_stages_get_their_token_counts_positions_and_steps():
+def test_stages_get_their_token_counts_places_and_steps():
     seen = []
 
-    def begin_stage(stage, positions):
-        assert positions.shape == (2, stage.tokens, 2)
+    def begin_stage(stage, where):
+        assert where.shape == (2, stage.tokens)
 
         def velocity(tokens, step):
             assert tokens.shape == (2, stage.tokens, 12)
@@ -166,7 +166,7 @@ def test_on_step_sees_every_step_and_may_change_the_latents():
 def test_changed_latents_are_what_the_next_step_starts_from(method):
     seen = []
 
-    def begin_stage(stage, positions):
+    def begin_stage(stage, where):
         return lambda tokens, step: seen.append(tokens) or torch.zeros_like(tokens)
 
     drawn = draw(method, FULL, LATENT, 2, [seeded(0)])
@@ -252,7 +252,7 @@ def test_released_preset_is_the_released_recipe(seed):
         latents,
         noise,
         anchors,
-        lambda tokens, active, number, step: model(None, places[active][None])(tokens[None], step)[0],
+        lambda tokens, active, number, step: model(None, active[None])(tokens[None], step)[0],
     )
     method = jit("released")
     drawn = draw(method, stages, LATENT, 2, [generator])

@@ -1,7 +1,7 @@
 """The contract between the sampling loop and a spatial acceleration method.
 
 A method owns the state of the image being denoised. The loop asks it for the tokens that the transformer sees and for
-their positions, hands it the velocity, and tells it when a stage begins. Token counts per stage are fixed, so every
+their places, hands it the velocity, and tells it when a stage begins. Token counts per stage are fixed, so every
 tensor has a fixed shape; only index values are data. A method also makes its own schedules: which token counts run, in
 which order, at which noise levels.
 """
@@ -50,6 +50,7 @@ class Method(ABC, Generic[State]):
     """
 
     name: str
+    grid: TokenGrid
     #: Names of the option presets, best first; see `options`.
     presets: Sequence[str]
     #: Whether `transition` needs pictures of half the sides, and a bundle therefore an engine `preview`.
@@ -95,8 +96,15 @@ class Method(ABC, Generic[State]):
         """What the transformer sees, [B, m, C]."""
 
     @abstractmethod
-    def positions(self, state: State) -> Tensor:
-        """Coordinates of those tokens, [B, m, 2 or 3], in steps of the full grid unless the method says otherwise."""
+    def where(self, state: State) -> Tensor:
+        """Which of the `places` those tokens are at, [B, m], int64."""
+
+    def places(self, device: torch.device | str | None = None) -> Tensor:
+        """Coordinates of all places that tokens can be at in any stage, [P, 2 or 3]: by default the full grid's.
+
+        What depends on them alone, such as rotary tables, is computed once for all images.
+        """
+        return self.grid.coordinates(device)
 
     @abstractmethod
     def step(self, state: State, velocity: Tensor, sigma: float, sigma_next: float) -> State:

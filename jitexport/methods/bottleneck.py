@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from jitexport.errors import InputError, ScheduleError
@@ -205,13 +206,15 @@ class Bottleneck(Method[BottleneckState]):
     def tokens(self, state: BottleneckState) -> Tensor:
         return state.x
 
-    def positions(self, state: BottleneckState) -> Tensor:
-        """Grid coordinates; at half the resolution in units of cells or of the full grid (`positions` option)."""
-        places = self.grid.coordinates(state.x.device)
-        if self.is_low(state.x):
-            scale, offset = {"coarse": (1.0, 0.0), "corner": (2.0, 0.0), "centre": (2.0, 0.5)}[self.settings.positions]
-            places = self.coarse.coordinates(state.x.device) * scale + offset
-        return places.expand(state.x.shape[0], -1, -1)
+    def places(self, device: torch.device | str | None = None) -> Tensor:
+        """The full grid's, then those of half the resolution, in units of cells or of the grid (`positions` option)."""
+        scale, offset = {"coarse": (1.0, 0.0), "corner": (2.0, 0.0), "centre": (2.0, 0.5)}[self.settings.positions]
+        return torch.cat([self.grid.coordinates(device), self.coarse.coordinates(device) * scale + offset])
+
+    def where(self, state: BottleneckState) -> Tensor:
+        batch, tokens, _ = state.x.shape
+        first = self.grid.tokens if self.is_low(state.x) else 0
+        return torch.arange(first, first + tokens, device=state.x.device).expand(batch, -1)
 
     def step(self, state: BottleneckState, velocity: Tensor, sigma: float, sigma_next: float) -> BottleneckState:
         u = velocity.float()

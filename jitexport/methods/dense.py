@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jitexport.errors import ScheduleError
@@ -56,8 +57,8 @@ class Dense(Method[Tensor]):
     def tokens(self, state: Tensor) -> Tensor:
         return state
 
-    def positions(self, state: Tensor) -> Tensor:
-        return self.grid.coordinates(state.device).expand(state.shape[0], -1, -1)
+    def where(self, state: Tensor) -> Tensor:
+        return torch.arange(self.grid.tokens, device=state.device).expand(state.shape[0], -1)
 
     def step(self, state: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:
         return state + (sigma_next - sigma) * velocity.float()

@@ -392,9 +392,8 @@ class JiT(Method[JiTState]):
     def tokens(self, state: JiTState) -> Tensor:
         return state.lift.active(state.y)
 
-    def positions(self, state: JiTState) -> Tensor:
-        places, anchors = self.grid.coordinates(state.y.device), state.lift.anchors
-        return places.expand(*anchors.shape, -1) if state.lift.whole else places[anchors]
+    def where(self, state: JiTState) -> Tensor:
+        return state.lift.anchors
 
     def step(self, state: JiTState, velocity: Tensor, sigma: float, sigma_next: float) -> JiTState:
         """SAG-ODE (eq. 17) with an Euler step; what gives y_hat(1) = y - sigma * u is kept for the micro-flow."""

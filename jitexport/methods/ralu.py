@@ -443,16 +443,19 @@ class RALU(Method[RALUState]):
     def tokens(self, state: RALUState) -> Tensor:
         return state.x
 
-    def positions(self, state: RALUState) -> Tensor:
-        """Grid coordinates; where cells run, in units of cells or of the full grid (`positions` option)."""
-        full = self.grid.coordinates(state.x.device)
-        if state.full:
-            return full.expand(state.x.shape[0], -1, -1)
+    def places(self, device: torch.device | str | None = None) -> Tensor:
+        """The full grid's; then the cells' and the grid's while cells run, in the unit of the `positions` option."""
         scale, offset = {"coarse": (1.0, 0.0), "corner": (2.0, 0.0), "centre": (2.0, 0.5)}[self.settings.positions]
-        cells = self.coarse.coordinates(state.x.device) * scale + offset
-        if state.early is None:
-            return cells.expand(state.x.shape[0], -1, -1)
-        return torch.cat([cells[state.kept], full[self.fine(state.early)] * (scale / 2)], dim=1)
+        full, cells = self.grid.coordinates(device), self.coarse.coordinates(device)
+        return torch.cat([full, cells * scale + offset, full * (scale / 2)])
+
+    def where(self, state: RALUState) -> Tensor:
+        full, cells = self.grid.tokens, self.coarse.tokens
+        if state.early is not None and not state.full:
+            return torch.cat([full + state.kept, full + cells + self.fine(state.early)], dim=1)
+        batch, tokens, _ = state.x.shape
+        first = 0 if state.full else full
+        return torch.arange(first, first + tokens, device=state.x.device).expand(batch, -1)
 
     def step(self, state: RALUState, velocity: Tensor, sigma: float, sigma_next: float) -> RALUState:
         u = velocity.float()

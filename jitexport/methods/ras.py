@@ -200,9 +200,10 @@ class RAS(Method[RASState]):
     def tokens(self, state: RASState) -> Tensor:
         return state.y if state.running is None else gather_tokens(state.y, state.running)
 
-    def positions(self, state: RASState) -> Tensor:
-        places = self.grid.coordinates(state.y.device)
-        return places.expand(state.y.shape[0], -1, -1) if state.running is None else places[state.running]
+    def where(self, state: RASState) -> Tensor:
+        if state.running is not None:
+            return state.running
+        return torch.arange(self.grid.tokens, device=state.y.device).expand(state.y.shape[0], -1)
 
     def step(self, state: RASState, velocity: Tensor, sigma: float, sigma_next: float) -> RASState:
         """Euler with the new velocity where there is one, and the last one elsewhere."""

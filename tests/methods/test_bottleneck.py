@@ -117,9 +117,9 @@ def test_positions():
         method = bottleneck(positions=positions)
         schedule = planned(method, custom=CustomSchedule((1, 1, 1)))
         state = method.start(draw(method, schedule, LATENT, 2, [seeded(0)]), schedule.stages[0])
-        assert torch.equal(method.positions(state), GRID.coordinates()[None])
+        assert torch.equal(method.places()[method.where(state)], GRID.coordinates()[None])
         state = method.transition(method.step(state, torch.zeros(1, 96, 8), 1.0, 0.9), schedule.stages[1], 0.9)
-        assert torch.equal(method.positions(state), (method.coarse.coordinates() * scale + offset)[None])
+        assert torch.equal(method.places()[method.where(state)], (method.coarse.coordinates() * scale + offset)[None])
 
 
 def test_latents_can_be_seen_and_replaced_in_every_stage():

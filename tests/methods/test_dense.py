@@ -18,7 +18,7 @@ def test_runs_all_tokens_at_their_own_places():
     latents = torch.randn(2, 6, 4)
     state = method.start(Draws(latents), STAGE)
     assert torch.equal(method.tokens(state), latents) and torch.equal(method.latents(state), latents)
-    assert torch.equal(method.positions(state), GRID.coordinates().expand(2, -1, -1))
+    assert torch.equal(method.places()[method.where(state)], GRID.coordinates().expand(2, -1, -1))
 
 
 def test_step_is_eulers_in_fp32():

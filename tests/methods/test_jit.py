@@ -439,12 +439,12 @@ def test_anchor_sets_are_nested_and_of_exactly_int_of_their_share(h, w, ratios, 
     assert seen[-1] == set(range(n))
 
 
-def test_positions_are_the_coordinates_of_the_active_tokens():
+def test_places_are_the_coordinates_of_the_active_tokens():
     method = jit((4, 6))
     state = start(method, 7)
     points = method.grid.coordinates()
     for b in range(2):
-        assert torch.equal(method.positions(state)[b], points[state.lift.anchors[b]])
+        assert torch.equal(method.places()[method.where(state)][b], points[state.lift.anchors[b]])
         assert torch.equal(method.tokens(state)[b], state.y[b, state.lift.anchors[b]])
 
 

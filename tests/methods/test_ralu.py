@@ -381,8 +381,8 @@ def test_positions():
         before, after, schedule = middle(method)
         offset = 0.5 if positions == "centre" else 0.0
         expected = method.coarse.coordinates() * cells + offset
-        assert torch.equal(method.positions(before), expected.expand(2, -1, -1))
-        places = method.positions(after)
+        assert torch.equal(method.places()[method.where(before)], expected.expand(2, -1, -1))
+        places = method.places()[method.where(after)]
         rest = after.kept.shape[1]
         for b in range(2):
             assert torch.equal(places[b, :rest], expected[after.kept[b]])
@@ -391,7 +391,7 @@ def test_positions():
             first = method.coarse.coordinates()[after.early[b, 0]] * (2 * halves)
             assert torch.equal(places[b, rest], first)
         last = method.transition(after, schedule.stages[2], schedule.sigmas[9])
-        assert torch.equal(method.positions(last), GRID.coordinates().expand(2, -1, -1))
+        assert torch.equal(method.places()[method.where(last)], GRID.coordinates().expand(2, -1, -1))
 
 
 def test_latents_can_be_seen_and_replaced_in_every_stage():
@@ -405,8 +405,8 @@ def test_latents_can_be_seen_and_replaced_in_every_stage():
         torch.testing.assert_close(method.latents(method.with_latents(state, 2 * latents)), 2 * latents)
 
 
-def model(stage, positions):
-    places = positions.float().sum(-1, keepdim=True)
+def model(stage, where):
+    places = where.unsqueeze(-1) / 10
     return lambda tokens, step: torch.tanh(tokens.roll(1, -1) + 0.1 * places) + tokens.mean(1, keepdim=True)
 
 

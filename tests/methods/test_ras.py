@@ -115,7 +115,7 @@ def test_tokens_that_run_are_chosen_by_spread(running):
         else:
             assert measure[b, chosen].min() >= measure[b, left].max()
         assert torch.equal(method.tokens(after)[b], state.y[b, chosen])
-        assert torch.equal(method.positions(after)[b], GRID.coordinates()[chosen])
+        assert torch.equal(method.places()[method.where(after)][b], GRID.coordinates()[chosen])
 
 
 @pytest.mark.parametrize("running", ["low", "high"])
