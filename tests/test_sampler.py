@@ -244,7 +244,6 @@ def test_released_preset_is_the_released_recipe(seed):
     latents, noise = torch.randn(2, 24, 12, generator=generator).unbind(0)
     stages = schedule([3, 2, 3], [0.35, 0.62, 1.0])
     sigmas = beta_sigmas(8, 1.4, 0.425)
-    places = GRID.coordinates()
     expected = released_loop(
         GRID.shape,
         sigmas,
