@@ -1,6 +1,7 @@
 """Latency of the demo model against speed-up, batch and backend: a CSV and a plot with error bars.
 
-    python scripts/latency.py                  # run again until it says that nothing is left
+    python scripts/latency.py                                  # run again until it says that nothing is left
+    python scripts/latency.py --backend aoti --quant int8      # the same with 8-bit layers, into the same CSV
 
 Measures every speed-up at batch 1 and every batch at 4x, for each backend that runs here (--full: all combinations).
 A run begins nothing after --seconds; what is measured is in the CSV, the bundles stay in --out, and the next run goes
@@ -23,6 +24,7 @@ import jitexport
 from jitexport import profile as profiling
 from jitexport import registry
 from jitexport.bundle.reading import read_manifest
+from jitexport.quant import KINDS
 
 SPEEDUPS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
 BATCHES = (1, 2, 4)
@@ -36,12 +38,17 @@ class Point:
 
     backend: str
     dtype: str
+    quantization: str
     speedup: float
     batch: int
 
     @property
+    def series(self) -> str:
+        return " ".join(filter(None, (self.backend, self.dtype, self.quantization)))
+
+    @property
     def name(self) -> str:
-        return f"{self.backend}-{self.dtype}-{self.speedup:g}x-batch{self.batch}"
+        return f"{self.series.replace(' ', '-')}-{self.speedup:g}x-batch{self.batch}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Row:
 
     backend: str
     dtype: str
+    quantization: str
     speedup: float
     batch: int
     repeats: int
@@ -71,20 +79,23 @@ class Row:
 
     @property
     def point(self) -> Point:
-        return Point(self.backend, self.dtype, self.speedup, self.batch)
+        return Point(self.backend, self.dtype, self.quantization, self.speedup, self.batch)
 
 
-def points(backends: list[str], full: bool) -> Iterator[Point]:
+def points(backends: list[str], full: bool, quantization: str = "") -> Iterator[Point]:
     device = torch.device("cpu")
     for name in backends or [n for n in registry.BACKENDS if n != "auto"]:  # whose engines are the others'
         backend = registry.backend(name)
         if reason := backend.cannot_build(device, None):
             err.print(f"{name} left out: {reason}")
             continue
+        if quantization and quantization not in backend.quantizations(device):
+            err.print(f"{name} left out: no {quantization} layers")
+            continue
         dtype = "bf16" if "bf16" in backend.dtypes(device) else "fp32"
         for speedup, batch in itertools.product(SPEEDUPS, BATCHES):
             if full or batch == 1 or speedup == 4:
-                yield Point(name, dtype, speedup, batch)
+                yield Point(name, dtype, quantization, speedup, batch)
 
 
 def measure(point: Point, path: Path, repeats: int) -> Row:
@@ -139,8 +150,8 @@ def plot(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for name in dict.fromkeys(f"{r.backend} {r.dtype}" for r in rows):
-        mine = [r for r in rows if f"{r.backend} {r.dtype}" == name]
+    for name in dict.fromkeys(r.point.series for r in rows):
+        mine = [r for r in rows if r.point.series == name]
         one = sorted((r for r in mine if r.batch == 1), key=lambda r: r.speedup)
         line = curve(left, one, [r.speedup for r in one], [1] * len(one), name)
         if one and one[0].speedup == 1:
@@ -169,6 +180,7 @@ def curve(axis, rows: list[Row], x: list, images: list[int], label: str):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", action="append", default=[], choices=list(registry.BACKENDS), help="repeatable")
+    parser.add_argument("--quant", default="", choices=list(KINDS), help="run the blocks' linear layers in 8 bits")
     parser.add_argument("--full", action="store_true", help="all batches at all speed-ups")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=90, help="begin no build and no measurement after this time")
@@ -179,13 +191,14 @@ def main() -> None:
     rows = read(folder / "latency.csv")
     done = {row.point for row in rows}
     until = time.monotonic() + args.seconds
-    left = [p for p in points(args.backend, args.full) if p not in done]
+    left = [p for p in points(args.backend, args.full, args.quant) if p not in done]
     for point in list(left):
         path = args.out / "bundles" / point.name
         if not path.exists() and time.monotonic() < until:
             err.print(f"building {point.name}")
             jitexport.build(
-                "demo", output=path, speedup=point.speedup, backend=point.backend, dtype=point.dtype, batch=point.batch
+                "demo", output=path, speedup=point.speedup, backend=point.backend, dtype=point.dtype,
+                batch=point.batch, quantization=point.quantization or None,
             )
         if not path.exists() or time.monotonic() > until:
             break

@@ -147,15 +147,15 @@ def latency():
     return latency
 
 
-def row(latency, speedup, batch, median):
+def row(latency, speedup, batch, median, quantization=""):
     return latency.Row(
-        "eager", "fp32", speedup, batch, 7, median * 0.9, median, median * 1.2, median * 0.8, 0.01, speedup * 1.1,
+        "eager", "fp32", quantization, speedup, batch, 7, median * 0.9, median, median * 1.2, median * 0.8, 0.01, speedup * 1.1,
         speedup, 0.5, 100.0, "2026-01-01", "a processor, 2 threads", "2.13.0",
     )  # fmt: skip
 
 
 def test_latency_rows_survive_the_csv(latency, tmp_path):
-    rows = [row(latency, 1.0, 1, 2.0), row(latency, 4.0, 2, 1.0)]
+    rows = [row(latency, 1.0, 1, 2.0), row(latency, 4.0, 2, 1.0), row(latency, 4.0, 2, 0.5, "int8")]
     latency.write(tmp_path / "latency.csv", rows)
     assert latency.read(tmp_path / "latency.csv") == rows
     assert latency.read(tmp_path / "none.csv") == []
@@ -168,7 +168,7 @@ def test_latency_plot(latency, tmp_path):
 
 
 def test_latency_of_a_bundle(latency, make_bundle):
-    point = latency.Point("eager", "fp32", 4.0, 1)
+    point = latency.Point("eager", "fp32", "", 4.0, 1)
     found = latency.measure(point, make_bundle(custom=CustomSchedule((2, 1, 2), (0.35, 0.62, 1.0))), repeats=1)
     assert found.point == point and found.p10 <= found.median <= found.p90
     assert 0 < found.denoise < found.median and 0 < found.ceiling_share < 1 and found.predicted > 1
@@ -178,6 +178,8 @@ def test_latency_points_are_a_cross_or_all(latency):
     cross, every = (list(latency.points(["eager"], full)) for full in (False, True))
     assert len(every) == len(latency.SPEEDUPS) * len(latency.BATCHES)
     assert set(cross) < set(every) and all(p.batch == 1 or p.speedup == 4 for p in cross)
+    small = list(latency.points(["onnx", "aoti"], False, "int8"))  # ONNX engines have no 8-bit layers
+    assert len(small) == len(cross) and {p.series for p in small} == {"aoti bf16 int8"}
 
 
 def test_latency_goes_on_where_it_stopped(latency, tmp_path, monkeypatch):
@@ -193,8 +195,8 @@ def test_latency_goes_on_where_it_stopped(latency, tmp_path, monkeypatch):
 
     monkeypatch.setattr(latency.jitexport, "build", build)
     monkeypatch.setattr(latency, "measure", measure)
-    monkeypatch.setattr(latency, "points", lambda *_: iter([latency.Point("eager", "fp32", s, 1) for s in (1.0, 4.0)]))
-    arguments = {"backend": [], "full": False, "repeats": 1, "out": tmp_path, "report": None}
+    monkeypatch.setattr(latency, "points", lambda *_: iter([latency.Point("eager", "fp32", "", s, 1) for s in (1.0, 4.0)]))
+    arguments = {"backend": [], "full": False, "quant": "", "repeats": 1, "out": tmp_path, "report": None}
     for seconds, stops, done in ((-1, True, 0), (60, False, 2), (60, False, 2)):
         given = argparse.Namespace(**arguments, seconds=seconds)
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, given=given: given)
