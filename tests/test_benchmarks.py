@@ -149,8 +149,8 @@ def latency():
 
 def row(latency, speedup, batch, median, quantization=""):
     return latency.Row(
-        "eager", "fp32", quantization, speedup, batch, 7, median * 0.9, median, median * 1.2, median * 0.8, 0.01, speedup * 1.1,
-        speedup, 0.5, 100.0, "2026-01-01", "a processor, 2 threads", "2.13.0",
+        "eager", "fp32", quantization, speedup, batch, 7, median * 0.9, median, median * 1.2, median * 0.8, 0.01,
+        speedup * 1.1, speedup, 0.5, 100.0, "2026-01-01", "a processor, 2 threads", "2.13.0",
     )  # fmt: skip
 
 
@@ -195,7 +195,8 @@ def test_latency_goes_on_where_it_stopped(latency, tmp_path, monkeypatch):
 
     monkeypatch.setattr(latency.jitexport, "build", build)
     monkeypatch.setattr(latency, "measure", measure)
-    monkeypatch.setattr(latency, "points", lambda *_: iter([latency.Point("eager", "fp32", "", s, 1) for s in (1.0, 4.0)]))
+    points = [latency.Point("eager", "fp32", "", s, 1) for s in (1.0, 4.0)]
+    monkeypatch.setattr(latency, "points", lambda *_: iter(points))
     arguments = {"backend": [], "full": False, "quant": "", "repeats": 1, "out": tmp_path, "report": None}
     for seconds, stops, done in ((-1, True, 0), (60, False, 2), (60, False, 2)):
         given = argparse.Namespace(**arguments, seconds=seconds)
