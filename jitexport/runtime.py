@@ -342,9 +342,9 @@ class Pipeline:
                 chunk = Draws(*(None if t is None else t[rows].to(self.device) for t in draws))
                 condition = self.encode([prompts[i] for i in rows], guidance_scale)
 
-                def on_step(i: int, sigma: float, y: Tensor) -> Tensor | None:
+                def on_step(i: int, sigma: float, latents: Callable[[], Tensor]) -> Tensor | None:
                     progress.advance(task)
-                    return self._callback(callback_on_step_end, i, y)
+                    return self._callback(callback_on_step_end, i, latents)
 
                 at_once = self.graph is not None and callback_on_step_end is None
                 y = self.denoise(condition, chunk, None if at_once else on_step)
@@ -352,9 +352,10 @@ class Pipeline:
                 results.append((y if output_type == "latent" else self.decode(y))[:count])
         return PipelineOutput(self.to_images(torch.cat(results), output_type))
 
-    def _callback(self, callback: Callback | None, step: int, y: Tensor) -> Tensor | None:
+    def _callback(self, callback: Callback | None, step: int, latents: Callable[[], Tensor]) -> Tensor | None:
         if callback is None:
             return None
+        y = latents()
         changed = (callback(self, step, self.schedule.sigmas[step] * 1000, {"latents": y}) or {}).get("latents")
         if changed is not None and changed.shape != y.shape:
             raise InputError(

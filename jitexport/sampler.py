@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from jitexport.schedule import Stage, StageSchedule
 #: (tokens [B, m, C], step index) -> velocity [B, m, C]
 Velocity = Callable[[Tensor, int], Tensor]
 
-#: (step index, noise level reached, latents [B, N, C]) -> latents to go on with, or None
-OnStep = Callable[[int, float, Tensor], Tensor | None]
+#: (step index, noise level reached, function that computes the latents [B, N, C]) -> latents to go on with, or None
+OnStep = Callable[[int, float, Callable[[], Tensor]], Tensor | None]
 
 
 def draw(
@@ -79,7 +80,7 @@ def sample(
             u = velocity(method.tokens(state), i)
             state = method.step(state, u, sigma, sigma_next)
             if on_step is not None:
-                changed = on_step(i, sigma_next, method.latents(state))
+                changed = on_step(i, sigma_next, partial(method.latents, state))
                 if changed is not None:
                     state = method.with_latents(state, changed)
     return method.latents(state)

@@ -27,12 +27,12 @@ from jitexport.evaluate.report import markdown_table
 from jitexport.evaluate.sources import Source, bundle_source, quiet, relabelled
 from jitexport.evaluate.statistics import Score
 from jitexport.flops import meta_adapter, step_cost
-from jitexport.grid import gather_tokens, scatter_tokens
-from jitexport.methods.jit import JiT, JiTState, activate, microflow, microflow_target
+from jitexport.grid import scatter_tokens
+from jitexport.methods.jit import JiT, JiTState, activate
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import find_source, load_adapter
 from jitexport.runtime import Pipeline
-from jitexport.schedule import CustomSchedule, Stage, StageSchedule, Target, stage_cost
+from jitexport.schedule import CustomSchedule, StageSchedule, Target, stage_cost
 
 DTYPE, BATCH = "bf16", 4
 STEPS, RATIOS = (7, 4, 7), (0.35, 0.62, 1.0)  # 4x of Table 4
@@ -42,21 +42,15 @@ BETA = {"kind": "beta", "alpha": 1.4, "beta": 0.42}
 class StillTokens(JiT):
     """Without the spatial approximation: Pi_k = S_k, tokens that are not active do not move, and ITA sees that."""
 
-    def step(self, state: JiTState, velocity: Tensor, sigma: float, sigma_next: float) -> JiTState:
-        u = velocity.float()
-        scattered = scatter_tokens(torch.zeros_like(state.y), state.lift.anchors, u)
-        y = state.y + (sigma_next - sigma) * scattered
-        return replace(state, y=y, velocity=scattered, before=(state.y, u, sigma))
+    def lifted(self, state: JiTState, u: Tensor) -> Tensor:
+        return scatter_tokens(torch.zeros_like(state.start), state.lift.anchors, u)
 
 
 class RandomActivation(JiT):
     """Without ITA: new tokens are drawn at random; a channel of the image's noise field is the draw."""
 
-    def transition(self, state: JiTState, stage: Stage, sigma: float, preview: object = None) -> JiTState:
-        anchors, new = activate(state.lift.anchors, state.noise[..., 0], stage.tokens)
-        target = microflow_target(gather_tokens(state.lift(state.clean), new), gather_tokens(state.noise, new), sigma)
-        moved = microflow(gather_tokens(state.y, new), target, self.settings.microflow_weight)
-        return replace(state, y=scatter_tokens(state.y, new, moved), lift=self.lifter(anchors), before=None)
+    def activate(self, state: JiTState, prior: Tensor, m: int) -> tuple[Tensor, Tensor]:
+        return activate(state.lift.anchors, state.noise[..., 0], m)
 
 
 @dataclass(frozen=True)

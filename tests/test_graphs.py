@@ -251,9 +251,9 @@ def test_the_loop_never_waits_for_the_device(method):
 @pytest.mark.parametrize("broken", ["item", "to", "mask"])
 def test_waiting_would_be_noticed(broken, monkeypatch):
     waits = {
-        "item": lambda self, state: state.y * state.y.mean().item(),
-        "to": lambda self, state: state.y + torch.ones(state.y.shape).to(state.y.device),
-        "mask": lambda self, state: state.y[state.y > 0],
+        "item": lambda self, state: state.active * state.active.mean().item(),
+        "to": lambda self, state: state.active + torch.ones(state.active.shape).to(state.active.device),
+        "mask": lambda self, state: state.active[state.active > 0],
     }
     monkeypatch.setattr(JiT, "tokens", waits[broken])
     with pytest.raises(Exception):  # noqa: B017  each in its own way, which torch does not promise

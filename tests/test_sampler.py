@@ -155,7 +155,7 @@ def test_on_step_sees_every_step_and_may_change_the_latents():
 
     def on_step(i, sigma, latents):
         calls.append((i, sigma))
-        return torch.zeros_like(latents) if i == 4 else None
+        return torch.zeros_like(latents()) if i == 4 else None
 
     image = run(jit(), SPARSE, draw(jit(), SPARSE, LATENT, 2, [seeded(0)]), on_step=on_step)
     assert calls == [(i, SPARSE.sigmas[i + 1]) for i in range(5)]
@@ -170,7 +170,7 @@ def test_changed_latents_are_what_the_next_step_starts_from(method):
         return lambda tokens, step: seen.append(tokens) or torch.zeros_like(tokens)
 
     drawn = draw(method, FULL, LATENT, 2, [seeded(0)])
-    run(method, FULL, drawn, begin_stage, lambda i, sigma, y: torch.full_like(y, float(i)))
+    run(method, FULL, drawn, begin_stage, lambda i, sigma, latents: torch.full_like(latents(), float(i)))
     assert [t.unique().tolist() for t in seen[1:]] == [[0.0], [1.0], [2.0], [3.0]]
 
 

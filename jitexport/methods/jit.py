@@ -286,26 +286,34 @@ PRESETS = {
 class JiTState:
     """The image between two steps.
 
+    Lifting is linear: what the steps of a stage lift, one after the other, is the lift of all that the anchors have
+    moved. So only the anchors take part in a step, and the other tokens are computed when they are asked for.
+
     Attributes:
-        y: all tokens, [B, N, C], fp32.
+        start: all tokens at the start of the stage, [B, N, C], fp32.
+        active: the anchors' tokens now, [B, m, C], fp32.
         noise: eps of the micro-flow, [B, N, C].
         lift: the lifter of the current anchors.
-        velocity: the last lifted velocity, [B, N, C]; None before the first step.
-        before: y before the stage's last step, the anchors' velocity in it, [B, m, C], and its noise level; None before
-            the first.
+        last: the anchors' tokens before the stage's last step and their velocity in it, [B, m, C] each, and its noise
+            level; None before the first.
     """
 
-    y: Tensor
+    start: Tensor
+    active: Tensor
     noise: Tensor
     lift: Lifter
-    velocity: Tensor | None = None
-    before: tuple[Tensor, Tensor, float] | None = None
+    last: tuple[Tensor, Tensor, float] | None = None
+
+    @property
+    def velocity(self) -> Tensor:
+        """u of the anchors in the stage's last step, [B, m, C]."""
+        return self.last[1]
 
     @property
     def clean(self) -> Tensor:
-        """y_hat(1) = y - sigma * u of the anchors at the stage's last step, [B, m, C]."""
-        y, u, sigma = self.before
-        return self.lift.active(y) - sigma * u
+        """y_hat(1) = y - sigma * u of the anchors in the stage's last step, [B, m, C]."""
+        y, u, sigma = self.last
+        return y - sigma * u
 
 
 class JiT(Method[JiTState]):
@@ -370,7 +378,11 @@ class JiT(Method[JiTState]):
         if every:
             anchors = torch.arange(self.grid.tokens, device=draws.latents.device).expand(batch, -1)
         noise = draws.noise if draws.noise is not None else draws.latents
-        return JiTState(draws.latents, noise, self.lifter(anchors, ascending=every))
+        return self.stage(draws.latents, noise, self.lifter(anchors, ascending=every))
+
+    def stage(self, y: Tensor, noise: Tensor, lift: Lifter) -> JiTState:
+        """The state at the start of a stage, of all tokens y [B, N, C]."""
+        return JiTState(y, lift.active(y), noise, lift)
 
     def transition(
         self, state: JiTState, stage: Stage, sigma: float, preview: Preview | None = None
@@ -378,32 +390,48 @@ class JiT(Method[JiTState]):
         """ITA, then DMF for the tokens that it activates, at the noise level of the step about to run."""
         prior = state.lift(state.clean)  # Phi, with the anchors that predicted it
         target = microflow_target(prior, state.noise, sigma)
-        moved = microflow(state.y, target, self.settings.microflow_weight)
+        weight = self.settings.microflow_weight
         if stage.tokens == self.grid.tokens:  # nothing to choose: all but the active tokens move
-            y = scatter_tokens(moved, state.lift.anchors, state.lift.active(state.y))
+            moved = target if weight == 1 else microflow(self.latents(state), target, weight)
+            y = scatter_tokens(moved, state.lift.anchors, state.active)
             anchors = torch.arange(stage.tokens, device=y.device).expand(y.shape[:2])
         else:
-            signal = state.velocity if self.settings.importance == "velocity" else prior
-            mean = tuple(mean_matrix(n, self.settings.window, state.y.device) for n in self.grid.shape)
-            anchors, new = activate(state.lift.anchors, importance(self.grid, mean, signal), stage.tokens)
-            y = scatter_tokens(state.y, new, gather_tokens(moved, new))
-        return replace(state, y=y, lift=self.lifter(anchors, ascending=True), before=None)
+            y = self.latents(state)
+            anchors, new = self.activate(state, prior, stage.tokens)
+            moved = microflow(gather_tokens(y, new), gather_tokens(target, new), weight)
+            y = scatter_tokens(y, new, moved)
+        return self.stage(y, state.noise, self.lifter(anchors, ascending=True))
+
+    def activate(self, state: JiTState, prior: Tensor, m: int) -> tuple[Tensor, Tensor]:
+        """ITA: all m anchors of the next stage, and those that are new.
+
+        Args:
+            prior: the lifted clean prediction, [B, N, C].
+        """
+        signal = self.lifted(state, state.velocity) if self.settings.importance == "velocity" else prior
+        mean = tuple(mean_matrix(n, self.settings.window, signal.device) for n in self.grid.shape)
+        return activate(state.lift.anchors, importance(self.grid, mean, signal), m)
 
     def tokens(self, state: JiTState) -> Tensor:
-        return state.lift.active(state.y)
+        return state.active
 
     def where(self, state: JiTState) -> Tensor:
         return state.lift.anchors
 
     def step(self, state: JiTState, velocity: Tensor, sigma: float, sigma_next: float) -> JiTState:
-        """SAG-ODE (eq. 17) with an Euler step; what gives y_hat(1) = y - sigma * u is kept for the micro-flow."""
+        """SAG-ODE (eq. 17) with an Euler step, of the anchors."""
         u = velocity.float()
-        lifted = state.lift(u)
-        y = state.y + (sigma_next - sigma) * lifted
-        return replace(state, y=y, velocity=lifted, before=(state.y, u, sigma))
+        return replace(state, active=state.active + (sigma_next - sigma) * u, last=(state.active, u, sigma))
+
+    def lifted(self, state: JiTState, u: Tensor) -> Tensor:
+        """Velocity or displacement of all tokens, [B, N, C], for that of the anchors [B, m, C] (eq. 16)."""
+        return state.lift(u)
 
     def latents(self, state: JiTState) -> Tensor:
-        return state.y
+        if state.lift.whole:
+            return state.active
+        moved = self.lifted(state, state.active - state.lift.active(state.start))
+        return scatter_tokens(state.start + moved, state.lift.anchors, state.active)
 
     def with_latents(self, state: JiTState, latents: Tensor) -> JiTState:
-        return replace(state, y=latents)
+        return replace(state, start=latents, active=state.lift.active(latents))

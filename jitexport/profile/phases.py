@@ -163,7 +163,7 @@ class Recorder:
         ]
         return [replace(s, start=s.start - begin, end=s.end - begin) for s in spans]
 
-    def _on_step(self, step: int, sigma: float, latents: Tensor) -> None:
+    def _on_step(self, step: int, sigma: float, latents: Callable[[], Tensor]) -> None:
         self.step_ends.append(now(self.device))
 
     def _loop(self, runs: Sequence[Span], begin: float) -> list[Span]:

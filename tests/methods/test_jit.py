@@ -366,15 +366,19 @@ def test_anchors_move_as_euler_says_and_the_others_with_the_lifted_velocity(shap
     u = torch.randn(2, m, 3, generator=seeded(1))
     after = method.step(state, u, 0.9, 0.7)
     assert torch.equal(method.tokens(after), method.tokens(state) + (0.7 - 0.9) * u)
-    assert torch.equal(method.latents(after), method.latents(state) + (0.7 - 0.9) * state.lift(u))
     torch.testing.assert_close(after.clean, method.tokens(state) - 0.9 * u)
-    assert torch.equal(after.velocity, state.lift(u))
+    again = method.step(after, v := torch.randn(2, m, 3, generator=seeded(2)), 0.7, 0.4)
+    moved = method.latents(state) + (0.7 - 0.9) * state.lift(u)
+    torch.testing.assert_close(method.latents(after), moved, rtol=0, atol=1e-6)
+    torch.testing.assert_close(method.latents(again), moved + (0.4 - 0.7) * state.lift(v), rtol=0, atol=1e-6)
+    for now in (state, after, again):
+        assert torch.equal(gather_tokens(method.latents(now), now.lift.anchors), method.tokens(now))
 
 
 def test_state_is_kept_in_fp32():
     method = jit((4, 4))
     after = method.step(start(method, 5), torch.randn(2, 5, 3).bfloat16(), 1.0, 0.5)
-    assert {t.dtype for t in (after.y, after.velocity, after.clean)} == {torch.float32}
+    assert {t.dtype for t in (after.active, after.velocity, after.clean, method.latents(after))} == {torch.float32}
 
 
 @pytest.mark.parametrize("preset", JiT.presets)
@@ -387,7 +391,8 @@ def test_transition_activates_the_most_important_and_moves_only_them(shape, pres
     after = method.transition(state, Stage(0, more, 1), 0.6)
     weight = 1 / 3 if preset == "released" else 1.0
     prior = state.lift(state.clean)
-    signal = prior if preset == "default" else state.velocity
+    signal = prior if preset == "default" else state.lift(state.velocity)
+    y, now_all = method.latents(state), method.latents(after)
     score = importance(method.grid, tuple(mean_matrix(n, 3) for n in shape), signal)
     for b in range(2):
         old, now = set(state.lift.anchors[b].tolist()), set(after.lift.anchors[b].tolist())
@@ -396,10 +401,10 @@ def test_transition_activates_the_most_important_and_moves_only_them(shape, pres
         left = sorted(set(range(n)) - now)
         assert left and score[b, new].min() >= score[b, left].max()
         target = 0.4 * prior[b, new] + 0.6 * state.noise[b, new]
-        expected = (1 - weight) * state.y[b, new] + weight * target
-        torch.testing.assert_close(after.y[b, new], expected, atol=1e-6, rtol=0)
+        expected = (1 - weight) * y[b, new] + weight * target
+        torch.testing.assert_close(now_all[b, new], expected, atol=1e-6, rtol=0)
         rest = [i for i in range(n) if i not in new]
-        assert torch.equal(after.y[b, rest], state.y[b, rest])
+        assert torch.equal(now_all[b, rest], y[b, rest])
     assert torch.equal(after.lift.nearest, nearest_anchor(method.grid, after.lift.anchors))
 
 
@@ -445,7 +450,7 @@ def test_places_are_the_coordinates_of_the_active_tokens():
     points = method.grid.coordinates()
     for b in range(2):
         assert torch.equal(method.places()[method.where(state)][b], points[state.lift.anchors[b]])
-        assert torch.equal(method.tokens(state)[b], state.y[b, state.lift.anchors[b]])
+        assert torch.equal(method.tokens(state)[b], method.latents(state)[b, state.lift.anchors[b]])
 
 
 def test_randomness_is_only_asked_for_where_tokens_are_left_out():
@@ -467,7 +472,7 @@ def test_the_initial_noise_needs_no_draw_and_is_the_microflows():
     state = method.step(state, (latents - clean)[:, anchors], 1.0, 0.7)
     after = method.transition(state, schedule.stages[1], 0.7)
     expected = 0.7 * latents + 0.3 * method.lifter(anchors[None])(clean[:, anchors])
-    torch.testing.assert_close(after.y, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(method.latents(after), expected, atol=1e-5, rtol=0)
 
 
 def test_nearest_map_and_blur_are_made_once_a_stage(monkeypatch):
