@@ -54,7 +54,7 @@ def examine() -> dict[str, dict[str, str]]:
             "system": f"{platform.system()} {platform.machine()}",
             "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {threads} threads",
             "bf16": "in hardware" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated: fp32 may be faster",
-            "kernels": f"not used: {reason}" if (reason := native.missing()) else "attention and int8 layers, in C++",
+            "kernels": f"not used: {reason}" if (reason := native.missing()) else "attention and linear layers, in C++",
             "gpu": torch.cuda.get_device_name() if cuda else "none that torch can use",
             "compiler": shutil.which("g++")
             or shutil.which("clang++")

@@ -64,6 +64,11 @@ def _coordinates(shape: tuple[int, ...], device: torch.device | str | None) -> T
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
+def consecutive(batch: int, n: int, device: torch.device | str | None = None, first: int = 0) -> Tensor:
+    """Indices first .. first + n - 1 for each image, [B, n]."""
+    return torch.arange(first, first + n, device=device).expand(batch, -1)
+
+
 def gather_tokens(y: Tensor, index: Tensor) -> Tensor:
     """S^T y: the tokens of y [B, N, C] at index [B, m], as [B, m, C]."""
     return y.flatten(0, 1).index_select(0, _rows(y, index)).unflatten(0, index.shape)

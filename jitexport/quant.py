@@ -53,13 +53,13 @@ class QuantizedLinear(nn.Module):
     Its parameters keep the layer's names, `weight` [N, K] in 8 bits and `bias`, beside `weight_scale` [N], fp32.
     """
 
-    def __init__(self, linear: nn.Linear, kind: str) -> None:
+    def __init__(self, layer: nn.Linear, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        weight, scale = quantize(linear.weight.detach(), kind)
+        weight, scale = quantize(layer.weight.detach(), kind)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale[:, 0], requires_grad=False)
-        self.bias = linear.bias
+        self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""

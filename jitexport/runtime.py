@@ -107,7 +107,6 @@ class Pipeline:
         cuda_graphs: bool = True,
     ) -> None:
         self.engines = engines
-        self.method = method
         self.schedule = schedule
         self.geometry = geometry
         self.defaults = defaults
@@ -115,12 +114,22 @@ class Pipeline:
         self.batch_size = batch_size
         self.dtype = dtype
         self.device = device
+        self.method = method
         self.weights = weights
         self._read_checkpoint = read_checkpoint
         self._adapters: list[tuple[dict[str, LowRank], float]] = []
         self._show_progress = sys.stderr.isatty()
-        self._rotary = geometry.rotary.tables(method.places(device)[None])
         self.graph = self.loop_graph(CUDARecorder(device)) if cuda_graphs and device.type == "cuda" else None
+
+    @property
+    def method(self) -> Method:
+        """What chooses the tokens of every step; another one may be put in its place."""
+        return self._method
+
+    @method.setter
+    def method(self, method: Method) -> None:
+        self._method = method
+        self._rotary = self.geometry.rotary.tables(method.places(self.device)[None])
 
     def set_progress_bar_config(self, *, disable: bool) -> None:
         """Switch the progress bar on stderr off or on; it is on by default on a terminal."""

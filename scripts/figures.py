@@ -31,7 +31,7 @@ class Recorder(JiT):
         self.anchors.append(state.lift.anchors)
         return state
 
-    def transition(self, state: JiTState, stage: Stage, sigma: float) -> JiTState:
+    def transition(self, state: JiTState, stage: Stage, sigma: float, preview: object = None) -> JiTState:
         state = super().transition(state, stage, sigma)
         self.anchors.append(state.lift.anchors)
         return state

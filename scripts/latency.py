@@ -209,6 +209,8 @@ def main() -> None:
     if left:
         err.print(f"{len(left)} bundles left, from {left[0].name} on: run the same command again")
         sys.exit(75)  # EX_TEMPFAIL: there is more to do
+    if not rows:
+        sys.exit("nothing to measure: no backend is left")
     plot(rows, folder / "latency.png")
     err.print(f"wrote {folder}/latency.csv and latency.png")
 

@@ -33,11 +33,12 @@ def test_each_image_has_its_own_positions():
 
 
 def test_gathered_tables_are_those_of_the_places():
-    rotary, places = Rotary((4, 6, 6), 10000.0, 3), TokenGrid((5, 7)).coordinates() + 0.5
-    where = torch.tensor([[0, 7, 34], [33, 3, 3]])
-    gathered = rotary.gather(rotary.tables(places[None]), where)
-    for found, expected in zip(gathered, rotary.tables(places[where]), strict=True):
-        assert torch.equal(found, expected)
+    places, where = TokenGrid((5, 7)).coordinates() + 0.5, torch.tensor([[0, 7, 34], [33, 3, 3]])
+    for text_tokens in (0, 3):
+        rotary = Rotary((4, 6, 6), 10000.0, text_tokens)
+        gathered = rotary.gather(rotary.tables(places[None]), where)
+        for found, expected in zip(gathered, rotary.tables(places[where]), strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_three_axes_are_taken_as_they_are():

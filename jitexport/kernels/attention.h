@@ -24,8 +24,8 @@ namespace {
 constexpr int64_t CHUNK = 1152;        // keys of a block's scores: 110 KB, in the second-level cache
 constexpr float LOG2_TOP = 7.9937876f;  // of 254.9: with a threshold of almost 1 it is still under 256
 
-// Heads [B, L, H, D] in bf16, and the weights [D] of their RMS norm, or none. Streams follow each other: the sequence is
-// as long as all together.
+// Heads [B, L, H, D] in bf16, and the weights [D] of their RMS norm, or none. Streams follow each other: the sequence
+// is as long as all together.
 struct Stream {
   const uint16_t* data;
   const uint16_t* norm;
@@ -41,8 +41,8 @@ struct Attention {
   static constexpr bool INT8 = PACK == 4;
 
   int64_t batch, tokens, heads;
-  float scale;              // of the scores
-  float eps;                // of the norms
+  float scale;             // of the scores
+  float eps;               // of the norms
   const float *cos, *sin;  // [B, tokens, D / 2] of the angles that neighbours are rotated by; null for none
 
   const uint16_t* row(const Stream*& stream, int64_t b, int64_t h, int64_t token) const {

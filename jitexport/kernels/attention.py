@@ -45,8 +45,8 @@ def attention(
     """Full attention, softmax(q k^T / sqrt(Dh)) v, over the tokens of all streams, one stream after the other.
 
     Args:
-        cos, sin: of the angles [B, sum of L, Dh / 2] by which neighbouring channels of queries and keys are rotated,
-            after the norms; fp32. None for no rotation.
+        cos, sin: of the angles [B or 1, sum of L, Dh / 2] by which neighbouring channels of queries and keys are
+            rotated, after the norms; fp32. None for no rotation.
         eps: of the norms.
         int8: whether products may run on 8-bit numbers; only the kernel does so, with an error of about 1%.
 
@@ -54,8 +54,11 @@ def attention(
         [B, sum of L, H, Dh].
     """
     q, k, v, q_norms, k_norms = zip(*streams, strict=True)
-    if native.wanted(q[0]) and q[0].shape[-1] % native.GROUP == 0:
-        norms = ([norm for norm in given if norm is not None] for given in (q_norms, k_norms))
+    norms = [[norm for norm in given if norm is not None] for given in (q_norms, k_norms)]
+    fits = q[0].shape[-1] % native.GROUP == 0 and all(len(given) in (0, len(q)) for given in norms)
+    if fits and all(map(native.wanted, (*q, *k, *v, *norms[0], *norms[1]))):
+        if cos is not None:
+            cos, sin = (angles.expand(q[0].shape[0], -1, -1) for angles in (cos, sin))
         return torch.ops.jitexport.attention(list(q), list(k), list(v), *norms, cos, sin, eps, int8)
     heads = [x.transpose(1, 2) for x in joined(streams, cos, sin, eps)]
     out = blockwise_attention(*heads) if by_parts(q[0]) else F.scaled_dot_product_attention(*heads)
@@ -136,8 +139,8 @@ def _(q: Any, k: Any, v: Any, q_norms: Any, k_norms: Any, cos: Any, sin: Any, ep
 
 
 CALL = """
-{%- macro streams(heads, norms) -%}
-{ {% for data in heads -%}
+{%- macro streams(parts, norms) -%}
+{ {% for data in parts -%}
 {(const uint16_t*){{data}}, (const uint16_t*){{norms[loop.index0] if norms else "nullptr"}},
  {{lengths[loop.index0]}}}, {% endfor -%} }
 {%- endmacro -%}

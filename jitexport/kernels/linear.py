@@ -57,10 +57,9 @@ def linear(
     Returns:
         [..., N], in the dtype of x or fp32. Products of fp8 numbers are rounded to bf16 before.
     """
-    kind = x[0].dtype if scale is None else torch.int8
     sizes = [weight.shape[0], *(part.shape[-1] for part in x)]
-    fits = weight.dtype == kind and all(n % native.GROUP == 0 for n in sizes)
-    if native.wanted(x[0]) and fits and (bias is None or bias.dtype == x[0].dtype):
+    fits = weight.dtype == (x[0].dtype if scale is None else torch.int8) and all(n % native.GROUP == 0 for n in sizes)
+    if fits and all(map(native.wanted, x if bias is None else (*x, bias))):
         y = torch.ops.jitexport.linear([part.flatten(0, -2) for part in x], weight, bias, scale, gelu, wide)
         return y.unflatten(0, x[0].shape[:-1])
     joined = torch.cat(list(x), dim=-1) if len(x) > 1 else x[0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jitexport.errors import InputError, ScheduleError
-from jitexport.grid import TokenGrid
+from jitexport.grid import TokenGrid, consecutive
 from jitexport.methods.base import Draws, Method, Preview
 from jitexport.resample import KERNELS, Resampler
 from jitexport.schedule import (
@@ -214,7 +214,7 @@ class Bottleneck(Method[BottleneckState]):
     def where(self, state: BottleneckState) -> Tensor:
         batch, tokens, _ = state.x.shape
         first = self.grid.tokens if self.is_low(state.x) else 0
-        return torch.arange(first, first + tokens, device=state.x.device).expand(batch, -1)
+        return consecutive(batch, tokens, state.x.device, first)
 
     def step(self, state: BottleneckState, velocity: Tensor, sigma: float, sigma_next: float) -> BottleneckState:
         u = velocity.float()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from jitexport.errors import ScheduleError
-from jitexport.grid import TokenGrid
+from jitexport.grid import TokenGrid, consecutive
 from jitexport.methods.base import Draws, Method, Preview
 from jitexport.schedule import Stage, StageSchedule, Target, check_speedup, number, timesteps, too_fast
 
@@ -58,7 +57,7 @@ class Dense(Method[Tensor]):
         return state
 
     def where(self, state: Tensor) -> Tensor:
-        return torch.arange(self.grid.tokens, device=state.device).expand(state.shape[0], -1)
+        return consecutive(state.shape[0], self.grid.tokens, state.device)
 
     def step(self, state: Tensor, velocity: Tensor, sigma: float, sigma_next: float) -> Tensor:
         return state + (sigma_next - sigma) * velocity.float()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jitexport.errors import InputError
-from jitexport.grid import TokenGrid, gather_tokens, scatter_tokens
+from jitexport.grid import TokenGrid, consecutive, gather_tokens, scatter_tokens
 from jitexport.methods.base import Draws, Method, Preview
 from jitexport.schedule import (
     BETA_PAPER,
@@ -306,12 +306,12 @@ class JiTState:
 
     @property
     def velocity(self) -> Tensor:
-        """u of the anchors in the stage's last step, [B, m, C]."""
+        """u of the anchors in the stage's last step, [B, m, C]; not before the first."""
         return self.last[1]
 
     @property
     def clean(self) -> Tensor:
-        """y_hat(1) = y - sigma * u of the anchors in the stage's last step, [B, m, C]."""
+        """y_hat(1) = y - sigma * u of the anchors in the stage's last step, [B, m, C]; not before the first."""
         y, u, sigma = self.last
         return y - sigma * u
 
@@ -376,11 +376,11 @@ class JiT(Method[JiTState]):
         batch, anchors = draws.latents.shape[0], draws.anchors
         every = anchors is None  # a schedule without sparse stages
         if every:
-            anchors = torch.arange(self.grid.tokens, device=draws.latents.device).expand(batch, -1)
+            anchors = consecutive(batch, self.grid.tokens, draws.latents.device)
         noise = draws.noise if draws.noise is not None else draws.latents
-        return self.stage(draws.latents, noise, self.lifter(anchors, ascending=every))
+        return self.begin(draws.latents, noise, self.lifter(anchors, ascending=every))
 
-    def stage(self, y: Tensor, noise: Tensor, lift: Lifter) -> JiTState:
+    def begin(self, y: Tensor, noise: Tensor, lift: Lifter) -> JiTState:
         """The state at the start of a stage, of all tokens y [B, N, C]."""
         return JiTState(y, lift.active(y), noise, lift)
 
@@ -394,13 +394,13 @@ class JiT(Method[JiTState]):
         if stage.tokens == self.grid.tokens:  # nothing to choose: all but the active tokens move
             moved = target if weight == 1 else microflow(self.latents(state), target, weight)
             y = scatter_tokens(moved, state.lift.anchors, state.active)
-            anchors = torch.arange(stage.tokens, device=y.device).expand(y.shape[:2])
+            anchors = consecutive(len(y), stage.tokens, y.device)
         else:
             y = self.latents(state)
             anchors, new = self.activate(state, prior, stage.tokens)
             moved = microflow(gather_tokens(y, new), gather_tokens(target, new), weight)
             y = scatter_tokens(y, new, moved)
-        return self.stage(y, state.noise, self.lifter(anchors, ascending=True))
+        return self.begin(y, state.noise, self.lifter(anchors, ascending=True))
 
     def activate(self, state: JiTState, prior: Tensor, m: int) -> tuple[Tensor, Tensor]:
         """ITA: all m anchors of the next stage, and those that are new.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from jitexport.edges import latent_edges, picture_edges
 from jitexport.errors import InputError, ScheduleError
-from jitexport.grid import TokenGrid, gather_tokens, scatter_tokens
+from jitexport.grid import TokenGrid, consecutive, gather_tokens, scatter_tokens
 from jitexport.methods.base import Draws, Method, Preview
 from jitexport.resample import KERNELS, Resampler
 from jitexport.schedule import (
@@ -450,12 +450,11 @@ class RALU(Method[RALUState]):
         return torch.cat([full, cells * scale + offset, full * (scale / 2)])
 
     def where(self, state: RALUState) -> Tensor:
-        full, cells = self.grid.tokens, self.coarse.tokens
+        n, cells = self.grid.tokens, self.coarse.tokens
         if state.early is not None and not state.full:
-            return torch.cat([full + state.kept, full + cells + self.fine(state.early)], dim=1)
+            return torch.cat([n + state.kept, n + cells + self.fine(state.early)], dim=1)
         batch, tokens, _ = state.x.shape
-        first = 0 if state.full else full
-        return torch.arange(first, first + tokens, device=state.x.device).expand(batch, -1)
+        return consecutive(batch, tokens, state.x.device, first=0 if state.full else n)
 
     def step(self, state: RALUState, velocity: Tensor, sigma: float, sigma_next: float) -> RALUState:
         u = velocity.float()

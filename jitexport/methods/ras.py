@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from jitexport.errors import InputError, ScheduleError
-from jitexport.grid import TokenGrid, gather_tokens, scatter_tokens
+from jitexport.grid import TokenGrid, consecutive, gather_tokens, scatter_tokens
 from jitexport.methods.base import Draws, Method, Preview
 from jitexport.schedule import Stage, StageSchedule, Target, number, stage_cost, timesteps, too_fast
 
@@ -203,7 +203,7 @@ class RAS(Method[RASState]):
     def where(self, state: RASState) -> Tensor:
         if state.running is not None:
             return state.running
-        return torch.arange(self.grid.tokens, device=state.y.device).expand(state.y.shape[0], -1)
+        return consecutive(state.y.shape[0], self.grid.tokens, state.y.device)
 
     def step(self, state: RASState, velocity: Tensor, sigma: float, sigma_next: float) -> RASState:
         """Euler with the new velocity where there is one, and the last one elsewhere."""

@@ -29,7 +29,7 @@ class Span:
 
     Attributes:
         phase: text, condition, draw, the stage's name (a run of its engine), transition, preview (an engine that a
-            transition runs), lift, decode or image.
+            transition runs), step, decode or image.
         start, end: seconds since the image began.
         step: of the denoising loop; None outside it.
     """
@@ -47,7 +47,7 @@ class Span:
 
 @dataclass(frozen=True)
 class StepTiming:
-    """One step of the denoising loop: its engine, and what the loop does around it (gather, lift, Euler step)."""
+    """One step of the denoising loop: its engine, and what the loop does around it: Euler step, transition."""
 
     step: int
     stage: str
@@ -102,7 +102,7 @@ class Profile:
 
     Attributes:
         total: prompt to PNG bytes, of `batch` images.
-        phases: seconds of each phase of `Span`, and of denoise: draw, stages, transitions and lifts together.
+        phases: seconds of each phase of `Span`, and of denoise: draw, stages, transitions and steps together.
         overhead: share of denoising that is not its engines.
         ceiling: FLOP/s of this machine's matrix products in the engines' dtype, in this run.
         peak_memory: bytes, of the process and of the GPU.
@@ -167,7 +167,7 @@ class Recorder:
         self.step_ends.append(now(self.device))
 
     def _loop(self, runs: Sequence[Span], begin: float) -> list[Span]:
-        """Spans of the loop: what lies before a stage's first engine run is its transition, the rest are lifts."""
+        """Spans of the loop: what lies before a stage's first engine run is its transition, the rest are steps."""
         spans = []
         for stage, steps in self.schedule:
             before = "transition"
@@ -175,9 +175,9 @@ class Recorder:
                 end = self.step_ends[step]
                 for run in [r for r in runs if begin <= r.start < end]:
                     spans += [Span(before, begin, run.start, step), replace(run, step=step)]
-                    before, begin = "lift" if run.phase == stage.name else before, run.end
+                    before, begin = "step" if run.phase == stage.name else before, run.end
                 spans.append(Span(before, begin, end, step))
-                before, begin = "lift", end
+                before, begin = "step", end
         return spans
 
 
@@ -235,10 +235,10 @@ def profile_pipeline(
 
     stages = {s.name: s for s in pipe.schedule.engines}
     inner = [*stages, "preview"] if "preview" in pipe.engines else [*stages]  # engines that the loop runs
-    names = ["text", "condition", "draw", *inner, "transition", "lift", "decode", "image"]
+    names = ["text", "condition", "draw", *inner, "transition", "step", "decode", "image"]
     sums = [{name: sum(s.seconds for s in spans if s.phase == name) for name in names} for spans in images]
     for one in sums:
-        one["denoise"] = sum(one[name] for name in ("draw", *inner, "transition", "lift"))
+        one["denoise"] = sum(one[name] for name in ("draw", *inner, "transition", "step"))
     phases = {name: Timing.of([one[name] for one in sums]) for name in (*names, "denoise")}
 
     runs: dict[str, list[float]] = {}

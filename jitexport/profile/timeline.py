@@ -17,7 +17,7 @@ COLOURS = {
     "draw": "#fdd0a2",
     "transition": "#e6550d",
     "preview": "#a63603",
-    "lift": "#fd8d3c",
+    "step": "#fd8d3c",
     "decode": "#41ab5d",
     "image": "#a1d99b",
 }
@@ -66,7 +66,7 @@ def _rows(profile: Profile) -> list[tuple[str, list[str]]]:
     return [
         ("text, condition, draw", ["text", "condition", "draw"]),
         *((f"{e.name}: {e.tokens} tokens", [e.name]) for e in stages),
-        ("loop: lifts, transitions", ["lift", "transition", "preview"]),
+        ("loop: steps, transitions", ["step", "transition", "preview"]),
         ("decode", ["decode"]),
         ("image, PNG", ["image"]),
     ]
@@ -103,7 +103,7 @@ def _steps(axis: Any, profile: Profile) -> None:
     steps = [s.step for s in profile.steps]
     engine = [s.engine.median * 1e3 for s in profile.steps]
     axis.bar(steps, engine, color=[colours[s.stage] for s in profile.steps], width=0.8)
-    axis.bar(steps, [s.loop.median * 1e3 for s in profile.steps], bottom=engine, color=COLOURS["lift"], width=0.8)
+    axis.bar(steps, [s.loop.median * 1e3 for s in profile.steps], bottom=engine, color=COLOURS["step"], width=0.8)
     for stage, run in groupby(profile.steps, key=lambda s: s.stage):
         e = engines[stage]
         inside = [s.step for s in run]

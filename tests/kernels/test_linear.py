@@ -21,7 +21,7 @@ def test_layers_of_pytorchs_operators(normal, dtype, gelu, wide):
     x, w, b = (normal(*s, seed=i).to(dtype) for i, s in enumerate([(2, 20, 48), (32, 48), (32,)]))
     out = linear([x[..., :16], x[..., 16:]], w, b, gelu=gelu, wide=wide)
     y = F.linear(x.float(), w.float(), b.float())
-    assert out.shape == (2, 20, 32) and (wide or out.dtype == dtype)
+    assert out.shape == (2, 20, 32) and out.dtype == (torch.float32 if wide else dtype)
     assert relative(out, F.gelu(y, approximate="tanh") if gelu else y) < 0.004
     assert linear([-1000 * x.abs()], w, b, gelu=gelu).isfinite().all()
 
@@ -80,10 +80,11 @@ def test_extremes_do_not_overflow(kernels):
     assert not kernels.linear([0 * x], weight, None, torch.ones(64), gelu=True, wide=False).any()
 
 
-def test_the_number_of_threads_does_not_matter(kernels, normal):
-    x = normal(100, 128)
-    weight, scale = quantize(normal(192, 128, seed=1), "int8")
-    one, three = (
-        kernels.linear([x], weight, None, scale[:, 0].contiguous(), gelu=True, wide=True, threads=n) for n in (1, 3)
-    )
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_number_of_threads_does_not_matter(kernels, normal, int8):
+    x, weight, scale = normal(100, 128), normal(192, 128, seed=1), None
+    if int8:
+        weight, scale = quantize(weight, "int8")
+        scale = scale[:, 0].contiguous()
+    one, three = (kernels.linear([x], weight, None, scale, gelu=True, wide=True, threads=n) for n in (1, 3))
     assert torch.equal(one, three)

@@ -1,5 +1,7 @@
 """The kernels in compiled code: by Inductor, in engines, and on weights that change."""
 
+import re
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -90,6 +92,25 @@ def test_views_of_one_buffer_and_other_layouts(normal, int8):
     assert relative(out, plain) < 0.04
 
 
+def test_one_buffer_as_several_inputs(normal):
+    """The same tensor, and parts of one that lie in memory as they are taken."""
+    needs_kernels()
+    angles = normal(1, 70, 32, seed=3).float()
+
+    def function(x, y, w):
+        q, k, v = y.unbind(0)
+        streams = [Stream(x, x, x, w, w), Stream(q, k, v, w, w)]
+        return attention(streams, angles.cos(), angles.sin()), linear([x.flatten(2), v[:, :30].flatten(2)], wide)
+
+    inputs = normal(2, 30, 1, 64), normal(3, 2, 40, 1, 64, seed=1), normal(64, seed=2)
+    wide = normal(64, 128, seed=4)
+    out, code = compiled(function, *inputs, kernels=True)
+    plain, _ = compiled(function, *inputs, kernels=False)
+    assert "Attention<BF16, 64>{" in code and "Linear<BF16, false, uint16_t>" in code
+    for found, expected in zip(out, plain, strict=True):
+        assert relative(found, expected) < 0.01
+
+
 def test_layers_with_and_without_bias_in_one_graph(normal):
     needs_kernels()
     weight, scale = quantize(normal(128, 64, seed=1), "int8")
@@ -112,8 +133,17 @@ def test_shapes_that_do_not_fit_go_by_operators(normal):
     function = lambda x: linear([x], weight, None, scale[:, 0])  # noqa: E731
     _, code = compiled(function, normal(30, 64), kernels=True)
     assert "Linear<" not in code
-    _, code = compiled(lambda x: attention([Stream(x, x, x)]), normal(1, 30, 2, 32), kernels=True)
-    assert "Attention<" not in code
+    x, norm = normal(1, 30, 2, 64), normal(64, seed=1)
+    for streams in (
+        [Stream(*[x[..., :32]] * 3)],
+        [Stream(x, x, x.float())],
+        [Stream(x, x, x, norm.float(), norm)],
+        [Stream(x, x, x, norm, norm), Stream(x, x, x)],
+    ):
+        # PyTorch's operators may refuse what the kernel must not be given.
+        with suppress(RuntimeError):
+            _, code = compiled(lambda s=streams: attention(s), kernels=True)
+            assert "Attention<" not in code
 
 
 @pytest.mark.parametrize(("backend", "quantization"), [("aoti", "int8"), ("inductor", None)])
@@ -132,7 +162,8 @@ def test_engines_run_the_kernels_on_weights_that_change(tmp_path, caplog, backen
         registry.backend(backend).build(spec, adapter.module(stage), inputs, directory)
     libraries = [p.read_bytes() for p in directory.rglob("*.so")]
     assert any(b"jitexport" in code and b"Attention" in code for code in libraries)
-    assert any(b"jitexport" in code and b"Linear" in code for code in libraries)
+    kind = b"BF16" if quantization is None else b"Int8"
+    assert any(re.search(rb"6LinearI\w*?4" + kind, code) for code in libraries)
 
     def run(kind, weights):
         made = partial(FluxAdapter.from_configs, adapter.configs, adapter.settings(), torch.bfloat16)

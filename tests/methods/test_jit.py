@@ -375,6 +375,16 @@ def test_anchors_move_as_euler_says_and_the_others_with_the_lifted_velocity(shap
         assert torch.equal(gather_tokens(method.latents(now), now.lift.anchors), method.tokens(now))
 
 
+def test_changed_latents_are_what_a_sparse_stage_goes_on_from():
+    method = jit((5, 7))
+    u, other = torch.randn(2, 12, 3, generator=seeded(1)), torch.randn(2, 35, 3, generator=seeded(2))
+    state = method.with_latents(method.step(start(method, 12), u, 0.9, 0.7), other)
+    assert torch.equal(method.latents(state), other)
+    assert torch.equal(method.tokens(state), gather_tokens(other, state.lift.anchors))
+    after = method.step(state, u, 0.7, 0.6)
+    torch.testing.assert_close(method.latents(after), other - 0.1 * state.lift(u), rtol=0, atol=1e-6)
+
+
 def test_state_is_kept_in_fp32():
     method = jit((4, 4))
     after = method.step(start(method, 5), torch.randn(2, 5, 3).bfloat16(), 1.0, 0.5)
