@@ -11,20 +11,18 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from jitexport.backends.inductor import compiled as compile_module
-from jitexport.backends.inductor import private_cache
 from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear, quantize
 from jitexport.kernels.native import missing, native_kernels
@@ -44,8 +42,7 @@ def compiled(function: Callable[..., Tensor], kernels: bool, *inputs: Tensor) ->
 
     run = compile_module(Module(), torch.device("cpu"), torch.get_num_threads())
     # Without torch's own caches: they know a kernel by its call, not by what its header says now.
-    ours = native_kernels() if kernels else nullcontext()
-    with tempfile.TemporaryDirectory() as folder, private_cache(Path(folder)), ours:
+    with torch._inductor.config.patch(force_disable_caches=True), native_kernels() if kernels else nullcontext():
         run(inputs)
     return lambda: run(inputs)[0]
 

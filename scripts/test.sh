@@ -3,4 +3,5 @@
 source "$(dirname "$0")/setup.sh" dev
 
 ruff check jitexport scripts tests
-python -m pytest "$@"
+# Two processes: most of the time goes into compilers that use one core. A file's tests share what they built.
+python -m pytest --numprocesses 2 --dist loadfile "$@"

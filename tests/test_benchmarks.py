@@ -229,3 +229,38 @@ def test_kernels_are_compared_with_pytorchs_ways(monkeypatch, capsys):
     # Each way is what it says: weights in 8 bits are less exact, and the kernel's scores are not rounded to bf16.
     assert attention["kernel, bf16"] < attention["by parts, bf16"] < attention["kernel, int8"] < 0.05
     assert max(layer["by parts, bf16"], layer["kernel, bf16"]) < 0.003 < layer["kernel, int8"] < 0.02
+
+
+# --- in turns ---
+
+
+def test_ratios_are_taken_within_a_round():
+    """A machine that slows down threefold after the first round changes no ratio."""
+    import in_turns
+
+    first, ours = in_turns.summary([[9.0, 1.0], [27.0, 3.0], [27.0, 3.0]], ["first", "ours"])
+    assert (first["faster"], ours["faster"], ours["least"], ours["most"]) == (1.0, 9.0, 9.0, 9.0)
+    assert ours["median"] == 3.0 and ours["seconds"] == [1.0, 3.0, 3.0]
+
+
+def test_all_ways_make_the_same_image(make_bundle, monkeypatch, capsys):
+    import in_turns
+
+    bundle = make_bundle(custom=CustomSchedule((2, 1, 2), (0.35, 0.62, 1.0)))
+    images = {label: np.asarray(way(3)[0]).astype(int) for label, way in in_turns.ways([bundle]).items()}
+    first, second, third = images
+    assert first.startswith("diffusers") and "eager fp32" in second and bundle.name in third
+    diffusers, eager, ours = images.values()
+    assert np.abs(eager - ours).max() <= 2 and diffusers.shape == ours.shape
+    monkeypatch.setattr(in_turns, "matmul_rate", lambda *a: 1e11)
+    monkeypatch.setattr("sys.argv", ["in_turns.py", str(bundle), "--rounds", "1", "--json"])
+    in_turns.main()
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [r["way"] for r in rows] == list(images) and all(len(r["seconds"]) == 1 for r in rows)
+
+
+def test_a_bundle_for_several_images_at_once_is_refused(make_bundle):
+    import in_turns
+
+    with pytest.raises(SystemExit, match="batches of 2"):
+        in_turns.ways([make_bundle(custom=CustomSchedule((1,), (1.0,)), batch=2)])
