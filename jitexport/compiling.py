@@ -202,6 +202,8 @@ class _Worker:
         self._log.close()
 
     def _last_words(self) -> str:
+        with suppress(subprocess.TimeoutExpired):  # its pipe breaks a moment before it has ended
+            self._process.wait(10)
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
         return "\n".join([f"exit status {self._process.poll()}", *(line for line in lines if line)][-8:])

@@ -243,9 +243,11 @@ def test_ratios_are_taken_within_a_round():
     assert ours["median"] == 3.0 and ours["seconds"] == [1.0, 3.0, 3.0]
 
 
-def test_all_ways_make_the_same_image(make_bundle, monkeypatch, capsys):
+def test_all_ways_make_the_same_image(make_bundle, tiny_flux, monkeypatch, capsys):
     import in_turns
 
+    for module in ("in_turns", "jitexport.profile.peers"):
+        monkeypatch.setattr(f"{module}.model_folder", lambda manifest: tiny_flux)
     bundle = make_bundle(custom=CustomSchedule((2, 1, 2), (0.35, 0.62, 1.0)))
     images = {label: np.asarray(way(3)[0]).astype(int) for label, way in in_turns.ways([bundle]).items()}
     first, second, third = images
@@ -259,8 +261,9 @@ def test_all_ways_make_the_same_image(make_bundle, monkeypatch, capsys):
     assert [r["way"] for r in rows] == list(images) and all(len(r["seconds"]) == 1 for r in rows)
 
 
-def test_a_bundle_for_several_images_at_once_is_refused(make_bundle):
+def test_a_bundle_for_several_images_at_once_is_refused(make_bundle, tiny_flux, monkeypatch):
     import in_turns
 
+    monkeypatch.setattr("jitexport.profile.peers.model_folder", lambda manifest: tiny_flux)
     with pytest.raises(SystemExit, match="batches of 2"):
         in_turns.ways([make_bundle(custom=CustomSchedule((1,), (1.0,)), batch=2)])
