@@ -39,6 +39,7 @@ from jitexport.bundle.manifest import (
 from jitexport.bundle.references import find_references
 from jitexport.compiling import Compilers, Recipe, Task, check_jobs, default_jobs
 from jitexport.errors import BackendUnavailableError, InputError, VerificationError
+from jitexport.kernels.native import read_record
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import ModelSource, download, find_source, load_adapter
 from jitexport.plan import CustomSchedule, Plan, plan
@@ -50,6 +51,8 @@ from jitexport.specs import DTYPE_NAMES, DTYPES, EngineSpec
 #: Largest ||engine - eager|| / ||eager|| that a build accepts. bf16 keeps 8 bits, and compilers may keep more of them
 #: between operations than eager does, so the two differ by a few rounding errors.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+#: The same for engines with 8-bit layers: kernels may round activations to other numbers than eager does.
+QUANTIZED_TOLERANCE = 5e-2
 
 PROBE_PROMPT = "a red apple on a white background"
 
@@ -148,13 +151,23 @@ def compare(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> tuple[flo
     return (squared / max(norm, 1e-30)) ** 0.5, max((a - b).abs().max().item() for a, b in pairs)
 
 
+def tolerance(dtype: str, quantization: str | None) -> float:
+    """Largest relative error of an engine that a build accepts."""
+    return TOLERANCE[dtype] if quantization is None else QUANTIZED_TOLERANCE
+
+
 def verify_engine(
-    spec: EngineSpec, engine: Engine, reference: Engine, inputs: Sequence[Tensor], dtype: str
+    spec: EngineSpec, engine: Engine, reference: Engine, inputs: Sequence[Tensor], allowed: float,
+    kernels: str | None = None,
 ) -> tuple[float, float]:
     """Run engine and eager module on the same inputs; relative and largest error.
 
+    Args:
+        allowed: relative error.
+        kernels: those of ours that the engine has, for the error.
+
     Raises:
-        VerificationError: the error exceeds the dtype's tolerance, or an output is not finite or of another shape.
+        VerificationError: the error exceeds what is allowed, or an output is not finite or of another shape.
     """
     outputs, expected = engine(*inputs), reference(*inputs)
     for tensor, wanted in zip(outputs, spec.outputs, strict=True):
@@ -164,11 +177,13 @@ def verify_engine(
                 expected=wanted,
             )
     relative, largest = compare(outputs, expected)
-    if not relative <= TOLERANCE[dtype]:  # also catches NaN
+    if not relative <= allowed:  # also catches NaN
         raise VerificationError(
             f"engine {spec.name} disagrees with the eager module",
-            found=f"relative error {relative:.3g}, largest {largest:.3g}",
-            expected=f"relative error of at most {TOLERANCE[dtype]:g} in {dtype}",
+            found=f"relative error {relative:.3g}, largest {largest:.3g}"
+            + (f", with the kernels {kernels}" if kernels else ""),
+            expected=f"relative error of at most {allowed:g}",
+            remedy="build with JITEXPORT_KERNELS=0, which leaves the kernels out" if kernels else None,
         )
     return relative, largest
 
@@ -382,7 +397,7 @@ def build_engines(
         VerificationError: an engine disagrees with the eager module.
     """
     entries = []
-    dtype = DTYPE_NAMES[reference.dtype]
+    allowed = tolerance(DTYPE_NAMES[reference.dtype], adapter.settings().get("quantization"))
     probes = {spec.name: inputs for spec, inputs in probe_inputs(reference)}
     begun = []
     for group in backend.groups([engine.spec for engine in reference.engines.values()]):
@@ -399,14 +414,16 @@ def build_engines(
             if verify:
                 raw = backend.load(spec, directory, weights, partial(adapter.module, spec.name), device)
                 engine = Engine(spec, raw, device)
-                relative, largest = verify_engine(spec, engine, reference.engines[spec.name], inputs, dtype)
+                relative, largest = verify_engine(
+                    spec, engine, reference.engines[spec.name], inputs, allowed, read_record(directory)
+                )
             entries.append(
                 EngineEntry(
                     name=spec.name, directory=name,
                     inputs=tuple(TensorEntry(**asdict(s)) for s in spec.inputs),
                     outputs=tuple(TensorEntry(**asdict(s)) for s in spec.outputs),
                     golden=write_golden(writer, spec, inputs, engine(*inputs)),
-                    relative_error=relative, max_error=largest,
+                    relative_error=relative, max_error=largest, kernels=read_record(directory),
                 )
             )
     return tuple(entries)

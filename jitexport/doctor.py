@@ -12,6 +12,7 @@ import torch
 from jitexport import registry
 from jitexport._version import __version__
 from jitexport.kernels import native
+from jitexport.specs import DTYPE_NAMES
 
 #: Optional libraries and the extra that brings them.
 _OPTIONAL = {
@@ -31,6 +32,14 @@ def _installed(name: str, extra: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return f"missing: pip install 'jitexport[{extra}]'"
+
+
+def _kernels() -> str:
+    chosen, reason = native.instructions()
+    if chosen is None:
+        return f"not used: {reason}"
+    dtypes = " and ".join(DTYPE_NAMES[d] for d in chosen.dtypes)
+    return f"attention and linear layers, in C++ with {chosen.name}, for {dtypes}"
 
 
 def examine() -> dict[str, dict[str, str]]:
@@ -54,7 +63,7 @@ def examine() -> dict[str, dict[str, str]]:
             "system": f"{platform.system()} {platform.machine()}",
             "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {threads} threads",
             "bf16": "in hardware" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated: fp32 may be faster",
-            "kernels": f"not used: {reason}" if (reason := native.missing()) else "attention and linear layers, in C++",
+            "kernels": _kernels(),
             "gpu": torch.cuda.get_device_name() if cuda else "none that torch can use",
             "compiler": shutil.which("g++")
             or shutil.which("clang++")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from jitexport.backends.base import Backend, RawEngine
 from jitexport.errors import BackendError, CompileError
-from jitexport.kernels.native import native_kernels
+from jitexport.kernels.native import compile_with_kernels, write_record
 from jitexport.specs import EngineSpec
 
 
@@ -61,16 +61,19 @@ class AOTInductorBackend(Backend):
         with scratch_directory as scratch, warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from inside torch.export, about its own calls
             package = Path(scratch) / f"{spec.name}.pt2"
+
+            def compiler() -> None:
+                program = torch.export.export(module, tuple(example))
+                aoti_compile_and_package(program, package_path=str(package), inductor_configs=dict(self.settings))
+
             try:
                 exponentials = fast_exponentials() if reduced_precision(module) else nullcontext()
-                with torch.no_grad(), exponentials, native_kernels():
-                    program = torch.export.export(module, tuple(example))
-                    aoti_compile_and_package(
-                        program, package_path=str(package), inductor_configs=dict(self.settings)
-                    )
+                with torch.no_grad(), exponentials:
+                    _, kernels = compile_with_kernels(compiler, spec.name)
             except Exception as error:  # torch raises many types here, none of them ours
                 raise CompileError(f"AOTInductor cannot compile engine {spec.name}", found=error) from error
             unpack_package(package, directory)
+            write_record(directory, kernels)
 
     def load(
         self,

@@ -35,7 +35,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from jitexport.backends.base import Backend, RawEngine, assign_weights
 from jitexport.backends.eager import as_engine
 from jitexport.errors import BackendError, CompileError
-from jitexport.kernels.native import native_kernels
+from jitexport.kernels.native import compile_with_kernels, native_kernels, write_record
 from jitexport.specs import DTYPES, EngineSpec
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,11 @@ class InductorBackend(Backend):
         device, threads = example[0].device, torch.get_num_threads()
         # Beside the engine and not in TMPDIR: what a killed build leaves is then removed with the rest of it.
         scratch = tempfile.mkdtemp(prefix=".scratch-", dir=directory.parent)
-        with private_cache(Path(scratch)) as cache, native_kernels():
+        with private_cache(Path(scratch)) as cache:
             try:
                 if device.type == "cpu":
                     write_libraries(vector_trials(), cache)
-                compiled(module, device, threads)(example)
+                _, kernels = compile_with_kernels(lambda: compiled(module, device, threads)(example), spec.name)
                 saved = torch.compiler.save_cache_artifacts()
             except Exception as error:  # torch raises many types here, none of them ours
                 raise CompileError(f"torch.compile cannot compile engine {spec.name}", found=error) from error
@@ -92,7 +92,9 @@ class InductorBackend(Backend):
                 )
             write_libraries(read_libraries(cache), directory / LIBRARIES)
         (directory / CACHE).write_bytes(saved[0])
-        (directory / INFO).write_text(json.dumps({"threads": threads}), encoding="utf-8")
+        info = {"threads": threads, "kernels": bool(kernels)}
+        (directory / INFO).write_text(json.dumps(info), encoding="utf-8")
+        write_record(directory, kernels)
 
     def load(
         self,
@@ -103,9 +105,12 @@ class InductorBackend(Backend):
         device: torch.device,
     ) -> RawEngine:
         made = assign_weights(module(), weights)
-        with private_cache(own_folder(os.getpid())) as cache, native_kernels():
+        with private_cache(own_folder(os.getpid())) as cache, ExitStack() as stack:
             try:
-                threads = json.loads((directory / INFO).read_text(encoding="utf-8"))["threads"]
+                info = json.loads((directory / INFO).read_text(encoding="utf-8"))
+                threads = info["threads"]
+                if info["kernels"]:
+                    stack.enter_context(native_kernels())
                 link_libraries(directory / LIBRARIES, cache)
                 if torch.compiler.load_cache_artifacts((directory / CACHE).read_bytes()) is None:
                     raise ValueError(f"{CACHE} is not a cache of torch.compile")

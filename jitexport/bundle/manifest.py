@@ -58,6 +58,7 @@ class EngineEntry(_Entry):
     `golden` is the file with an example of its inputs and of what it gave for them where it was built.
     `relative_error` is ||engine - eager|| / ||eager|| over all outputs, `max_error` the largest difference. Where the
     engine was built for another machine's GPU it could not run: both are null, and the golden outputs are eager's.
+    `kernels` names those of jitexport's own that the engine has, and the instructions that they are written in.
     """
 
     name: str
@@ -67,6 +68,7 @@ class EngineEntry(_Entry):
     golden: str
     relative_error: float | None
     max_error: float | None
+    kernels: str | None = None
 
     _paths = field_validator("directory", "golden")(_safe)
 

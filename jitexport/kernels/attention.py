@@ -2,7 +2,7 @@
 
 PyTorch's fused attention for CPUs runs no faster in bf16 than in fp32. By parts, its products reach the rate of bf16
 products, and the softmax between them takes half as long again. The kernel (attention.h) does both at once for CPUs
-with AVX-512 and bf16 instructions, with norms and rotation before them, and in 8 bits where a model's linear layers are
+with AVX2 or AVX-512, with norms and rotation before them, and in whole numbers where a model's linear layers are
 quantized.
 """
 
@@ -48,7 +48,8 @@ def attention(
         cos, sin: of the angles [B or 1, sum of L, Dh / 2] by which neighbouring channels of queries and keys are
             rotated, after the norms; fp32. None for no rotation.
         eps: of the norms.
-        int8: whether products may run on 8-bit numbers; only the kernel does so, with an error of about 1%.
+        int8: whether products may run on whole numbers, of 8 bits or of 11 (tiles.h); only the kernel does so, with an
+            error of about 1%.
 
     Returns:
         [B, sum of L, H, Dh].
@@ -56,12 +57,17 @@ def attention(
     q, k, v, q_norms, k_norms = zip(*streams, strict=True)
     norms = [[norm for norm in given if norm is not None] for given in (q_norms, k_norms)]
     fits = q[0].shape[-1] % native.GROUP == 0 and all(len(given) in (0, len(q)) for given in norms)
-    if fits and all(map(native.wanted, (*q, *k, *v, *norms[0], *norms[1]))):
+    if fits and native.wanted(*q, *k, *v, *norms[0], *norms[1]):
         if cos is not None:
             cos, sin = (angles.expand(q[0].shape[0], -1, -1) for angles in (cos, sin))
         return torch.ops.jitexport.attention(list(q), list(k), list(v), *norms, cos, sin, eps, int8)
-    heads = [x.transpose(1, 2) for x in joined(streams, cos, sin, eps)]
-    out = blockwise_attention(*heads) if by_parts(q[0]) else F.scaled_dot_product_attention(*heads)
+    return by_torch(joined(streams, cos, sin, eps))
+
+
+def by_torch(heads: Sequence[Tensor]) -> Tensor:
+    """q, k and v [B, L, H, Dh] -> attention, likewise."""
+    heads = [x.transpose(1, 2) for x in heads]
+    out = blockwise_attention(*heads) if by_parts(heads[0]) else F.scaled_dot_product_attention(*heads)
     return out.transpose(1, 2)
 
 
@@ -125,11 +131,10 @@ def attention_operator(
     eps: float,
     int8: bool,
 ) -> Tensor:
-    """`attention` as one operator, for graphs; bf16 heads of a multiple of 64 channels; norms for all streams or []."""
+    """`attention` as one operator, for graphs; heads of a multiple of 64 channels; norms for all streams or []."""
     none = [None] * len(q)
     streams = [Stream(*stream) for stream in zip(q, k, v, q_norms or none, k_norms or none, strict=True)]
-    out = blockwise_attention(*(x.transpose(1, 2) for x in joined(streams, cos, sin, eps)))
-    return out.transpose(1, 2).contiguous()
+    return by_torch(joined(streams, cos, sin, eps)).contiguous()
 
 
 @attention_operator.register_fake
@@ -141,13 +146,14 @@ def _(q: Any, k: Any, v: Any, q_norms: Any, k_norms: Any, cos: Any, sin: Any, ep
 CALL = """
 {%- macro streams(parts, norms) -%}
 { {% for data in parts -%}
-{(const uint16_t*){{data}}, (const uint16_t*){{norms[loop.index0] if norms else "nullptr"}},
+{(const {{number}}*){{data}}, (const {{number}}*){{norms[loop.index0] if norms else "nullptr"}},
  {{lengths[loop.index0]}}}, {% endfor -%} }
 {%- endmacro -%}
 using namespace jitexport;
-const Stream q[] = {{streams(q, q_norms)}}, k[] = {{streams(k, k_norms)}}, v[] = {{streams(v, [])}};
-Attention<{{kind}}, {{channels}}>{ {{batch}}, {{tokens}}, {{heads}}, {{scale}}, {{eps}}, {{cos}}, {{sin}} }.run(
-    q, k, v, (uint16_t*){{out}}, {{threads}});
+const Stream<{{number}}> q[] = {{streams(q, q_norms)}}, k[] = {{streams(k, k_norms)}}, v[] = {{streams(v, [])}};
+Attention<{{kind}}, {{number}}, {{channels}}>{
+    {{batch}}, {{tokens}}, {{heads}}, {{scale}}, {{eps}}, {{cos}}, {{sin}}
+}.run(q, k, v, ({{number}}*){{out}}, {{threads}});
 """
 
 
@@ -162,6 +168,7 @@ def lowering(q: Any, k: Any, v: Any, q_norms: Any, k_norms: Any, cos: Any, sin: 
         [batch, sum(lengths), heads, channels], q[0].get_dtype(),
         {
             "batch": batch, "tokens": sum(lengths), "lengths": lengths, "heads": heads, "channels": channels,
-            "kind": "Int8" if int8 else "BF16", "scale": channels**-0.5, "eps": eps,
+            "number": (number := native.number_type(q[0].get_dtype())), "kind": native.kind(number, int8),
+            "scale": channels**-0.5, "eps": eps,
         },
     )

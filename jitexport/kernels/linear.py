@@ -28,6 +28,10 @@ def gelu_tanh(y: Tensor) -> Tensor:
 KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 
+#: Of a layer with 8-bit weights: sums of more products may not fit into 32 bits (tiles.h).
+MOST_INPUTS = 16384
+
+
 def quantize(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Rows [R, K] in 8 bits and their scales [R, 1], fp32: values = scales * rows, up to rounding."""
     dtype, largest = KINDS[kind]
@@ -59,7 +63,8 @@ def linear(
     """
     sizes = [weight.shape[0], *(part.shape[-1] for part in x)]
     fits = weight.dtype == (x[0].dtype if scale is None else torch.int8) and all(n % native.GROUP == 0 for n in sizes)
-    if fits and all(map(native.wanted, x if bias is None else (*x, bias))):
+    fits = fits and (scale is None or weight.shape[1] <= MOST_INPUTS)
+    if fits and native.wanted(*(x if bias is None else (*x, bias))):
         y = torch.ops.jitexport.linear([part.flatten(0, -2) for part in x], weight, bias, scale, gelu, wide)
         return y.unflatten(0, x[0].shape[:-1])
     joined = torch.cat(list(x), dim=-1) if len(x) > 1 else x[0]
@@ -95,7 +100,7 @@ def product_8bit(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def linear_operator(
     x: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: Tensor | None, gelu: bool, wide: bool
 ) -> Tensor:
-    """`linear` of rows as one operator, for graphs; bf16, inputs and outputs in multiples of 64; fp32 if `wide`."""
+    """`linear` of rows as one operator, for graphs; inputs and outputs in multiples of 64; fp32 if `wide`."""
     return by_torch(torch.cat(list(x), dim=1), weight, bias, scale, gelu).to(torch.float32 if wide else x[0].dtype)
 
 
@@ -106,10 +111,12 @@ def _(x: Any, weight: Tensor, bias: Any, scale: Any, gelu: bool, wide: bool) -> 
 
 CALL = """
 using namespace jitexport;
-using Layer = Linear<{{kind}}, {{gelu}}, {{number}}>;
-const Part x[] = { {% for data in x %}{(const uint16_t*){{data}}, {{widths[loop.index0]}}}, {% endfor %} };
+using Layer = Linear<{{kind}}, {{number}}, {{gelu}}, {{result}}>;
+const Part<{{number}}> x[] = {
+    {% for data in x %}{(const {{number}}*){{data}}, {{widths[loop.index0]}}}, {% endfor %}
+};
 Layer{ {{rows}}, {{inputs}}, {{outputs}} }.run(
-    x, (const Layer::Weight*){{weight}}, {{scale}}, (const uint16_t*){{bias}}, ({{number}}*){{out}}, {{threads}});
+    x, (const Layer::Weight*){{weight}}, {{scale}}, (const {{number}}*){{bias}}, ({{result}}*){{out}}, {{threads}});
 """
 
 
@@ -118,12 +125,13 @@ def lowering(x: Any, weight: Any, bias: Any, scale: Any, gelu: bool, wide: bool)
     """The operator for Inductor."""
     rows, widths = int(x[0].get_size()[0]), [int(part.get_size()[1]) for part in x]
     outputs = int(weight.get_size()[0])
+    number = native.number_type(x[0].get_dtype())
     return native.kernel_node(
         "linear.h", CALL, {"x": x, "weight": weight, "bias": bias, "scale": scale}, [rows, outputs],
         torch.float32 if wide else x[0].get_dtype(),
         {
             "rows": rows, "inputs": sum(widths), "widths": widths, "outputs": outputs,
-            "kind": "BF16" if scale is None else "Int8", "gelu": "true" if gelu else "false",
-            "number": "float" if wide else "uint16_t",
+            "number": number, "kind": native.kind(number, scale is not None), "gelu": "true" if gelu else "false",
+            "result": "float" if wide else number,
         },
     )

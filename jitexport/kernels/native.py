@@ -9,50 +9,138 @@ model gets PyTorch's operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-#: What the headers are written in, besides AVX-512's foundation.
-INSTRUCTIONS = ("avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vnni")
-#: Tiles have so many columns: see tiles.h.
+#: Heads and layers come in multiples of so many channels.
 GROUP = 64
 
-_active = False
+
+class Instructions(NamedTuple):
+    """A set of a CPU's instructions that the headers are written in (lanes.h), and what gains by it."""
+
+    name: str
+    features: Sequence[str]  # as torch.cpu.get_capabilities calls them
+    dtypes: Sequence[torch.dtype]  # of tensors whose products are faster by the kernels, as measured
+
+
+AVX512 = Instructions(
+    "AVX-512", ("avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16", "avx512_vnni"), (torch.bfloat16,)
+)
+AVX2 = Instructions("AVX2", ("avx2", "fma3"), (torch.float32, torch.bfloat16))
+
+#: The file beside an engine that names its kernels.
+RECORD = "kernels.json"
+
+Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
+
+_active: Instructions | None = None
+_used: set[str] = set()
+
+
+def instructions() -> tuple[Instructions | None, str]:
+    """What this CPU's kernels are written in, and why there are none where it is None."""
+    if os.environ.get("JITEXPORT_KERNELS") == "0":
+        return None, "JITEXPORT_KERNELS=0 is set"
+    has = torch.cpu.get_capabilities()
+    if has.get("amx_tile"):
+        return None, "the CPU has matrix units (AMX), with which plain products are faster"
+    chosen = AVX512 if has.get("avx512_f") else AVX2  # a compiler that finds AVX-512 takes its registers
+    if lacking := [name for name in chosen.features if not has.get(name)]:
+        return None, f"the CPU lacks {', '.join(lacking)}"
+    return chosen, ""
 
 
 def missing() -> str | None:
     """Why this machine has no use for the kernels; None where it does."""
-    has = torch.cpu.get_capabilities()
-    if lacking := [name for name in INSTRUCTIONS if not has.get(name)]:
-        return f"the CPU lacks {', '.join(lacking)}"
-    if has.get("amx_tile"):
-        return "the CPU has matrix units (AMX), with which plain products are faster"
-    return None
+    return instructions()[1] or None
 
 
 @contextmanager
-def native_kernels() -> Iterator[None]:
-    """What is traced and compiled inside uses the kernels, on machines that have a use for them."""
-    global _active
-    before = _active
-    _active = missing() is None
-    if _active:
+def native_kernels() -> Iterator[set[str]]:
+    """What is traced and compiled inside uses the kernels, on machines that have a use for them.
+
+    Yields:
+        The names of the kernels that Inductor put into its code so far, such as "attention".
+    """
+    global _active, _used
+    before = _active, _used
+    _active, _used = instructions()[0], set()
+    if _active is not None:
         teach_inductor()
     try:
-        yield
+        yield _used
     finally:
-        _active = before
+        _active, _used = before
 
 
-def wanted(x: Tensor) -> bool:
-    """Whether a computation on x is to be a kernel's."""
-    return _active and by_parts(x)
+def compile_with_kernels(compiler: Callable[[], Result], name: str) -> tuple[Result, set[str]]:
+    """Run what compiles engine `name`, with the kernels, or without them where they do not compile.
+
+    The kernels are templates of Inductor's private kind: another version of torch may take them otherwise.
+
+    Returns:
+        The compiler's result, and the kernels in it.
+    """
+    with native_kernels() as used:
+        try:
+            return compiler(), used
+        except Exception as error:
+            if not used:
+                raise
+            reason = str(error).strip() or type(error).__name__
+    logger.warning(
+        "engine %s is compiled without the kernels %s, by PyTorch's operators, which may be slower: %s",
+        name, ", ".join(sorted(used)), reason.splitlines()[-1],
+    )
+    return compiler(), set()
+
+
+def write_record(directory: Path, used: Set[str]) -> None:
+    """Note beside an engine which kernels it has, in which instructions; nothing for none."""
+    chosen, _ = instructions()
+    if used and chosen is not None:
+        note = {"instructions": chosen.name, "kernels": sorted(used)}
+        (directory / RECORD).write_text(json.dumps(note), encoding="utf-8")
+
+
+def read_record(directory: Path) -> str | None:
+    """What `write_record` noted, in words; None for nothing."""
+    if not (directory / RECORD).is_file():
+        return None
+    note = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+    return f"{', '.join(note['kernels'])} ({note['instructions']})"
+
+
+def wanted(*inputs: Tensor) -> bool:
+    """Whether a computation on these inputs is to be a kernel's: all on a CPU, and of one dtype that gains by it."""
+    dtypes = {x.dtype for x in inputs}
+    return (
+        _active is not None and len(dtypes) == 1 and dtypes <= {*_active.dtypes}
+        and all(x.device.type == "cpu" for x in inputs)
+    )
+
+
+def number_type(dtype: torch.dtype) -> str:
+    """A dtype as the headers call it."""
+    return {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
+
+
+def kind(number: str, quantized: bool) -> str:
+    """The kind of products (tiles.h) for tensors of a number type, with quantized weights or not."""
+    return "Quantized" if quantized else f"Plain<{number}>"
 
 
 def by_parts(x: Tensor) -> bool:
@@ -119,15 +207,15 @@ def kernel_node(
     template = kernel_template()(source(header), call, {n: given(x) for n, x in inputs.items()}, layout, values)
     out = template.generate().output_node()
     V.graph.no_fuse_buffer_names.add(out.get_name())
+    _used.add(header.removesuffix(".h"))
     return out
 
 
 @cache
 def source(header: str) -> str:
-    """A header of this package with tiles.h in the place of its include."""
-    folder = files("jitexport.kernels")
-    text = (folder / header).read_text(encoding="utf-8")
-    return text.replace('#include "tiles.h"', (folder / "tiles.h").read_text(encoding="utf-8"))
+    """A header of this package with those that it includes from here in their places."""
+    text = (files("jitexport.kernels") / header).read_text(encoding="utf-8")
+    return re.sub(r'#include "(.+?)"', lambda include: source(include[1]), text)
 
 
 @cache

@@ -1,33 +1,18 @@
-// What the kernels have in common: matrix products in tiles of registers, of bf16 or of 8-bit numbers, for CPUs with
-// AVX-512.
+// What the kernels have in common: matrix products in tiles of registers, of fp32, bf16 or integer numbers, for CPUs
+// with AVX2 or AVX-512.
 
 #ifndef JITEXPORT_TILES_H
 #define JITEXPORT_TILES_H
 
-#if !defined(__AVX512BW__) || !defined(__AVX512VL__) || !defined(__AVX512BF16__) || !defined(__AVX512VNNI__)
-#error "jitexport's kernels need AVX-512 with BW, VL, BF16 and VNNI"
-#endif
-
-#include <immintrin.h>
-#include <omp.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <new>
+#include "lanes.h"
 
 namespace jitexport {
 namespace {
 
-constexpr int LANES = 16;            // 32-bit numbers in a register
-constexpr int WIDE = 4;              // registers side by side in a tile
+constexpr int WIDE = LANES / 4;      // registers side by side in a tile
 constexpr int GROUP = LANES * WIDE;  // columns of a tile
-constexpr int ROWS = 6;              // of a tile: 24 sums, 4 operands and a broadcast fill the 32 registers
-constexpr int BLOCK = 4 * ROWS;      // rows that a thread takes at once
+constexpr int ROWS = 6;              // of a tile: its sums, WIDE operands and a broadcast fill the 16 or 32 registers
+constexpr int BLOCK = 4 * ROWS;      // rows that a thread takes at once, when it is free: cores may be shared with others
 constexpr float LOG2_E = 1.44269504f;
 
 struct Free {
@@ -44,48 +29,107 @@ Buffer<T> buffer(int64_t count) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline __m512 widen(const uint16_t* bf16) {
-  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+// 2^x by a polynomial: to 1e-7, or to 1e-4, a tenth of what bf16 and 8 bits resolve.
+template <bool EXACT>
+Floats power_of_two(Floats x) {
+  x = exponents(x);
+  const Floats f = fraction(x);
+  Floats p;
+  if constexpr (EXACT) {
+    p = multiply_add(all(0.00187757659f), f, all(0.00898934066f));
+    p = multiply_add(p, f, all(0.0558263172f));
+    p = multiply_add(p, f, all(0.240153618f));
+    p = multiply_add(p, f, all(0.693153073f));
+    p = multiply_add(p, f, all(0.999999925f));
+  } else {
+    p = multiply_add(all(0.07802175f), f, all(0.22606715f));
+    p = multiply_add(p, f, all(0.69583354f));
+    p = multiply_add(p, f, all(0.99992520f));
+  }
+  return scale_by_whole_power(p, x);
 }
 
-inline void store_bf16(uint16_t* to, __m512 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
-}
+// Kinds of products: sums of PACK numbers of each operand in a 32-bit word. `add` is written as instructions: around
+// the intrinsics, GCC 12 moves the sums to the stack and back at every step.
+//
+// Number: of the rows. Those of quantized kinds reach from -TOP to TOP, plus OFFSET on the one side of the product
+// that must not have a sign; weights of attention reach up to WEIGHT_TOP, so that no sum of a chunk overflows.
 
-inline void store_int8(void* to, __m512i x) {
-  _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x));
-}
+struct F32 {
+  using Sum = Floats;
+  using Number = float;
+  static constexpr int PACK = 1, OFFSET = 0;
+  static constexpr bool QUANTIZED = false, EXACT = true;
+  static Sum start(int32_t) { return all(0.f); }
+  static Floats real(Sum sum) { return sum; }
+  static void add(Sum& sum, Ints a, Ints b) { asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+  static Ints weights(const float* from) { return load_words(from); }
+  static Ints weights(const uint16_t* from) { return as_ints(load(from)); }
+};
 
-// 2^x by a cubic, to 1e-4: a tenth of what bf16 and 8 bits resolve.
-inline __m512 power_of_two(__m512 x) {
-  const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 p = _mm512_set1_ps(0.07802175f);
-  p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.22606715f));
-  p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.69583354f));
-  p = _mm512_fmadd_ps(p, fraction, _mm512_set1_ps(0.99992520f));
-  return _mm512_scalef_ps(p, x);
-}
-
-// Sums of products, PACK numbers of each operand in 32 bits. Written as instructions: around the intrinsics, GCC 12
-// moves the sums to the stack and back at every step.
+#ifdef __AVX512BF16__
 struct BF16 {
-  using Sum = __m512;
+  using Sum = Floats;
   using Number = uint16_t;
-  static constexpr int PACK = 2;
-  static Sum start(int32_t) { return _mm512_setzero_ps(); }
-  static __m512 real(Sum sum) { return sum; }
-  static void add(Sum& sum, __m512i a, __m512i b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+  static constexpr int PACK = 2, OFFSET = 0;
+  static constexpr bool QUANTIZED = false, EXACT = false;
+  static Sum start(int32_t) { return all(0.f); }
+  static Floats real(Sum sum) { return sum; }
+  static void add(Sum& sum, Ints a, Ints b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+  static Ints weights(const uint16_t* from) { return load_words(from); }
+};
+#endif
+
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512BW__))
+struct Int8 {
+  using Sum = Ints;
+  using Number = uint8_t;
+  static constexpr int PACK = 4, TOP = 127, OFFSET = 128;
+  static constexpr float LOG2_WEIGHT_TOP = 7.9937876f;  // of 254.9: with a threshold of almost 1 it is still under 256
+  static constexpr bool QUANTIZED = true, EXACT = false;
+  static Sum start(int32_t value) { return all(value); }
+  static Floats real(Sum sum) { return to_floats(sum); }
+#ifdef __AVX512VNNI__
+  static void add(Sum& sum, Ints u8, Ints s8) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8)); }
+#else
+  static void add(Sum& sum, Ints u8, Ints s8) { asm("{vex} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u8), "x"(s8)); }
+#endif
+  static Ints weights(const int8_t* from) { return load_words(from); }
+  static void store(void* to, Ints x) { store_8(to, x); }
+};
+#endif
+
+// 8-bit weights where nothing sums 8-bit products: as 16-bit numbers, whose sums cannot saturate. The activations then
+// have 10 bits and a sign: 1023 * 127 * 16,384 inputs still fit into 32 bits.
+struct Int16 {
+  using Sum = Ints;
+  using Number = int16_t;
+  static constexpr int PACK = 2, TOP = 1023, OFFSET = 0;
+  static constexpr float LOG2_WEIGHT_TOP = 10.8289298f;  // of 1819: times 1023 and 1152 keys under 2^31
+  static constexpr bool QUANTIZED = true, EXACT = false;
+  static Sum start(int32_t value) { return all(value); }
+  static Floats real(Sum sum) { return to_floats(sum); }
+  static void add(Sum& sum, Ints a, Ints b) {
+    Ints products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(sum), "=&v"(products) : "v"(a), "v"(b));
+  }
+  static Ints weights(const int8_t* from) { return load_wider(from); }
+  static void store(void* to, Ints x) { store_16(to, x); }
 };
 
-struct Int8 {
-  using Sum = __m512i;
-  using Number = uint8_t;
-  static constexpr int PACK = 4;
-  static Sum start(int32_t value) { return _mm512_set1_epi32(value); }
-  static __m512 real(Sum sum) { return _mm512_cvtepi32_ps(sum); }
-  static void add(Sum& sum, __m512i u8, __m512i s8) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8)); }
-};
+// What this machine multiplies quantized numbers by, and those of a type that are not.
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512BW__))
+using Quantized = Int8;
+#else
+using Quantized = Int16;
+#endif
+#ifdef __AVX512BF16__
+template <class Number>
+using Plain = std::conditional_t<std::is_same_v<Number, float>, F32, BF16>;
+#else
+template <class Number>
+using Plain = F32;
+#endif
 
 // sum += rows [ROWS][count words, `row_stride` apart] @ columns [count words][GROUP, `column_stride` apart].
 // Of 8-bit numbers, those of the rows have no sign, or with SIGNED_ROWS those of the columns.
@@ -94,14 +138,14 @@ __attribute__((always_inline)) inline void multiply(
     typename Kind::Sum (&sum)[ROWS][WIDE], const void* rows, int64_t row_stride, const int32_t* columns,
     int64_t column_stride, int64_t count) {
   for (int64_t i = 0; i < count; i++) {
-    __m512i column[WIDE];
+    Ints column[WIDE];
 #pragma GCC unroll 4
-    for (int w = 0; w < WIDE; w++) column[w] = _mm512_load_si512(columns + i * column_stride + w * LANES);
+    for (int w = 0; w < WIDE; w++) column[w] = load_words(columns + i * column_stride + w * LANES);
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; r++) {
       int32_t word;
       std::memcpy(&word, static_cast<const char*>(rows) + (r * row_stride + i) * sizeof word, sizeof word);
-      const __m512i row = _mm512_set1_epi32(word);
+      const Ints row = all(word);
 #pragma GCC unroll 4
       for (int w = 0; w < WIDE; w++)
         if constexpr (SIGNED_ROWS)
@@ -112,22 +156,22 @@ __attribute__((always_inline)) inline void multiply(
   }
 }
 
-// Numbers 0 ... count of a row, 16 from c on by number(c), as 8-bit ones plus an offset: their scale, and their sum
-// without the offset.
-template <class Number>
+// Numbers 0 ... count of a row, LANES from c on by number(c), as a kind's whole numbers plus an offset: their scale,
+// and their sum without the offset.
+template <class Kind, class Number>
 float quantize_row(const Number& number, int64_t count, int offset, void* to, int32_t* sum = nullptr) {
-  __m512 top = _mm512_set1_ps(1e-12f);
-  for (int64_t c = 0; c < count; c += LANES) top = _mm512_max_ps(top, _mm512_abs_ps(number(c)));
-  const float peak = _mm512_reduce_max_ps(top);
-  const __m512 factor = _mm512_set1_ps(127 / peak);
-  __m512i sums = _mm512_setzero_si512();
+  Floats top = all(1e-12f);
+  for (int64_t c = 0; c < count; c += LANES) top = most(top, magnitude(number(c)));
+  const float peak = most_of(top);
+  const Floats factor = all(Kind::TOP / peak);
+  Ints sums = all(0);
   for (int64_t c = 0; c < count; c += LANES) {
-    const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(number(c), factor));
-    sums = _mm512_add_epi32(sums, n);
-    store_int8(static_cast<char*>(to) + c, _mm512_add_epi32(n, _mm512_set1_epi32(offset)));
+    const Ints n = nearest(number(c) * factor);
+    sums = add(sums, n);
+    Kind::store(static_cast<char*>(to) + c * 4 / Kind::PACK, add(n, all(offset)));
   }
-  if (sum != nullptr) *sum = _mm512_reduce_add_epi32(sums);
-  return peak / 127;
+  if (sum != nullptr) *sum = sum_of(sums);
+  return peak / Kind::TOP;
 }
 
 }  // namespace

@@ -22,35 +22,54 @@ HARNESS = """
 using namespace jitexport;
 using I = int64_t;
 
-template <class Kind, int D>
-void attend(const Stream* s, const float* cos, const float* sin, uint16_t* out, I b, I l, I h, int threads) {
+template <class Number, class Kind, int D>
+void attend(
+    const void* streams, const float* cos, const float* sin, void* out, I b, I l, I h, int threads) {
+  const auto s = static_cast<const Stream<Number>*>(streams);
   const float scale = 1 / std::sqrt(float(D));
-  Attention<Kind, D>{b, l, h, scale, 1e-6f, cos, sin}.run(s, s + 2, s + 4, out, threads);
+  Attention<Kind, Number, D>{b, l, h, scale, 1e-6f, cos, sin}.run(
+      s, s + 2, s + 4, static_cast<Number*>(out), threads);
+}
+template <class Number, int D>
+auto of_kind(bool quantized) {
+  return quantized ? attend<Number, Quantized, D> : attend<Number, Plain<Number>, D>;
 }
 // Streams: two of queries, two of keys, two of values; l tokens in all.
 extern "C" void attention(
-    bool int8, const Stream* s, const float* cos, const float* sin, uint16_t* out, I b, I l, I h, I d, int threads) {
-  const auto run = d == 64 ? int8 ? attend<Int8, 64> : attend<BF16, 64> : int8 ? attend<Int8, 128> : attend<BF16, 128>;
+    bool wide, bool quantized, const void* s, const float* cos, const float* sin, void* out, I b, I l, I h, I d,
+    int threads) {
+  const auto run = wide ? d == 64 ? of_kind<float, 64>(quantized) : of_kind<float, 128>(quantized)
+                        : d == 64 ? of_kind<uint16_t, 64>(quantized) : of_kind<uint16_t, 128>(quantized);
   run(s, cos, sin, out, b, l, h, threads);
 }
 
-template <class Kind, bool GELU, class Out>
+template <class Number, class Kind, bool GELU, class Out>
 void layer(
-    const Part* x, const void* w, const float* s, const uint16_t* b, void* out, I r, I k, I n, int threads) {
-  using Layer = Linear<Kind, GELU, Out>;
-  Layer{r, k, n}.run(x, static_cast<const typename Layer::Weight*>(w), s, b, static_cast<Out*>(out), threads);
+    const void* x, const void* w, const float* s, const void* b, void* out, I r, I k, I n, int threads) {
+  using Layer = Linear<Kind, Number, GELU, Out>;
+  Layer{r, k, n}.run(
+      static_cast<const Part<Number>*>(x), static_cast<const typename Layer::Weight*>(w), s,
+      static_cast<const Number*>(b), static_cast<Out*>(out), threads);
 }
-template <class Kind>
-auto of(bool gelu, bool wide) {
-  return gelu ? wide ? layer<Kind, true, float> : layer<Kind, true, uint16_t>
-              : wide ? layer<Kind, false, float> : layer<Kind, false, uint16_t>;
+template <class Number, class Kind>
+auto of_result(bool gelu, bool wide) {
+  return gelu ? wide ? layer<Number, Kind, true, float> : layer<Number, Kind, true, Number>
+              : wide ? layer<Number, Kind, false, float> : layer<Number, Kind, false, Number>;
+}
+template <class Number>
+auto of(bool quantized, bool gelu, bool wide) {
+  return quantized ? of_result<Number, Quantized>(gelu, wide) : of_result<Number, Plain<Number>>(gelu, wide);
 }
 extern "C" void linear(
-    bool int8, bool gelu, bool wide, const Part* x, const void* w, const float* s, const uint16_t* b, void* out, I r,
-    I k, I n, int threads) {
-  (int8 ? of<Int8>(gelu, wide) : of<BF16>(gelu, wide))(x, w, s, b, out, r, k, n, threads);
+    bool fp32, bool quantized, bool gelu, bool wide, const void* x, const void* w, const float* s, const void* b,
+    void* out, I r, I k, I n, int threads) {
+  (fp32 ? of<float>(quantized, gelu, wide) : of<uint16_t>(quantized, gelu, wide))(x, w, s, b, out, r, k, n, threads);
 }
+extern "C" int top() { return Quantized::TOP; }
 """
+
+
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -70,13 +89,18 @@ class CPart(ctypes.Structure):
 class Kernels:
     library: ctypes.CDLL
 
+    @property
+    def top(self) -> int:
+        """Largest magnitude of quantized activations."""
+        return self.library.top()
+
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, int8: bool, threads: int = 2, split: int | None = None,
         norms: Sequence[tuple[Tensor, Tensor]] = ((None, None), (None, None)), cos: Tensor | None = None,
         sin: Tensor | None = None,
     ) -> Tensor:
         """Of all tokens, or of those before and from `split` on in streams of their own, with (q, k) norms of each."""
-        assert {t.dtype for t in (q, k, v)} == {torch.bfloat16}
+        assert len({t.dtype for t in (q, k, v)}) == 1 and q.dtype in DTYPES
         out = torch.full_like(q, torch.nan)
         batch, tokens, heads, channels = q.shape
         split = tokens if split is None else split
@@ -87,7 +111,7 @@ class Kernels:
                 weight = None if name is None else norm[name]
                 streams.append(CStream(pointer(kept[-1]), pointer(weight), part.shape[1]))
         self.library.attention(
-            int8, (CStream * 6)(*streams), pointer(cos), pointer(sin), pointer(out),
+            q.dtype == torch.float32, int8, (CStream * 6)(*streams), pointer(cos), pointer(sin), pointer(out),
             *map(ctypes.c_int64, (batch, tokens, heads, channels)), threads,
         )  # fmt: skip
         return out
@@ -96,13 +120,14 @@ class Kernels:
         self, parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, scale: Tensor | None, *, gelu: bool,
         wide: bool, threads: int = 2,
     ) -> Tensor:
-        assert {x.dtype for x in parts} == {torch.bfloat16}
-        assert weight.dtype == (torch.bfloat16 if scale is None else torch.int8)
+        dtype = parts[0].dtype
+        assert {x.dtype for x in parts} == {dtype} and dtype in DTYPES
+        assert weight.dtype == (dtype if scale is None else torch.int8)
         rows, outputs = len(parts[0]), len(weight)
-        out = torch.full((rows, outputs), torch.nan, dtype=torch.float32 if wide else torch.bfloat16)
+        out = torch.full((rows, outputs), torch.nan, dtype=torch.float32 if wide else dtype)
         given = (CPart * len(parts))(*(CPart(pointer(x), x.shape[1]) for x in parts))
         self.library.linear(
-            scale is not None, gelu, wide, given, *map(pointer, (weight, scale, bias, out)),
+            dtype == torch.float32, scale is not None, gelu, wide, given, *map(pointer, (weight, scale, bias, out)),
             *map(ctypes.c_int64, (rows, weight.shape[1], outputs)), threads,
         )  # fmt: skip
         return out

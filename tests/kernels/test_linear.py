@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jitexport.kernels.linear import by_torch, gelu_tanh, linear, quantize
-from tests.kernels.conftest import relative
+from jitexport.kernels.linear import MOST_INPUTS, gelu_tanh, linear, quantize
+from tests.kernels.conftest import DTYPES, relative
 
 
 def test_gelu_is_pytorchs_and_stays_finite():
@@ -43,46 +43,63 @@ def test_8_bit_layers_of_pytorchs_operators(normal, kind, dtype, gelu):
 
 @given(
     rows=st.integers(1, 80), parts=st.lists(st.integers(1, 5), min_size=1, max_size=3), outputs=st.integers(1, 4),
-    bias=st.booleans(), int8=st.booleans(), gelu=st.booleans(), wide=st.booleans(),
+    bias=st.booleans(), int8=st.booleans(), gelu=st.booleans(), wide=st.booleans(), dtype=st.sampled_from(DTYPES),
 )
-@example(rows=24, parts=[4], outputs=1, bias=True, int8=True, gelu=True, wide=False)  # whole blocks
-@example(rows=1, parts=[4, 16], outputs=16, bias=False, int8=False, gelu=False, wide=True)
-def test_the_kernel_is_the_layer(kernels, normal, rows, parts, outputs, bias, int8, gelu, wide):
-    x = [normal(rows, 64 * inputs, seed=i) for i, inputs in enumerate(parts)]
-    weight, scale = normal(64 * outputs, 64 * sum(parts), seed=10), None
+@example(rows=24, parts=[4], outputs=1, bias=True, int8=True, gelu=True, wide=False, dtype=torch.bfloat16)  # blocks
+@example(rows=1, parts=[4, 16], outputs=16, bias=False, int8=False, gelu=False, wide=True, dtype=torch.float32)
+def test_the_kernel_is_the_layer(kernels, normal, rows, parts, outputs, bias, int8, gelu, wide, dtype):
+    x = [normal(rows, 64 * inputs, seed=i).to(dtype) for i, inputs in enumerate(parts)]
+    weight, scale = normal(64 * outputs, 64 * sum(parts), seed=10).to(dtype), None
     if int8:
         weight, scale = quantize(weight, "int8")
         scale = scale[:, 0].contiguous()
-    b = normal(64 * outputs, seed=11) if bias else None
+    b = normal(64 * outputs, seed=11).to(dtype) if bias else None
     out = kernels.linear(x, weight, b, scale, gelu=gelu, wide=wide)
-    x, weight = torch.cat(x, dim=1), weight if int8 else weight.float()
-    wanted = by_torch(x if int8 else x.float(), weight, b, scale, gelu)
+    assert out.dtype == (torch.float32 if wide else dtype)
+    x, weight = torch.cat(x, dim=1).double(), weight.double()
+    if int8:
+        x, weight = rounded(x, kernels.top), weight * scale[:, None]
+    wanted = F.linear(x, weight, None if b is None else b.double())
+    wanted = F.gelu(wanted, approximate="tanh") if gelu else wanted
+    assert relative(out, wanted) < (1e-6 if not int8 and dtype == torch.float32 else 0.004)
     # Roundings of activations that lie between two numbers may differ.
-    torch.testing.assert_close(out.float(), wanted, rtol=0.01, atol=0.1)
-    assert relative(out, wanted) < 0.004
+    torch.testing.assert_close(out.double(), wanted, rtol=0.01, atol=0.1)
+
+
+def rounded(x, top):
+    """Rows as whole numbers up to `top` and a scale for each row."""
+    step = x.abs().amax(dim=1, keepdim=True) / top
+    return (x / step).round() * step
 
 
 def test_whole_numbers_are_exact(kernels):
-    """Rows whose largest is 127 have scale 1: nothing is rounded."""
+    """Rows whose largest is that of the kernel's numbers have scale 1: nothing is rounded."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-127, 128, (30, 256), generator=generator)
-    x[:, 0] = 127
+    x = torch.randint(-kernels.top, kernels.top + 1, (30, 256), generator=generator)
+    x[:, 0] = kernels.top
     weight = torch.randint(-127, 128, (128, 256), generator=generator, dtype=torch.int8)
-    out = kernels.linear([x.bfloat16()], weight, None, torch.ones(128), gelu=False, wide=True)
+    out = kernels.linear([x.float()], weight, None, torch.ones(128), gelu=False, wide=True)
     assert torch.equal(out, (x @ weight.T.long()).float())
 
 
 def test_extremes_do_not_overflow(kernels):
-    x = torch.full((7, 1024), 1e30).bfloat16()
-    weight = torch.full((64, 1024), -127, dtype=torch.int8)
+    x = torch.full((7, MOST_INPUTS), 1e30).bfloat16()
+    weight = torch.full((64, MOST_INPUTS), -127, dtype=torch.int8)
     out = kernels.linear([x], weight, None, torch.full((64,), 1e-30), gelu=False, wide=True)
-    torch.testing.assert_close(out, torch.full((7, 64), -127.0 * 1024), rtol=0.01, atol=0)
+    torch.testing.assert_close(out, torch.full((7, 64), -127.0 * MOST_INPUTS), rtol=0.01, atol=0)
+    y = kernels.linear([x[:, :64].float()], torch.eye(64), None, None, gelu=True, wide=True)
+    assert torch.equal(y, x[:, :64].float())
+    y = kernels.linear([-x[:, :64].float()], torch.eye(64), None, None, gelu=True, wide=True)
+    torch.testing.assert_close(y, torch.zeros(7, 64))
+    nothing = torch.full((7, 64), torch.nan)
+    assert kernels.linear([nothing], torch.eye(64), None, None, gelu=True, wide=True).isnan().all()
     assert not kernels.linear([0 * x], weight, None, torch.ones(64), gelu=True, wide=False).any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("int8", [False, True])
-def test_the_number_of_threads_does_not_matter(kernels, normal, int8):
-    x, weight, scale = normal(100, 128), normal(192, 128, seed=1), None
+def test_the_number_of_threads_does_not_matter(kernels, normal, int8, dtype):
+    x, weight, scale = normal(100, 128).to(dtype), normal(192, 128, seed=1).to(dtype), None
     if int8:
         weight, scale = quantize(weight, "int8")
         scale = scale[:, 0].contiguous()

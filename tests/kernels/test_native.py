@@ -15,6 +15,7 @@ from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear, quantize
 from jitexport.models.flux import FluxAdapter
 from jitexport.plan import CustomSchedule, plan
+from jitexport.specs import DTYPES
 from tests import tiny
 from tests.kernels.conftest import needs_kernels, relative
 
@@ -37,20 +38,29 @@ def compiled(function, *inputs, kernels):
     return out, "\n".join(code)
 
 
-def test_other_machines_are_told_apart(monkeypatch):
-    everything = dict.fromkeys(native.INSTRUCTIONS, True)
-    for has, reason in [
-        (everything, None),
-        (everything | {"avx512_vnni": False}, "avx512_vnni"),
-        ({}, "avx512_bf16"),
-        (everything | {"amx_tile": True}, "AMX"),
-    ]:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
-        assert native.missing() is None if reason is None else reason in native.missing()
-        with native.native_kernels():
-            assert native.wanted(torch.zeros(1).bfloat16()) == (reason is None)
-            assert not native.wanted(torch.zeros(1))
-        assert not native.wanted(torch.zeros(1).bfloat16())
+def having(*sets):
+    return {name: True for chosen in sets for name in chosen.features}
+
+
+@pytest.mark.parametrize(
+    ("has", "dtypes", "reason"),
+    [
+        (having(native.AVX2), (torch.float32, torch.bfloat16), None),
+        (having(native.AVX2, native.AVX512) | {"avx512_f": True}, (torch.bfloat16,), None),
+        (having(native.AVX2, native.AVX512) | {"avx512_f": True, "avx512_vnni": False}, (), "lacks avx512_vnni"),
+        (having(native.AVX2) | {"fma3": False}, (), "lacks fma3"),
+        (having(native.AVX2, native.AVX512) | {"avx512_f": True, "amx_tile": True}, (), "AMX"),
+        ({}, (), "avx2"),
+    ],
+)
+def test_machines_are_told_apart(monkeypatch, has, dtypes, reason):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert native.missing() is None if reason is None else reason in native.missing()
+    with native.native_kernels():
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            assert native.wanted(torch.zeros(1, dtype=dtype)) == (dtype in dtypes)
+        assert not native.wanted(torch.zeros(1, device="meta"))
+    assert not native.wanted(torch.zeros(1))
 
 
 def test_lowerings_may_come_late(monkeypatch):
@@ -72,7 +82,7 @@ def test_lowerings_may_come_late(monkeypatch):
 def test_headers_are_whole():
     for name in ("attention.h", "linear.h"):
         text = native.source(name)
-        assert '#include "' not in text and "struct BF16" in text
+        assert '#include "' not in text and "struct F32" in text and "using Floats" in text
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -88,7 +98,8 @@ def test_views_of_one_buffer_and_other_layouts(normal, int8):
     x, w = normal(2, 70, 32), normal(32, 384, seed=1)
     out, code = compiled(function, x, w, kernels=True)
     plain, other = compiled(function, x, w, kernels=False)
-    assert f"Attention<{'Int8' if int8 else 'BF16'}, 64>{{" in code and "Attention<" not in other
+    assert f"Attention<{'Quantized' if int8 else 'Plain<uint16_t>'}, uint16_t, 64>{{" in code
+    assert "Attention<" not in other
     assert relative(out, plain) < 0.04
 
 
@@ -106,7 +117,8 @@ def test_one_buffer_as_several_inputs(normal):
     wide = normal(64, 128, seed=4)
     out, code = compiled(function, *inputs, kernels=True)
     plain, _ = compiled(function, *inputs, kernels=False)
-    assert "Attention<BF16, 64>{" in code and "Linear<BF16, false, uint16_t>" in code
+    assert "Attention<Plain<uint16_t>, uint16_t, 64>{" in code
+    assert "Linear<Plain<uint16_t>, uint16_t, false, uint16_t>" in code
     for found, expected in zip(out, plain, strict=True):
         assert relative(found, expected) < 0.01
 
@@ -123,7 +135,8 @@ def test_layers_with_and_without_bias_in_one_graph(normal):
 
     inputs = normal(2, 30, 64, seed=3), normal(128, seed=4)
     out, code = compiled(function, *inputs, kernels=True)
-    assert "Linear<Int8, true, uint16_t>" in code and "Linear<Int8, false, float>" in code
+    assert "Linear<Quantized, uint16_t, true, uint16_t>" in code
+    assert "Linear<Quantized, uint16_t, false, float>" in code
     assert relative(out, compiled(function, *inputs, kernels=False)[0]) < 0.01
 
 
@@ -146,33 +159,83 @@ def test_shapes_that_do_not_fit_go_by_operators(normal):
             assert "Attention<" not in code
 
 
-@pytest.mark.parametrize(("backend", "quantization"), [("aoti", "int8"), ("inductor", None)])
-def test_engines_run_the_kernels_on_weights_that_change(tmp_path, caplog, backend, quantization):
-    needs_kernels()
-    model = tiny.save_flux(tmp_path / "model", guidance=True, channels=64)
-    adapter = FluxAdapter.from_folder(model, torch.bfloat16, {"quantization": quantization})
-    made = plan(adapter, custom=CustomSchedule((2,), (1.0,)), method="dense", dtype="bf16")
-    pipe = eager_pipeline(adapter, made.schedule, made.method, made.options, batch=1, dtype="bf16", device=CPU)
-    stage = made.schedule.engines[0].name
+def stage_engine(folder, dtype, quantization=None):
+    """A tiny model's adapter, and its one stage: specification and inputs."""
+    model = tiny.save_flux(folder / "model", guidance=True, channels=64)
+    adapter = FluxAdapter.from_folder(model, DTYPES[dtype], {"quantization": quantization})
+    made = plan(adapter, custom=CustomSchedule((2,), (1.0,)), method="dense", dtype=dtype)
+    pipe = eager_pipeline(adapter, made.schedule, made.method, made.options, batch=1, dtype=dtype, device=CPU)
     with torch.no_grad():
-        spec, inputs = next(probe for probe in probe_inputs(pipe) if probe[0].name == stage)
-    directory = tmp_path / "engine"
+        spec, inputs = next(probe for probe in probe_inputs(pipe) if probe[0].name == "stage0")
+    return adapter, spec, inputs
+
+
+def engine_of(backend, adapter, spec, inputs, directory):
     directory.mkdir()
     with torch.inference_mode(False), torch.no_grad():
-        registry.backend(backend).build(spec, adapter.module(stage), inputs, directory)
+        registry.backend(backend).build(spec, adapter.module(spec.name), inputs, directory)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "quantization"),
+    [("aoti", "fp32", None), ("aoti", "bf16", None), ("aoti", "bf16", "int8"), ("inductor", "fp32", "int8")],
+)
+def test_engines_run_the_kernels_on_weights_that_change(tmp_path, caplog, backend, dtype, quantization):
+    needs_kernels()
+    if DTYPES[dtype] not in native.instructions()[0].dtypes:
+        pytest.skip(f"the kernels for this CPU are not for {dtype}")
+    adapter, spec, inputs = stage_engine(tmp_path, dtype, quantization)
+    directory = tmp_path / "engine"
+    engine_of(backend, adapter, spec, inputs, directory)
+    assert native.read_record(directory) == f"attention, linear ({native.instructions()[0].name})"
     libraries = [p.read_bytes() for p in directory.rglob("*.so")]
     assert any(b"jitexport" in code and b"Attention" in code for code in libraries)
-    kind = b"BF16" if quantization is None else b"Int8"
-    assert any(re.search(rb"6LinearI\w*?4" + kind, code) for code in libraries)
+    kinds = (b"F32", b"BF16") if quantization is None else (b"Int16", b"Int8")
+    assert any(re.search(rb"6LinearI\w*?" + kind, code) for code in libraries for kind in kinds)
 
     def run(kind, weights):
-        made = partial(FluxAdapter.from_configs, adapter.configs, adapter.settings(), torch.bfloat16)
+        made = partial(FluxAdapter.from_configs, adapter.configs, adapter.settings(), DTYPES[dtype])
         with torch.no_grad():
-            return registry.backend(kind).load(spec, directory, weights, lambda: made().module(stage), CPU)(inputs)[0]
+            module = lambda: made().module(spec.name)  # noqa: E731
+            return registry.backend(kind).load(spec, directory, weights, module, CPU)(inputs)[0]
 
     weights = dict(adapter.tensors())
     others = {n: w.flip(0).contiguous() if "blocks" in n and w.dim() == 2 else w for n, w in weights.items()}
     first, second = (run("eager", w) for w in (weights, others))
-    assert relative(run(backend, weights), first) < 0.02
-    assert relative(run(backend, others), second) < 0.02 < relative(first, second)
+    close = 0.02 if quantization or dtype == "bf16" else 1e-5
+    assert relative(run(backend, weights), first) < close
+    assert relative(run(backend, others), second) < close < relative(first, second)
     assert "compiled again" not in caplog.text  # by inductor, whose cache knows the operators
+
+
+@pytest.mark.parametrize("backend", ["aoti", "inductor"])
+def test_kernels_that_do_not_compile_are_left_out(tmp_path, caplog, monkeypatch, backend):
+    """As by a version of torch that takes templates otherwise."""
+    needs_kernels()
+    dtype = "bf16" if torch.bfloat16 in native.instructions()[0].dtypes else "fp32"
+    adapter, spec, inputs = stage_engine(tmp_path, dtype)
+    monkeypatch.setattr(native, "source", lambda header: "this is no C++;")
+    engine_of(backend, adapter, spec, inputs, tmp_path / "engine")
+    assert "compiled without the kernels attention, linear" in caplog.text
+    assert native.read_record(tmp_path / "engine") is None
+    caplog.clear()
+    weights = dict(adapter.tensors())
+    engine = registry.backend(backend).load(
+        spec, tmp_path / "engine", weights, lambda: adapter.module(spec.name), CPU
+    )
+    with torch.no_grad():
+        assert relative(engine(inputs)[0], adapter.module(spec.name)(*inputs)) < 0.02
+    assert "compiled again" not in caplog.text
+
+
+def test_what_fails_without_kernels_fails(monkeypatch):
+    def compiler():
+        raise RuntimeError("no compiler")
+
+    with pytest.raises(RuntimeError, match="no compiler"):
+        native.compile_with_kernels(compiler, "stage0")
+
+
+def test_kernels_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("JITEXPORT_KERNELS", "0")
+    assert "JITEXPORT_KERNELS" in native.missing()
