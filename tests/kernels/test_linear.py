@@ -56,20 +56,18 @@ def test_the_kernel_is_the_layer(kernels, normal, rows, parts, outputs, bias, in
     b = normal(64 * outputs, seed=11).to(dtype) if bias else None
     out = kernels.linear(x, weight, b, scale, gelu=gelu, wide=wide)
     assert out.dtype == (torch.float32 if wide else dtype)
-    x, weight = torch.cat(x, dim=1).double(), weight.double()
-    if int8:
-        x, weight = rounded(x, kernels.top), weight * scale[:, None]
+    x, weight = torch.cat(x, dim=1), weight.double()
+    x, weight = (rounded(x.float(), kernels.top).double(), weight * scale[:, None]) if int8 else (x.double(), weight)
     wanted = F.linear(x, weight, None if b is None else b.double())
     wanted = F.gelu(wanted, approximate="tanh") if gelu else wanted
     assert relative(out, wanted) < (1e-6 if not int8 and dtype == torch.float32 else 0.004)
-    # Roundings of activations that lie between two numbers may differ.
     torch.testing.assert_close(out.double(), wanted, rtol=0.01, atol=0.1)
 
 
 def rounded(x, top):
-    """Rows as whole numbers up to `top` and a scale for each row."""
-    step = x.abs().amax(dim=1, keepdim=True) / top
-    return (x / step).round() * step
+    """Rows as whole numbers up to `top` and a scale for each row, by the kernel's steps, so that ties fall alike."""
+    peak = x.abs().amax(dim=1, keepdim=True)
+    return (x * (torch.full_like(peak, top) / peak)).round() * (peak / top)
 
 
 def test_whole_numbers_are_exact(kernels):
