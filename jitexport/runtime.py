@@ -26,6 +26,7 @@ from torch import Tensor
 
 from jitexport import registry
 from jitexport.backends.base import Engine
+from jitexport.crowding import watch
 from jitexport.errors import (
     BackendUnavailableError,
     InputError,
@@ -345,6 +346,8 @@ class Pipeline:
         held = self.weights.reading() if self.weights is not None else nullcontext()
         with held, Progress(console=Console(stderr=True), transient=True, disable=not self._show_progress) as progress:
             task = progress.add_task("denoising", total=total)
+            if self.device.type == "cpu":
+                watch.begin()
             for start in range(0, len(prompts), size):
                 count = min(size, len(prompts) - start)
                 rows = [start + min(i, count - 1) for i in range(size)]  # the last chunk repeats its last image
@@ -353,6 +356,7 @@ class Pipeline:
 
                 def on_step(i: int, sigma: float, latents: Callable[[], Tensor]) -> Tensor | None:
                     progress.advance(task)
+                    watch.look()
                     return self._callback(callback_on_step_end, i, latents)
 
                 at_once = self.graph is not None and callback_on_step_end is None
