@@ -164,6 +164,43 @@ def cache_dit(options: dict[str, Any], taylor: bool, setting: Setting) -> Make:
     return partial(call, pipe, setting, 50)
 
 
+def by_openvino(module: Any, method: str, result: Callable[[torch.Tensor], Any]) -> None:
+    """Let OpenVINO run a module's method, converted and compiled at its first call for the shapes of that."""
+    import openvino
+
+    original = getattr(module, method)
+    compiled: list[Any] = []
+
+    def run(*inputs: torch.Tensor, **named: Any) -> Any:
+        tensors = {k: v for k, v in named.items() if isinstance(v, torch.Tensor)}
+
+        class Plain(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.owner = module
+
+            def forward(self, *given: torch.Tensor) -> torch.Tensor:
+                positional, by_name = given[: len(inputs)], zip(tensors, given[len(inputs) :], strict=True)
+                return original(*positional, **dict(by_name), return_dict=False)[0]
+
+        given = (*inputs, *tensors.values())
+        if not compiled:
+            with torch.no_grad():
+                model = openvino.convert_model(Plain(), example_input=given, input=[tuple(x.shape) for x in given])
+            compiled.append(openvino.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"}))
+        return result(torch.from_numpy(compiled[0]([x.numpy() for x in given])[0]))
+
+    setattr(module, method, run)
+
+
+def openvino(steps: int, setting: Setting) -> Make:
+    """diffusers with OpenVINO for the transformer and the decoder, in what precision it chooses."""
+    pipe = diffusers_pipeline(setting, "fp32")
+    by_openvino(pipe.transformer, "forward", lambda x: (x,))
+    by_openvino(pipe.vae, "decode", lambda x: (x,))
+    return partial(call, pipe, setting, steps)
+
+
 # --- JiT --------------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +263,8 @@ def contenders(bundles: list[Path]) -> Iterator[Contender]:
     for dtype, steps in (("fp32", 50), ("bf16", 50), ("bf16", 18), ("bf16", 11)):
         what = f"diffusers, {steps} steps, torch.compile {dtype}"
         yield Contender(f"compile-{steps}-{dtype}", what, partial(compiled, dtype, steps))
+    for steps in (50, *NFE.values()):
+        yield Contender(f"openvino-{steps}", f"diffusers, {steps} steps, OpenVINO", partial(openvino, steps))
     for threshold in (0.05, 0.1, 0.2):
         what = f"diffusers' first-block cache, threshold {threshold}, 50 steps, bf16"
         yield Contender(f"first-block-{threshold}", what, partial(cached, partial(first_block, threshold)))

@@ -1,0 +1,123 @@
+"""One stage engine of the demo model by each backend, and by OpenVINO, in turns: times and rates as a table.
+
+    python scripts/stages.py                       # the stage of all tokens, in the dtype that this machine builds
+    python scripts/stages.py --stage stage2 --ways aoti,aoti-int8,openvino --rounds 30
+
+Rates are of the module's operations, also as a share of the machine's own best matrix product of that dtype. Errors are
+relative, against the eager module in fp32. OpenVINO is the extra `bench`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from jitexport import registry
+from jitexport.backends.base import Engine
+from jitexport.build import compare, eager_pipeline, probe_inputs
+from jitexport.models.base import ModelAdapter
+from jitexport.models.sources import find_source, load_adapter
+from jitexport.plan import plan
+from jitexport.profile.measure import conditions, matmul_rate
+from jitexport.specs import DTYPES, EngineSpec
+
+CPU = torch.device("cpu")
+WAYS = ("aoti", "aoti-int8", "onnx", "openvino", "eager")
+Run = Callable[[], Tensor]
+
+
+def stage_of(name: str, dtype: str, quantization: str | None) -> tuple[ModelAdapter, EngineSpec, list[Tensor], float]:
+    """The demo model, and a stage of its 4x bundle with inputs and the operations of a step."""
+    adapter = load_adapter(find_source("demo"), DTYPES[dtype], {"quantization": quantization})
+    made = plan(adapter, speedup=4, method="jit", dtype=dtype)
+    pipe = eager_pipeline(adapter, made.schedule, made.method, made.options, batch=1, dtype=dtype, device=CPU)
+    spec, inputs = next(probe for probe in probe_inputs(pipe) if probe[0].name == name)
+    return adapter, spec, inputs, made.cost(next(s.tokens for s in made.schedule.stages if s.name == name))
+
+
+def by_backend(way: str, stage: str, dtype: str, folder: Path) -> Run:
+    backend_name, _, quantization = way.partition("-")
+    backend = registry.backend(backend_name)
+    adapter, spec, inputs, _ = stage_of(stage, dtype if dtype in backend.dtypes(CPU) else "fp32", quantization or None)
+    directory = folder / way
+    directory.mkdir()
+    with torch.inference_mode(False), torch.no_grad():
+        backend.build(spec, adapter.module(stage), inputs, directory)
+    raw = backend.load(spec, directory, dict(adapter.tensors()), lambda: adapter.module(stage), CPU)
+    engine = Engine(spec, raw, CPU)
+    return lambda: engine(*inputs)[0]
+
+
+def by_openvino(stage: str) -> Run:
+    import openvino
+
+    adapter, _, inputs, _ = stage_of(stage, "fp32", None)
+    shapes = [tuple(x.shape) for x in inputs]
+    model = openvino.convert_model(adapter.module(stage), example_input=tuple(inputs), input=shapes)
+    compiled = openvino.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+    arrays = [x.numpy() for x in inputs]
+    return lambda: torch.from_numpy(compiled(arrays)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", default="stage0")
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    err = Console(stderr=True)
+
+    adapter, _, inputs, flops = stage_of(options.stage, "fp32", None)
+    with torch.no_grad():
+        exact = adapter.module(options.stage)(*inputs)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        runs: dict[str, Run] = {}
+        for way in options.ways.split(","):
+            err.print(f"building {way}", highlight=False)
+            make = by_openvino(options.stage) if way == "openvino" else None
+            runs[way] = make or by_backend(way, options.stage, options.dtype, Path(folder))
+        errors = {way: compare([run()], [exact])[0] for way, run in runs.items()}
+        seconds: dict[str, list[float]] = {way: [] for way in runs}
+        rates = [matmul_rate(DTYPES[options.dtype], CPU)]
+        for _ in range(options.rounds):
+            for way, run in runs.items():
+                start = time.perf_counter()
+                run()
+                seconds[way].append(time.perf_counter() - start)
+        rates.append(matmul_rate(DTYPES[options.dtype], CPU))
+
+    rows = [
+        {
+            "way": way, "median_ms": 1e3 * statistics.median(times), "least_ms": 1e3 * min(times),
+            "gflops": flops / statistics.median(times) / 1e9,
+            "of_products": flops / statistics.median(times) / max(rates), "error": errors[way],
+        }
+        for way, times in seconds.items()
+    ]
+    if options.json:
+        json.dump({"stage": options.stage, "gflop": flops / 1e9, "rows": rows, **conditions()}, sys.stdout, indent=2)
+        return
+    table = Table(title=f"{options.stage}, {flops / 1e9:.1f} GFLOP, {options.rounds} rounds")
+    for heading in ("way", "median ms", "least ms", "GFLOP/s", "of products", "relative error"):
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    for row in rows:
+        cells = [f"{row[k]:.1f}" for k in ("median_ms", "least_ms", "gflops")]
+        table.add_row(row["way"], *cells, f"{row['of_products']:.0%}", f"{row['error']:.1e}")
+    Console().print(table)
+    print(f"{options.dtype} products {', '.join(f'{r / 1e9:.0f}' for r in rates)} GFLOP/s before and after;",
+          ", ".join(f"{k} {v}" for k, v in conditions().items()))
+
+
+if __name__ == "__main__":
+    main()
