@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
-from jitexport import registry
+from jitexport import machine, registry
 from jitexport._version import __version__
 from jitexport.backends.base import Backend, Engine
 from jitexport.backends.eager import as_engine
@@ -37,6 +38,7 @@ from jitexport.bundle.manifest import (
     WeightsEntry,
 )
 from jitexport.bundle.references import find_references
+from jitexport.choice import AUTO, choose
 from jitexport.compiling import Compilers, Recipe, Task, check_jobs, default_jobs
 from jitexport.errors import BackendUnavailableError, InputError, VerificationError
 from jitexport.kernels.native import read_record
@@ -47,6 +49,8 @@ from jitexport.quant import check_kind
 from jitexport.runtime import Pipeline
 from jitexport.schedule import StageSchedule
 from jitexport.specs import DTYPE_NAMES, DTYPES, EngineSpec
+
+logger = logging.getLogger(__name__)
 
 #: Largest ||engine - eager|| / ||eager|| that a build accepts. bf16 keeps 8 bits, and compilers may keep more of them
 #: between operations than eager does, so the two differ by a few rounding errors.
@@ -66,6 +70,9 @@ class Progress(Protocol):
     def step(self, name: str) -> None:
         """A step begins."""
 
+    def note(self, text: str) -> None:
+        """Something that the user should know, before the first step."""
+
 
 class Silent:
     """Reports nothing."""
@@ -74,6 +81,9 @@ class Silent:
         """Ignored."""
 
     def step(self, name: str) -> None:
+        """Ignored."""
+
+    def note(self, text: str) -> None:
         """Ignored."""
 
 
@@ -207,10 +217,10 @@ def build(
     custom: CustomSchedule | None = None,
     method: str = "jit",
     preset: str | None = None,
-    backend: str = "aoti",
-    dtype: str = "bf16",
+    backend: str = AUTO,
+    dtype: str = AUTO,
     batch: int = 1,
-    device: str = "cpu",
+    device: str = AUTO,
     target: str | None = None,
     settings: dict[str, Any] | None = None,
     weights: Literal["store", "reference"] = "store",
@@ -227,10 +237,11 @@ def build(
         output: the bundle's directory; engines/<model>-<speed-up>x by default, with the method's name unless it is jit,
             and the quantization.
         speedup, custom, method, preset: see `jitexport.plan.plan`.
-        backend: a registered backend.
-        dtype: "bf16" or "fp32", of weights and engines; the sampler's state is fp32 in any case.
+        backend: a registered backend, or "auto": see `jitexport.choice`, also for the next two.
+        dtype: "bf16" or "fp32", of weights and engines, or "auto"; the sampler's state is fp32 in any case. What the
+            device emulates is built all the same, with a warning in the log that says how slow it is.
         batch: images per engine run, 1 or more.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "auto".
         target: architecture of another machine's GPU, as "sm_89", for backends that can build for one. The engines
             are then not run here: the manifest has no errors for them, and golden outputs from the eager modules.
         settings: of the model family, for example height and width.
@@ -247,6 +258,8 @@ def build(
     """
     started = datetime.now(UTC)
     progress = progress or Silent()
+    chosen = choose(device, backend, dtype, target=target, quantization=quantization)
+    device, backend, dtype = chosen.device, chosen.backend, chosen.dtype
     engine_backend, target_device = check_request(backend, dtype, batch, device, target, quantization)
     check_jobs(jobs, engine_backend)
     if weights not in ("store", "reference"):
@@ -258,8 +271,13 @@ def build(
         settings = (settings or {}) | {"quantization": quantization}
         label = f"{label}-{quantization}"
     path = Path(output) if output is not None else Path("engines") / f"{source.name}-{label}"
+    if chosen.reasons:
+        progress.note(f"chosen for this machine: {chosen}")
+    if target is None and (slow := machine.emulation(dtype, quantization, target_device)):
+        logger.warning("%s; leave --dtype to `auto` and --quant out for what is fast here", slow)
+    on_threads = machine.threads(machine.default_threads())
 
-    with BundleWriter(path, replace=replace) as writer, torch.inference_mode(False), torch.no_grad():
+    with BundleWriter(path, replace=replace) as writer, torch.inference_mode(False), torch.no_grad(), on_threads:
         progress.begin(["read the model"])
         progress.step("read the model")
         folder = source.folder or download(source)
@@ -319,6 +337,7 @@ def build(
                 dtype=dtype,
                 batch=batch,
                 host=fingerprint(target_device, target, registry.backend(backend).libraries()),
+                chosen=chosen.reasons,
                 engines=engines,
                 tokenizers=tuple(tokenizers),
                 weights=stored,

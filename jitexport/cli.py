@@ -162,6 +162,9 @@ class _BuildProgress:
             err.print(f"[{index + 1}/{len(self._steps)}] {name}{left}", markup=False, highlight=False)
         self._done[name] = time.monotonic()
 
+    def note(self, text: str) -> None:
+        err.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def _estimate(self, index: int) -> str:
         """Time left, from the engines that are done: they take most of it, and about the same each."""
         starts = [t for name, t in self._done.items() if name.startswith("engine")]
@@ -176,8 +179,10 @@ class _BuildProgress:
 def build(
     model: Model = "demo",
     speedup: Speedup = 4,
-    backend: Annotated[str, typer.Option(help=f"Engine backend: {', '.join(registry.BACKENDS)}.")] = "aoti",
-    dtype: Annotated[str, typer.Option(help="Of weights and engines: bf16 or fp32.")] = "bf16",
+    backend: Annotated[str, typer.Option(help=f"Engine backend: auto, {', '.join(registry.BACKENDS)}.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of weights and engines: bf16 or fp32; auto is bf16 where the processor computes in it.")
+    ] = "auto",
     quant: Annotated[
         str | None, typer.Option(help="8-bit linear layers: int8 or fp8; weights are quantized here.")
     ] = None,
@@ -192,7 +197,7 @@ def build(
     height: Height = None,
     width: Width = None,
     text_tokens: TextTokens = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto is cuda where torch can use a GPU.")] = "auto",
     target: Annotated[
         str | None, typer.Option(help="Build for another machine's GPU, as sm_89 (--backend tensorrt).")
     ] = None,
@@ -278,7 +283,7 @@ def plan(
     from jitexport.models.sources import config_adapter, find_source
     from jitexport.plan import plan as make_plan
 
-    adapter = config_adapter(find_source(model), torch.bfloat16, _settings(height, width, text_tokens))
+    adapter = config_adapter(find_source(model), torch.float32, _settings(height, width, text_tokens))
     made = make_plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset)
     if as_json:
         typer.echo(schedule_entry(made).model_dump_json())
@@ -385,6 +390,8 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
         f"({_tera(schedule.tflops)} of {_tera(schedule.reference_tflops)} TFLOP)",
         "engines": f"{manifest.backend}, {manifest.precision}, built on {manifest.host.system} {manifest.host.machine} "
         f"{manifest.host.gpu or manifest.host.cpu} with torch {manifest.host.torch}",
+        **({"chosen": "; ".join(f"{field}: {reason}" for field, reason in manifest.chosen.items())}
+           if manifest.chosen else {}),
         "size": f"{manifest.size / 1e6:.1f} MB in {len(manifest.files)} files",
         "built": f"{manifest.created} with jitexport {manifest.jitexport_version}: {manifest.command or 'from Python'}",
     }.items():

@@ -22,7 +22,7 @@ from typing import IO, Any, Self
 import torch
 from torch import Tensor
 
-from jitexport import registry
+from jitexport import machine, registry
 from jitexport.backends.base import Backend, Source
 from jitexport.errors import CompileError, InputError, JitExportError
 from jitexport.models.base import ModelAdapter
@@ -83,8 +83,8 @@ def default_jobs(backend: Backend, device: torch.device, tasks: int, model_bytes
     """
     if not backend.separable or device.type != "cpu":
         return 1
-    room = available_memory() // (MODEL_COPIES * model_bytes + COMPILER_BYTES)
-    return max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, tasks, room))
+    room = machine.memory() // (MODEL_COPIES * model_bytes + COMPILER_BYTES)
+    return max(1, min(machine.cpus(), tasks, room))
 
 
 def check_jobs(jobs: int | None, backend: Backend) -> None:
@@ -98,15 +98,6 @@ def check_jobs(jobs: int | None, backend: Backend) -> None:
             "cannot compile in that many processes", found=f"{jobs} with backend {backend.name}",
             expected="1 or more" if backend.separable else "1: its engines are compiled together",
         )
-
-
-def available_memory() -> int:
-    """Bytes that new processes can have without swapping; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return 0
 
 
 class Compilers:
@@ -239,7 +230,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 if backend is None:  # with the first task, which can be answered with what goes wrong
-                    torch.set_num_threads(recipe.threads)  # compilers for CPUs build the number in
+                    torch.set_num_threads(recipe.threads)  # compilers for CPUs cut loops for so many
                     adapter, backend = recipe.adapter(), registry.backend(recipe.backend)
                 task.run(backend, adapter, recipe.target)
         except JitExportError as raised:

@@ -59,7 +59,7 @@ def plan(
     custom: CustomSchedule | None = None,
     method: str = "jit",
     preset: str | None = None,
-    dtype: str = "bf16",
+    dtype: str = "fp32",
     reference_steps: int | None = None,
 ) -> Plan:
     """Solve or take a schedule for a model.
@@ -69,6 +69,7 @@ def plan(
         speedup: 1 to 10, over the reference steps at all tokens; 1 is the ordinary sampler. Ignored with `custom`.
         custom: a schedule instead of a speed-up.
         method, preset: acceleration method and the name of its settings; its best preset by default.
+        dtype: of the modules that are counted; their FLOPs do not depend on it.
         reference_steps: of the ordinary pipeline; the model's usual number by default.
 
     Raises:

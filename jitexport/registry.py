@@ -42,7 +42,7 @@ BACKENDS = {
     "eager": "jitexport.backends.eager:EagerBackend",
     "inductor": "jitexport.backends.inductor:InductorBackend",
     "aoti": "jitexport.backends.aoti:AOTInductorBackend",
-    "auto": "jitexport.backends.auto:AutoBackend",
+    "fastest": "jitexport.backends.fastest:FastestBackend",
     "onnx": "jitexport.backends.onnx:ONNXBackend",
     "onnx-tensorrt": "jitexport.backends.onnx:ONNXTensorRTBackend",
     "tensorrt": "jitexport.backends.tensorrt:TensorRTBackend",

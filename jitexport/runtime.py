@@ -24,7 +24,7 @@ from rich.progress import Progress
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
-from jitexport import registry
+from jitexport import machine, registry
 from jitexport.backends.base import Engine
 from jitexport.crowding import watch
 from jitexport.errors import (
@@ -89,6 +89,8 @@ class Pipeline:
         batch_size: images per engine run; longer lists are run in chunks, the last one padded.
         weights: what the engines read, and can be changed between calls; None where they hold copies of their own.
         graph: the denoising loop as a CUDA graph, used where no callback looks at its steps; None without.
+        threads: of a call's computations on a CPU; None for torch's own setting, but no more than the processors that
+            the process may use.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Pipeline:
         weights: SharedWeights | None = None,
         read_checkpoint: Callable[[Path], Mapping[str, Tensor]] | None = None,
         cuda_graphs: bool = True,
+        threads: int | None = None,
     ) -> None:
         self.engines = engines
         self.schedule = schedule
@@ -118,6 +121,7 @@ class Pipeline:
         self.method = method
         self.weights = weights
         self._read_checkpoint = read_checkpoint
+        self.threads = threads
         self._adapters: list[tuple[dict[str, LowRank], float]] = []
         self._show_progress = sys.stderr.isatty()
         self.graph = self.loop_graph(CUDARecorder(device)) if cuda_graphs and device.type == "cuda" else None
@@ -344,7 +348,11 @@ class Pipeline:
         size = self.batch_size
         total = -(-len(prompts) // size) * self.schedule.nfe
         held = self.weights.reading() if self.weights is not None else nullcontext()
-        with held, Progress(console=Console(stderr=True), transient=True, disable=not self._show_progress) as progress:
+        on_threads = nullcontext() if self.device.type != "cpu" else machine.threads(
+            self.threads or machine.default_threads()
+        )
+        bar = Progress(console=Console(stderr=True), transient=True, disable=not self._show_progress)
+        with held, on_threads, bar as progress:
             task = progress.add_task("denoising", total=total)
             if self.device.type == "cpu":
                 watch.begin()
@@ -472,6 +480,7 @@ def load(
     model: str | os.PathLike[str] | None = None,
     trust: bool = False,
     cuda_graphs: bool = True,
+    threads: int | None = None,
 ) -> Pipeline:
     """Open a prebuilt bundle.
 
@@ -482,6 +491,9 @@ def load(
         model: the model's folder, for a bundle that refers to its weights; where it was built from by default.
         trust: take a bundle from a hub: its engines are native code, so this is running a program of its owner.
         cuda_graphs: run the denoising loop as one CUDA graph, on devices and backends that can; see `jitexport.graphs`.
+        threads: that a call computes on, on a CPU. By default as many as torch is set to (`torch.set_num_threads`,
+            OMP_NUM_THREADS), but no more than the processors that affinity and cgroups leave to this process. Torch's
+            setting is changed for the calling thread while a call runs, and is afterwards what it was.
 
     Raises:
         BundleError: no bundle, or one that fails its checks; see `jitexport.errors`.
@@ -493,6 +505,8 @@ def load(
         path = hub.local(path)
     from jitexport.bundle import EngineBundle
 
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise InputError("threads must be a number of at least 1", found=threads, remedy="leave it out")
     bundle = EngineBundle.open(path, verify, model)
     manifest = bundle.manifest
     engines = EngineOpener(bundle, device)
@@ -506,8 +520,10 @@ def load(
         )
     with _declared("tokenizers"):
         tokenizers = [FastTokenizer.from_file(str(bundle.path / t.path)) for t in manifest.tokenizers]
+    with machine.threads(threads or machine.default_threads()):  # some backends' engines keep the number
+        opened = {entry.name: engines.open(entry) for entry in manifest.engines}
     return Pipeline(
-        engines={entry.name: engines.open(entry) for entry in manifest.engines},
+        engines=opened,
         method=method,
         schedule=manifest.schedule.schedule(),
         geometry=geometry,
@@ -519,6 +535,7 @@ def load(
         weights=engines.weights if engines.backend.live_weights else None,
         read_checkpoint=engines.read_checkpoint,
         cuda_graphs=cuda_graphs and engines.backend.capturable,
+        threads=threads,
     )
 
 
@@ -550,6 +567,8 @@ class EngineOpener:
                 expected=f"the GPU that the bundle was built for, {manifest.host.gpu}" if manifest.host.gpu else None,
             )
         check_host(manifest.host, fingerprint(self.device), self.backend.host_fields)
+        if slow := machine.emulation(manifest.dtype, manifest.model.settings.get("quantization"), self.device):
+            logger.warning("the bundle is %s, but %s; build it in fp32 for this machine", manifest.precision, slow)
         self.weights = SharedWeights(bundle.weights(self.device))
         self._adapter: ModelAdapter | None = None
 

@@ -290,7 +290,7 @@ def contenders(bundles: list[Path]) -> Iterator[Contender]:
     for speedup in NFE:
         for name in registry.BACKENDS:
             backend = registry.backend(name)
-            if name == "auto" or backend.cannot_build(CPU, None) is not None:  # auto has engines of the others
+            if name == "fastest" or backend.cannot_build(CPU, None) is not None:  # whose engines are the others'
                 continue
             dtype = "bf16" if "bf16" in backend.dtypes(CPU) else "fp32"
             for kind in (None, *(["int8"] if name == "aoti" else [])):

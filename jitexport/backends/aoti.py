@@ -5,6 +5,7 @@ Weights are left out of the library and handed to it by reference, so that all s
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import tempfile
 import threading
@@ -39,6 +40,8 @@ class AOTInductorBackend(Backend):
         "aot_inductor.package_constants_in_so": False,
         # Short vectors (biases, norms) would become numbers in the code, out of a LoRA's reach.
         "always_keep_tensor_constants": True,
+        # Loops run on as many threads as OpenMP has then, and not on as many as the build had.
+        "cpp.dynamic_threads": True,
     }
 
     def missing(self, device: torch.device) -> str | None:
@@ -46,6 +49,15 @@ class AOTInductorBackend(Backend):
             return "no CUDA device is visible to torch"
         if not hasattr(torch._C, "_aoti"):
             return f"torch {torch.__version__} was built without AOTInductor; install a release build of torch"
+        return None
+
+    def cannot_build(self, device: torch.device, target: str | None) -> str | None:
+        if reason := super().cannot_build(device, target):
+            return reason
+        if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+            return "AOTInductor needs Triton for CUDA: install a CUDA build of torch"
+        if shutil.which("g++") is None and shutil.which("clang++") is None:
+            return "AOTInductor needs a C++ compiler to build: install g++ (Debian, Ubuntu: apt-get install g++)"
         return None
 
     def build(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor], directory: Path) -> None:

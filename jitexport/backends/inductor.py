@@ -148,6 +148,7 @@ def compiled(module: nn.Module, device: torch.device, threads: int) -> RawEngine
             forward, dynamic=False, fullgraph=True,
             options={
                 "cpp.threads": threads,
+                "cpp.dynamic_threads": True,  # that only decides how loops are cut; see jitexport.backends.aoti
                 "cpp_cache_precompile_headers": False,  # they would be made anew in every empty cache
                 # One C++ file for a graph, which compiles faster than one for each kernel; torch has none for regions.
                 "cpp_wrapper": device.type == "cpu" and not regions,

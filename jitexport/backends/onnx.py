@@ -64,6 +64,13 @@ class ONNXBackend(Backend):
             )
         return None
 
+    def cannot_build(self, device: torch.device, target: str | None) -> str | None:
+        if reason := super().cannot_build(device, target):
+            return reason
+        if absent := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
+            return f"{' and '.join(absent)} not installed: pip install 'jitexport[onnx]'"
+        return None
+
     def dtypes(self, device: torch.device) -> Sequence[str]:
         # ONNX Runtime's CPU provider has no bf16 kernels for matrix products and norms.
         return ("fp32",) if device.type == "cpu" else ("fp32", "bf16")

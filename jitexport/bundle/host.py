@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 from collections.abc import Mapping, Sequence
 
@@ -10,8 +9,6 @@ import torch
 
 from jitexport.bundle.manifest import HostEntry
 from jitexport.errors import HostMismatchError
-
-logger = logging.getLogger(__name__)
 
 
 def fingerprint(
@@ -44,9 +41,7 @@ def fingerprint(
 def check_host(built: HostEntry, here: HostEntry, fields: Sequence[str]) -> None:
     """Compare the fields of the fingerprint that a backend's engines depend on.
 
-    For `cpu` this machine must have every instruction set of the machine that built: compilers use what they find. Code
-    for CPUs also starts as many threads as the build had. With others here it is as right and may be slower, so that is
-    a warning in the log.
+    For `cpu` this machine must have every instruction set of the machine that built: compilers use what they find.
 
     Raises:
         HostMismatchError: naming every field that differs.
@@ -62,10 +57,4 @@ def check_host(built: HostEntry, here: HostEntry, fields: Sequence[str]) -> None
             "the bundle's engines were built for another machine", found="; ".join(found),
             expected="; ".join(expected),
             remedy="build the bundle on this machine, or install the versions it was built with",
-        )
-    if "cpu" in fields and built.device == "cpu" and built.threads not in (None, here.threads):
-        logger.warning(
-            "the bundle's engines were compiled for %d threads and run on as many, this process has %d: set "
-            "OMP_NUM_THREADS=%d where it starts, or build with OMP_NUM_THREADS=%d",
-            built.threads, here.threads, built.threads, here.threads,
         )

@@ -20,6 +20,8 @@ from jitexport.specs import EngineSpec, TensorSpec
 FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
+#: Backends that were called otherwise when bundles of theirs were built.
+FORMER_NAMES = {"auto": "fastest"}
 
 
 class _Entry(BaseModel):
@@ -197,7 +199,7 @@ class HostEntry(_Entry):
     """The machine and the versions that the engines were built with.
 
     `cpu` is torch's name for the vector extensions, `cpu_features` all instruction sets that a compiler may have used,
-    `threads` what torch had, and compilers for CPUs build in, `libraries` the versions of what beside torch built them.
+    `threads` what torch had (engines run on what is there), `libraries` the versions of what beside torch built them.
     """
 
     system: str
@@ -216,6 +218,7 @@ class HostEntry(_Entry):
 class Manifest(_Entry):
     """Everything a bundle declares. Unknown and missing fields are errors.
 
+    `chosen` has the reasons for what was left to the machine that built, by field.
     `tied` names tensors that are other names of a stored one: {alias: stored name}. `references` are weights that are
     read from the model's folder, by default `reference_folder`; a bundle that stores all of its weights has none.
     """
@@ -232,6 +235,7 @@ class Manifest(_Entry):
     dtype: Literal["fp32", "bf16"]
     batch: int = Field(ge=1)
     host: HostEntry
+    chosen: dict[Literal["device", "backend", "dtype"], str] = {}
     engines: tuple[EngineEntry, ...]
     tokenizers: tuple[TokenizerEntry, ...]
     weights: tuple[WeightsEntry, ...]
@@ -239,6 +243,11 @@ class Manifest(_Entry):
     references: tuple[ReferenceEntry, ...]
     reference_folder: str | None
     files: tuple[FileEntry, ...]
+
+    @field_validator("backend")
+    @classmethod
+    def _present_name(cls, backend: str) -> str:
+        return FORMER_NAMES.get(backend, backend)
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:

@@ -20,7 +20,7 @@ ENGINES = ["text", "condition", "stage1", "stage0", "decode"]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 
 COMPILED = ("aoti", "inductor")  # half a minute a case, so there are fewer of them
-NAMES = [name for name in registry.BACKENDS if name != "auto"]  # whose engines are the others'
+NAMES = [name for name in registry.BACKENDS if name != "fastest"]  # whose engines are the others'
 CASES = [
     pytest.param(case, id=str(case), marks=[pytest.mark.slow] if case.batch > 1 and name in COMPILED else [])
     for name in NAMES

@@ -11,10 +11,10 @@ from torch import nn
 
 import jitexport
 from jitexport import registry
-from jitexport.backends import auto
-from jitexport.backends.auto import CHOICE, AutoBackend, choose
+from jitexport.backends import fastest
 from jitexport.backends.base import Engine
 from jitexport.backends.eager import EagerBackend
+from jitexport.backends.fastest import CHOICE, FastestBackend, choose
 from jitexport.backends.onnx import ONNXBackend
 from jitexport.errors import BackendError, CompileError, MissingDependencyError
 from jitexport.plan import CustomSchedule
@@ -65,7 +65,7 @@ class Elsewhere(EagerBackend):
 @pytest.fixture
 def candidates(monkeypatch):
     def set_to(**kinds):
-        monkeypatch.setattr(auto, "CANDIDATES", kinds)
+        monkeypatch.setattr(fastest, "CANDIDATES", kinds)
 
     return set_to
 
@@ -84,7 +84,7 @@ def chosen(folder):
 def test_the_fastest_is_kept_and_nothing_of_the_others(candidates, module, tmp_path, order):
     kinds = {"slow": Slow, "fast": EagerBackend}
     candidates(**{name: kinds[name] for name in order})
-    AutoBackend().build(SPEC, module, [X], tmp_path)
+    FastestBackend().build(SPEC, module, [X], tmp_path)
     said = chosen(tmp_path)
     assert said["chosen"] == "fast" and said["seconds"]["slow"] > said["seconds"]["fast"] > 0
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["fast", CHOICE])
@@ -103,7 +103,7 @@ def test_a_small_gain_does_not_change_the_choice(seconds, name):
 
 def test_candidates_that_fail_are_left_out(candidates, module, tmp_path, caplog):
     candidates(broken=Broken, lacking=Lacking, unloadable=Unloadable, elsewhere=Elsewhere, slow=Slow)
-    AutoBackend().build(SPEC, module, [X], tmp_path)
+    FastestBackend().build(SPEC, module, [X], tmp_path)
     assert chosen(tmp_path)["chosen"] == "slow"
     assert {p.name for p in tmp_path.iterdir()} == {"slow", CHOICE}
     for name in ("broken: no such operator", "lacking: not installed", "unloadable: cannot be opened"):
@@ -113,11 +113,11 @@ def test_candidates_that_fail_are_left_out(candidates, module, tmp_path, caplog)
 def test_without_any_the_reasons_are_given(candidates, module, tmp_path):
     candidates(broken=Broken, unloadable=Unloadable)
     with pytest.raises(CompileError, match=r"stage0[\s\S]*no such operator[\s\S]*cannot be opened"):
-        AutoBackend().build(SPEC, module, [X], tmp_path)
+        FastestBackend().build(SPEC, module, [X], tmp_path)
 
 
 def test_dtypes_that_a_candidate_lacks_leave_it_out():
-    backend = AutoBackend()
+    backend = FastestBackend()
     assert set(backend.candidates(CPU, "bf16")) == {"aoti"}
     if ONNXBackend().missing(CPU) is None:
         assert set(backend.candidates(CPU, "fp32")) == {"aoti", "onnx"}
@@ -125,7 +125,7 @@ def test_dtypes_that_a_candidate_lacks_leave_it_out():
 
 def test_on_a_gpu_a_graph_can_record_all(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    made = AutoBackend().candidates(torch.device("cuda"), "bf16")
+    made = FastestBackend().candidates(torch.device("cuda"), "bf16")
     assert set(made) == {"aoti", "aoti-autotuned"} and all(b.capturable and b.live_weights for b in made.values())
 
 
@@ -134,15 +134,15 @@ def test_a_choice_that_is_none_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / CHOICE).write_text(text)
     with pytest.raises(BackendError, match="cannot open engine stage0"):
-        AutoBackend().load(SPEC, tmp_path, {}, lambda: None, CPU)
+        FastestBackend().load(SPEC, tmp_path, {}, lambda: None, CPU)
 
 
 def test_the_real_candidates_agree_and_read_the_weights_they_are_given(module, tmp_path, capfd):
-    AutoBackend().build(SPEC, module, [X], tmp_path)
-    assert set(chosen(tmp_path)["seconds"]) == set(AutoBackend().candidates(CPU, "fp32"))
+    FastestBackend().build(SPEC, module, [X], tmp_path)
+    assert set(chosen(tmp_path)["seconds"]) == set(FastestBackend().candidates(CPU, "fp32"))
     assert "AUTOTUNE" not in capfd.readouterr().err.upper()
     weights = {name: p * 2 for name, p in module.named_parameters()}
-    engine = Engine(SPEC, AutoBackend().load(SPEC, tmp_path, weights, lambda: module, CPU), CPU)
+    engine = Engine(SPEC, FastestBackend().load(SPEC, tmp_path, weights, lambda: module, CPU), CPU)
     expected = torch.tanh(X @ weights["0.weight"].T + weights["0.bias"])
     torch.testing.assert_close(engine(X)[0], expected, atol=1e-5, rtol=1e-5)
 
@@ -151,12 +151,12 @@ def test_a_bundle_of_it(candidates, make_bundle):
     """Built and loaded as any other, each engine by the backend that its choice names."""
     candidates(slow=Slow, eager=EagerBackend)
     custom = CustomSchedule((1,), (1.0,))
-    path = make_bundle(backend="auto", custom=custom)
+    path = make_bundle(backend="fastest", custom=custom)
     assert {chosen(folder)["chosen"] for folder in (path / "engines").iterdir()} <= {"slow", "eager"}
     assert torch.equal(picture(jitexport.load(path)), picture(jitexport.load(make_bundle(custom=custom))))
 
 
 def test_it_is_registered():
-    backend = registry.backend("auto")
-    assert isinstance(backend, AutoBackend) and backend.missing(CPU) is None
+    backend = registry.backend("fastest")
+    assert isinstance(backend, FastestBackend) and backend.missing(CPU) is None
     assert set(backend.host_fields) >= set(ONNXBackend.host_fields)

@@ -57,10 +57,10 @@ CANDIDATES: dict[str, type[Backend]] = {
 }
 
 
-class AutoBackend(Backend):
+class FastestBackend(Backend):
     """Builds each engine with every candidate that this machine has, and keeps the fastest."""
 
-    name = "auto"
+    name = "fastest"
     summary = f"the fastest of {', '.join(CANDIDATES)} for each engine"
     host_fields = AOTInductorBackend.host_fields
     capturable = True
