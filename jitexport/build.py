@@ -273,7 +273,9 @@ def build(
     path = Path(output) if output is not None else Path("engines") / f"{source.name}-{label}"
     if chosen.reasons:
         progress.note(f"chosen for this machine: {chosen}")
-    if target is None and (slow := machine.emulation(dtype, quantization, target_device)):
+    if target is None and (
+        slow := machine.emulation(dtype, quantization, target_device, kernels=engine_backend.kernels)
+    ):
         logger.warning("%s; leave --dtype to `auto` and --quant out for what is fast here", slow)
     on_threads = machine.threads(machine.default_threads())
 

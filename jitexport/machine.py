@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from jitexport.kernels import native
 from jitexport.kernels.linear import KINDS, quantize
 
 ROOT = Path("/")
@@ -184,16 +185,20 @@ def slowdown(kind: str, device: torch.device) -> float:
     return _seconds(_product(kind, device), device) / _seconds(_product("fp32", device), device)
 
 
-def emulation(dtype: str, quantization: str | None, device: torch.device) -> str | None:
+def emulation(dtype: str, quantization: str | None, device: torch.device, *, kernels: bool = False) -> str | None:
     """What is slow because the device emulates it, and by how much; None where nothing is.
 
-    An 8-bit kind that is no slower than fp32 although it is emulated is none of it. Measures only where it has to.
+    What is no slower than fp32 although it is emulated is none of it. Measures only where it has to.
+
+    Args:
+        kernels: whether the engines may have our own kernels, which make int8 products of what the CPU has.
     """
-    for kind in filter(None, (quantization, dtype)):
+    ours = kernels and device.type == "cpu" and native.missing() is None
+    for kind in filter(None, (None if quantization == "int8" and ours else quantization, dtype)):
         if not computes(kind, device) and (times := slowdown(kind, device)) >= 1:
             return (
                 f"{processor(device)} does not compute in {kind}, which is emulated: "
-                f"a matrix product takes {times:.3g} times as long as in fp32"
+                f"a matrix product of PyTorch's takes {times:.3g} times as long as in fp32"
             )
     return None
 

@@ -567,7 +567,8 @@ class EngineOpener:
                 expected=f"the GPU that the bundle was built for, {manifest.host.gpu}" if manifest.host.gpu else None,
             )
         check_host(manifest.host, fingerprint(self.device), self.backend.host_fields)
-        if slow := machine.emulation(manifest.dtype, manifest.model.settings.get("quantization"), self.device):
+        kind = manifest.model.settings.get("quantization")
+        if slow := machine.emulation(manifest.dtype, kind, self.device, kernels=self.backend.kernels):
             logger.warning("the bundle is %s, but %s; build it in fp32 for this machine", manifest.precision, slow)
         self.weights = SharedWeights(bundle.weights(self.device))
         self._adapter: ModelAdapter | None = None

@@ -193,10 +193,13 @@ class Recorder:
     """Progress that can break off."""
 
     def __init__(self, until=None):
-        self.until, self.announced, self.done = until, [], []
+        self.until, self.announced, self.done, self.notes = until, [], [], []
 
     def begin(self, steps):
         self.announced = list(steps)
+
+    def note(self, text):
+        self.notes.append(text)
 
     def step(self, name):
         self.done.append(name)

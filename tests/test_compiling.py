@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jitexport import compiling, registry
+from jitexport import compiling, machine, registry
 from jitexport.backends.base import Engine
 from jitexport.build import build, eager_pipeline, probe_inputs, verify_engine
 from jitexport.compiling import Compilers, Recipe, Task, _Worker, check_jobs, default_jobs
@@ -53,20 +53,16 @@ def task(reference, tmp_path):
     [(64, 8, 6, 6), (64, 2, 6, 2), (64, 8, 1, 1), (9, 8, 6, 2), (3, 8, 6, 1), (0, 8, 6, 1)],
 )
 def test_one_process_a_core_as_far_as_tasks_and_memory_go(monkeypatch, free, cores, tasks, jobs):
-    monkeypatch.setattr(compiling, "available_memory", lambda: free * GIB)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(machine, "memory", lambda: free * GIB)
+    monkeypatch.setattr(machine, "cpus", lambda: cores)
     assert default_jobs(registry.backend("aoti"), CPU, tasks, GIB) == jobs
 
 
 def test_one_process_where_apart_is_no_gain_or_kernels_are_timed(monkeypatch):
-    monkeypatch.setattr(compiling, "available_memory", lambda: 64 * GIB)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setattr(machine, "memory", lambda: 64 * GIB)
+    monkeypatch.setattr(machine, "cpus", lambda: 8)
     assert default_jobs(registry.backend("onnx"), CPU, 6, GIB) == 1
     assert default_jobs(registry.backend("aoti"), torch.device("cuda"), 6, GIB) == 1
-
-
-def test_memory_that_the_system_reports():
-    assert 0 < compiling.available_memory() < 2**50
 
 
 @pytest.mark.parametrize(("jobs", "backend"), [(0, "aoti"), (-1, "eager"), (2, "onnx"), (2, "tensorrt")])

@@ -34,6 +34,7 @@ class AOTInductorBackend(Backend):
     host_fields = ("system", "machine", "cpu", "torch", "device", "gpu")
     capturable = True
     quantizes = True
+    kernels = True
     separable = True
     #: Of Inductor.
     settings: Mapping[str, object] = {

@@ -45,6 +45,8 @@ class Backend(ABC):
     capturable: bool = False
     #: Whether engines can run 8-bit linear layers: see `jitexport.quant`.
     quantizes: bool = False
+    #: Whether engines for CPUs may have our own kernels: see `jitexport.kernels`.
+    kernels: bool = False
     #: Whether groups of engines may be built in separate processes, and gain by it.
     separable: bool = False
 

@@ -65,6 +65,7 @@ class FastestBackend(Backend):
     host_fields = AOTInductorBackend.host_fields
     capturable = True
     quantizes = True
+    kernels = True
 
     def missing(self, device: torch.device) -> str | None:
         return AOTInductorBackend().missing(device)

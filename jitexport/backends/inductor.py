@@ -63,6 +63,7 @@ class InductorBackend(Backend):
     host_fields = ("system", "machine", "cpu", "torch", "python", "device", "cuda", "gpu")
     capturable = True
     quantizes = True
+    kernels = True
 
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda" and not torch.cuda.is_available():
