@@ -9,10 +9,14 @@ import shutil
 
 import torch
 
-from jitexport import registry
+from jitexport import machine, registry
 from jitexport._version import __version__
+from jitexport.choice import choose
 from jitexport.kernels import native
 from jitexport.specs import DTYPE_NAMES
+
+#: Releases of torch that the test suite has passed on.
+TESTED_TORCH = ("2.13.0", "2.14.1")
 
 #: Optional libraries and the extra that brings them.
 _OPTIONAL = {
@@ -34,6 +38,27 @@ def _installed(name: str, extra: str) -> str:
         return f"missing: pip install 'jitexport[{extra}]'"
 
 
+def _torch() -> str:
+    """The version of torch, and whether the test suite has passed on it."""
+    if ".".join(torch.__version__.split(".")[:2]) in {".".join(v.split(".")[:2]) for v in TESTED_TORCH}:
+        return torch.__version__
+    return f"{torch.__version__}: untested; the tests pass on {' and '.join(TESTED_TORCH)}"
+
+
+def _processors() -> str:
+    usable, threads = machine.cpus(), torch.get_num_threads()
+    limit = "" if usable == os.cpu_count() else f", {usable} of them for this process"
+    more = f", of which {usable} are used" if threads > usable else ""
+    return f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores{limit}, {threads} threads{more}"
+
+
+def _bf16() -> str:
+    if machine.computes("bf16", machine.CPU):
+        return "in hardware"
+    times = machine.slowdown("bf16", machine.CPU)
+    return f"emulated: a matrix product of PyTorch's takes {times:.3g} times as long as in fp32"
+
+
 def _kernels() -> str:
     chosen, reason = native.instructions()
     if chosen is None:
@@ -44,9 +69,8 @@ def _kernels() -> str:
 
 def examine() -> dict[str, dict[str, str]]:
     """Versions, hardware and backends, as text by section and name."""
-    cuda, threads = torch.cuda.is_available(), torch.get_num_threads()
-    devices = [torch.device("cpu"), *([torch.device("cuda")] if cuda else [])]
-    backends = {}
+    devices = [machine.CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    backends, chosen = {}, choose()
     for name in registry.BACKENDS:
         backend = registry.backend(name)
         reasons = {d.type: backend.missing(d) for d in devices}
@@ -56,18 +80,22 @@ def examine() -> dict[str, dict[str, str]]:
         "versions": {
             "jitexport": __version__,
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": _torch(),
             **{name: _installed(name, extra) for name, extra in _OPTIONAL.items()},
         },
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
-            "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {threads} threads",
-            "bf16": "in hardware" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated: fp32 may be faster",
+            "cpu": _processors(),
+            "memory": f"{machine.memory() / 2**30:.1f} GiB free for this process",
+            "bf16": _bf16(),
             "kernels": _kernels(),
-            "gpu": torch.cuda.get_device_name() if cuda else "none that torch can use",
+            "gpu": machine.gpu_problem() or torch.cuda.get_device_name(),
             "compiler": shutil.which("g++")
             or shutil.which("clang++")
             or "none: aoti can load bundles but not build them",
+        },
+        "what a build chooses": {
+            field: f"{getattr(chosen, field)}: {reason}" for field, reason in chosen.reasons.items()
         },
         "backends": backends,
     }

@@ -171,6 +171,12 @@ def processor(device: torch.device, target: str | None = None) -> str:
     return "the GPU (sm_{}{})".format(*_capability(device, target))
 
 
+def cpu_class() -> str:
+    """What makes figures of different CPUs comparable: "AVX2", "AVX512 with bf16, int8"."""
+    kinds = ", ".join(kind for kind in _CPU_FEATURES if computes(kind, CPU))
+    return torch.backends.cpu.get_cpu_capability() + (f" with {kinds}" if kinds else "")
+
+
 def _capability(device: torch.device, target: str | None) -> tuple[int, int]:
     """(0, 0) where there is no such GPU."""
     if target is not None:

@@ -6,7 +6,7 @@ Without the spatial approximation, without ITA, without the DMF target (main pap
 aggressive, default and conservative ratios (C.2); uniform against Beta timesteps (B.4). Each with the exact micro-flow
 of the text or the relaxed one of the released code, everything else as the preset `paper` has it, at 18 steps. Then
 the way from there to the preset `default`, at 4x and 7x.
-Images come from the eager modules in bf16, the scores and intervals are those of `jitexport evaluate`.
+Images come from the eager modules, in bf16 where the CPU computes in it, the scores and intervals are those of `jitexport evaluate`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from comparison import Deadline, OutOfTime, Printing, built, signed, write_resul
 from torch import Tensor
 
 from jitexport.build import eager_pipeline
+from jitexport.choice import choose
 from jitexport.evaluate import Evaluation, compare, write_report
 from jitexport.evaluate.evaluation import demo_prompts
 from jitexport.evaluate.report import markdown_table
@@ -33,8 +34,9 @@ from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import find_source, load_adapter
 from jitexport.runtime import Pipeline
 from jitexport.schedule import CustomSchedule, StageSchedule, Target, stage_cost
+from jitexport.specs import DTYPES
 
-DTYPE, BATCH = "bf16", 4
+DTYPE, BATCH = choose("cpu", "eager").dtype, 4
 STEPS, RATIOS = (7, 4, 7), (0.35, 0.62, 1.0)  # 4x of Table 4
 BETA = {"kind": "beta", "alpha": 1.4, "beta": 0.42}
 
@@ -125,7 +127,7 @@ def variants() -> list[Variant]:
 @cache
 def model() -> tuple[ModelAdapter, Callable[[int], float]]:
     """The demo model with weights, and FLOPs of a step by tokens."""
-    adapter = load_adapter(find_source("demo"), torch.bfloat16)
+    adapter = load_adapter(find_source("demo"), DTYPES[DTYPE])
     return adapter, step_cost(meta_adapter(adapter, DTYPE), DTYPE)
 
 

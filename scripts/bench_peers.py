@@ -35,7 +35,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from jitexport import registry
+from jitexport import machine, registry
+from jitexport.choice import choose
 from jitexport.evaluate.demo import DemoData, DemoPrompt, Judge
 from jitexport.evaluate.report import spread_labels
 from jitexport.models.sources import DEMO_FOLDER
@@ -45,6 +46,9 @@ from jitexport.profile.measure import Timing, conditions, matmul_rate
 REFERENCE = "diffusers-50-fp32"
 NFE = {4: 18, 7: 11}  # the published schedules
 CPU = torch.device("cpu")
+#: What is worth measuring: bf16 takes ten times as long and more where the CPU emulates it.
+KINDS = ("fp32", "bf16") if machine.computes("bf16", CPU) else ("fp32",)
+DTYPE = KINDS[-1]
 UNSTEADY = 0.1  # a contender whose machine differed by more than this is marked
 err = Console(stderr=True)
 
@@ -112,8 +116,8 @@ def compiled(dtype: str, steps: int, setting: Setting) -> Make:
 
 
 def cached(config: Callable[[Any, Setting], Any], setting: Setting) -> Make:
-    """One of diffusers' own caches, over 50 steps in bf16."""
-    pipe = diffusers_pipeline(setting, "bf16")
+    """One of diffusers' own caches, over 50 steps in the CPU's dtype."""
+    pipe = diffusers_pipeline(setting, DTYPE)
     pipe.transformer.enable_cache(config(pipe, setting))
     return partial(call, pipe, setting, 50)
 
@@ -146,7 +150,7 @@ def magcache(threshold: float, skip: int, pipe: Any, setting: Setting) -> Any:
 
     original, mag_cache.MagCacheBlockHook = mag_cache.MagCacheBlockHook, Keeping
     try:
-        calibrated = diffusers_pipeline(setting, "bf16")
+        calibrated = diffusers_pipeline(setting, DTYPE)
         calibrated.transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=50))
         call(calibrated, setting, 50, setting.warmup_prompt, 0)
     finally:
@@ -157,7 +161,7 @@ def magcache(threshold: float, skip: int, pipe: Any, setting: Setting) -> Any:
 def cache_dit(options: dict[str, Any], taylor: bool, setting: Setting) -> Make:
     import cache_dit as library
 
-    pipe = diffusers_pipeline(setting, "bf16")
+    pipe = diffusers_pipeline(setting, DTYPE)
     config = library.DBCacheConfig(**options)
     calibrator = library.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
     library.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
@@ -256,23 +260,23 @@ def ours(backend: str, dtype: str, quantization: str | None, speedup: int, setti
 
 def contenders(bundles: list[Path]) -> Iterator[Contender]:
     """Everything that is compared; the first one is the reference. Backends that cannot run here are left out."""
-    for dtype in ("fp32", "bf16"):
+    for dtype in KINDS:
         for steps in (50, *NFE.values()):
             what = f"diffusers, {steps} steps, eager {dtype}"
             yield Contender(f"diffusers-{steps}-{dtype}", what, partial(diffusers, dtype, steps))
-    for dtype, steps in (("fp32", 50), ("bf16", 50), ("bf16", 18), ("bf16", 11)):
+    for dtype, steps in dict.fromkeys((("fp32", 50), (DTYPE, 50), (DTYPE, 18), (DTYPE, 11))):
         what = f"diffusers, {steps} steps, torch.compile {dtype}"
         yield Contender(f"compile-{steps}-{dtype}", what, partial(compiled, dtype, steps))
     for steps in (50, *NFE.values()):
         yield Contender(f"openvino-{steps}", f"diffusers, {steps} steps, OpenVINO", partial(openvino, steps))
     for threshold in (0.05, 0.1, 0.2):
-        what = f"diffusers' first-block cache, threshold {threshold}, 50 steps, bf16"
+        what = f"diffusers' first-block cache, threshold {threshold}, 50 steps, {DTYPE}"
         yield Contender(f"first-block-{threshold}", what, partial(cached, partial(first_block, threshold)))
     for interval in (5, 7):
-        what = f"diffusers' TaylorSeer cache, interval {interval}, order 1, 50 steps, bf16"
+        what = f"diffusers' TaylorSeer cache, interval {interval}, order 1, 50 steps, {DTYPE}"
         yield Contender(f"taylorseer-{interval}", what, partial(cached, partial(taylorseer, interval)))
     for threshold, skip in ((0.06, 3), (0.24, 5)):
-        what = f"diffusers' MagCache, threshold {threshold}, at most {skip} skipped, 50 steps, bf16"
+        what = f"diffusers' MagCache, threshold {threshold}, at most {skip} skipped, 50 steps, {DTYPE}"
         yield Contender(f"magcache-{threshold}", what, partial(cached, partial(magcache, threshold, skip)))
     few = {"Fn_compute_blocks": 1, "max_warmup_steps": 4, "max_continuous_cached_steps": 6}
     for name, options, taylor in (
@@ -281,10 +285,10 @@ def contenders(bundles: list[Path]) -> Iterator[Contender]:
         ("fast-taylorseer", few | {"residual_diff_threshold": 0.2}, True),
     ):
         settings = ", ".join(f"{k}={v}" for k, v in options.items()) or "default settings"
-        what = f"cache-dit{', TaylorSeer' if taylor else ''}, {settings}, 50 steps, bf16"
+        what = f"cache-dit{', TaylorSeer' if taylor else ''}, {settings}, 50 steps, {DTYPE}"
         yield Contender(f"cache-dit-{name}", what, partial(cache_dit, options, taylor))
     for speedup in NFE:
-        for dtype in ("fp32", "bf16"):
+        for dtype in KINDS:
             what = f"plain eager JiT loop, {speedup}x, {dtype}"
             yield Contender(f"plain-jit-{speedup}x-{dtype}", what, partial(plain, dtype, speedup))
     for speedup in NFE:
@@ -292,7 +296,7 @@ def contenders(bundles: list[Path]) -> Iterator[Contender]:
             backend = registry.backend(name)
             if name == "fastest" or backend.cannot_build(CPU, None) is not None:  # whose engines are the others'
                 continue
-            dtype = "bf16" if "bf16" in backend.dtypes(CPU) else "fp32"
+            dtype = choose("cpu", name).dtype
             for kind in (None, *(["int8"] if name == "aoti" else [])):
                 precision = dtype if kind is None else kind
                 what = f"jitexport, {speedup}x, {name} {precision}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from jitexport import registry
 from jitexport.build import build
 from jitexport.bundle.reading import read_manifest
+from jitexport.choice import choose
 from jitexport.errors import JitExportError
 from jitexport.evaluate import Evaluation, compare, write_report
 from jitexport.evaluate.evaluation import Progress, demo_prompts, generate
@@ -181,7 +182,7 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="aoti", help="of the bundles: aoti (default), eager, onnx")
+    parser.add_argument("--backend", default="auto", help="of the bundles: the machine's (default), aoti, eager, onnx")
     parser.add_argument("--bundles", type=Path, default=Path("engines"), help="taken from here, or built here")
     parser.add_argument("--sources", nargs="+", choices=RECIPES, metavar="NAME", help="some of them; all by default")
     parser.add_argument("--prompts", type=int, default=48)
@@ -194,7 +195,8 @@ def main() -> None:
 
     names = chosen(args.sources or list(RECIPES))
     names = [REFERENCE, *(n for n in names if n != REFERENCE)]
-    paths = {name: built(name, args.bundles, args.backend) for name in names}
+    backend = choose(backend=args.backend).backend
+    paths = {name: built(name, args.bundles, backend) for name in names}
     if args.only == "build":
         return
     sources: list[Source] = [relabelled(bundle_source(path), name) for name, path in paths.items()]
@@ -215,7 +217,7 @@ def main() -> None:
         stem, evaluation, title="Dense sampling and acceleration methods on the demo model",
         table=markdown_table(evaluation) + "\n![Quality against latency and FLOPs](comparison.png)\n\n"
         + against_dense(evaluation),
-        command=f"python scripts/comparison.py --backend {args.backend} --prompts {args.prompts}",
+        command=f"python scripts/comparison.py --backend {backend} --prompts {args.prompts}",
     )  # fmt: skip
     stem.with_suffix(".png").write_bytes(curves(evaluation))
     sheet_image(evaluation).save(stem.with_name("comparison-sheet.webp"), quality=82, method=6)

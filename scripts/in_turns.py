@@ -108,13 +108,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     found = ways(args.bundles)
-    before = matmul_rate(torch.bfloat16, torch.device("cpu"))
+    dtype = read_manifest(args.bundles[0]).dtype
+    before = matmul_rate(DTYPES[dtype], torch.device("cpu"))
     rounds = [
         [seconds_of(way, i) for way in found.values()]
         for i in track(range(args.rounds + 1), description="rounds", console=err)
     ][1:]
-    after = matmul_rate(torch.bfloat16, torch.device("cpu"))
-    facts = conditions() | {"bf16 products before and after, GFLOP/s": f"{before / 1e9:.0f}, {after / 1e9:.0f}"}
+    after = matmul_rate(DTYPES[dtype], torch.device("cpu"))
+    facts = conditions() | {f"{dtype} products before and after, GFLOP/s": f"{before / 1e9:.0f}, {after / 1e9:.0f}"}
     rows = summary(rounds, list(found))
     if args.json:
         print(json.dumps({"conditions": facts, "rows": rows}, indent=1))

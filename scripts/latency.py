@@ -24,6 +24,7 @@ import jitexport
 from jitexport import profile as profiling
 from jitexport import registry
 from jitexport.bundle.reading import read_manifest
+from jitexport.choice import choose
 from jitexport.quant import KINDS
 
 SPEEDUPS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
@@ -92,7 +93,7 @@ def points(backends: list[str], full: bool, quantization: str = "") -> Iterator[
         if quantization and quantization not in backend.quantizations(device):
             err.print(f"{name} left out: no {quantization} layers")
             continue
-        dtype = "bf16" if "bf16" in backend.dtypes(device) else "fp32"
+        dtype = choose("cpu", name).dtype
         for speedup, batch in itertools.product(SPEEDUPS, BATCHES):
             if full or batch == 1 or speedup == 4:
                 yield Point(name, dtype, quantization, speedup, batch)
@@ -124,9 +125,15 @@ def measure(point: Point, path: Path, repeats: int) -> Row:
         ceiling_share=round(full.ceiling_share, 3),
         matmul=round(found.ceiling / 1e9, 1),
         date=facts["date"],
-        cpu=f"{facts['cpu']}, {facts['threads']} threads",
+        cpu=cpu(),
         torch=facts["torch"],
     )
+
+
+def cpu() -> str:
+    """This machine's processor, by which rows of one CSV are told apart."""
+    facts = profiling.conditions()
+    return f"{facts['cpu']} ({facts['cpu_class']}), {facts['threads']} threads"
 
 
 def read(path: Path) -> list[Row]:
@@ -189,7 +196,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.report or args.out
     rows = read(folder / "latency.csv")
-    done = {row.point for row in rows}
+    done = {row.point for row in rows if row.cpu == cpu()}  # those of other machines stay, and stand for themselves
     until = time.monotonic() + args.seconds
     left = [p for p in points(args.backend, args.full, args.quant) if p not in done]
     for point in list(left):
@@ -211,7 +218,7 @@ def main() -> None:
         sys.exit(75)  # EX_TEMPFAIL: there is more to do
     if not rows:
         sys.exit("nothing to measure: no backend is left")
-    plot(rows, folder / "latency.png")
+    plot([row for row in rows if row.cpu == cpu()] or rows, folder / "latency.png")
     err.print(f"wrote {folder}/latency.csv and latency.png")
 
 

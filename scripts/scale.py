@@ -6,7 +6,7 @@
 - loop: everything between the engines (gathering, lifting, Euler steps, activation, micro-flow) of the preset
   `default`, with engines that cost nothing; tokens of 64 channels, as FLUX.1 has them. Seconds are medians over runs.
 - loop memory: most bytes of tensors that lived at once beside the draws, counted tensor by tensor.
-- engine: the demo model's largest stage in bf16 by `aoti`, beside its FLOPs and the share of the machine's best matrix
+- engine: the demo model's largest stage by `aoti`, in the dtype that the CPU computes in, beside its FLOPs and the share of the machine's best matrix
   product; --engines is the largest number of tokens that is measured.
 """
 
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jitexport import registry
+from jitexport.choice import choose
 from jitexport.flops import meta_adapter, step_cost
 from jitexport.grid import TokenGrid
 from jitexport.methods.jit import JiT
@@ -38,6 +39,7 @@ from jitexport.schedule import Stage, StageSchedule, make_stages, timesteps
 from jitexport.specs import DTYPES
 
 CPU = torch.device("cpu")
+DTYPE = choose("cpu", "aoti").dtype  # of the engine
 CHANNELS = 64
 #: Token shares of schedules of one to six stages; the third is the published one at 4x.
 RATIOS = {
@@ -135,13 +137,13 @@ def measure_plan(tokens: int) -> dict[str, Any]:
 def measure_engine(tokens: int, batch: int) -> dict[str, Any]:
     """The demo model's stage of all tokens of a grid of that size."""
     side = math.isqrt(tokens) * 8
-    adapter = load_adapter(find_source("demo"), torch.bfloat16, {"height": side, "width": side})
+    adapter = load_adapter(find_source("demo"), DTYPES[DTYPE], {"height": side, "width": side})
     schedule = plan(adapter, speedup=1).schedule
-    spec = next(s for s in adapter.specs(schedule, batch, "bf16") if s.name == "stage0")
+    spec = next(s for s in adapter.specs(schedule, batch, DTYPE) if s.name == "stage0")
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(s.shape, generator=generator).to(DTYPES[s.dtype]) for s in spec.inputs]
     backend = registry.backend("aoti")
-    flops = step_cost(meta_adapter(adapter, "bf16"), "bf16")(tokens) * batch
+    flops = step_cost(meta_adapter(adapter, DTYPE), DTYPE)(tokens) * batch
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder, "stage0")
         directory.mkdir()
@@ -150,7 +152,7 @@ def measure_engine(tokens: int, batch: int) -> dict[str, Any]:
             backend.build(spec, adapter.module("stage0"), [x.clone() for x in inputs], directory)
         built = time.perf_counter() - start
         run = backend.load(spec, directory, dict(adapter.tensors()), lambda: adapter.module("stage0"), CPU)
-        ceiling = matmul_rate(torch.bfloat16, CPU)
+        ceiling = matmul_rate(DTYPES[DTYPE], CPU)
         seconds = shortest(lambda: run(inputs), CPU, 3.0)
     return {
         "tokens": tokens, "batch": batch, "build_seconds": built, "seconds": seconds, "gflop": flops / 1e9,
@@ -192,7 +194,7 @@ def markdown(report: dict[str, Any]) -> str:
         for r in report["plan"]
     ]
     if report["engine"]:
-        lines += ["", "## The demo model's full stage, `aoti`, bf16, fastest run", "",
+        lines += ["", f"## The demo model's full stage, `aoti`, {report.get('dtype', 'bf16')}, fastest run", "",
                   "| tokens | batch | build, s | ms | GFLOP | GFLOP/s | of the ceiling |", "|" + "---|" * 7]
         lines += [
             f"| {r['tokens']:,} | {r['batch']} | {r['build_seconds']:.0f} | {r['seconds'] * 1e3:.1f} | "
@@ -215,7 +217,7 @@ def main() -> None:
     middle = 4096 if 4096 in sizes else sizes[-1]
     cases = [(n, 1, 3) for n in sizes] + [(middle, b, 3) for b in (2, 4, 8)]
     cases += [(middle, 1, k) for k in RATIOS if k != 3]
-    report: dict[str, Any] = {"conditions": conditions(), "repeats": args.repeats}
+    report: dict[str, Any] = {"conditions": conditions(), "repeats": args.repeats, "dtype": DTYPE}
     report["loop"] = [measure_loop(*case, args.repeats) for case in track(cases, "loop", console=err)]
     report["plan"] = [measure_plan(n) for n in track(sizes, "plan", console=err)]
     engines = [(n, 1) for n in sizes if n <= args.engines] + [(256, b) for b in (2, 4, 8) if args.engines >= 256]

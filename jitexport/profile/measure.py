@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from jitexport import machine
+
 
 def now(device: torch.device) -> float:
     """Seconds on a steady clock, after the device has finished what it was given."""
@@ -124,6 +126,7 @@ def conditions() -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "cpu": cpu_model(),
+        "cpu_class": machine.cpu_class(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
