@@ -6,7 +6,8 @@ Without the spatial approximation, without ITA, without the DMF target (main pap
 aggressive, default and conservative ratios (C.2); uniform against Beta timesteps (B.4). Each with the exact micro-flow
 of the text or the relaxed one of the released code, everything else as the preset `paper` has it, at 18 steps. Then
 the way from there to the preset `default`, at 4x and 7x.
-Images come from the eager modules, in bf16 where the CPU computes in it, the scores and intervals are those of `jitexport evaluate`.
+Images come from the eager modules, in bf16 where the CPU computes in it; the scores and intervals are those of
+`jitexport evaluate`.
 """
 
 import argparse

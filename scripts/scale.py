@@ -6,8 +6,8 @@
 - loop: everything between the engines (gathering, lifting, Euler steps, activation, micro-flow) of the preset
   `default`, with engines that cost nothing; tokens of 64 channels, as FLUX.1 has them. Seconds are medians over runs.
 - loop memory: most bytes of tensors that lived at once beside the draws, counted tensor by tensor.
-- engine: the demo model's largest stage by `aoti`, in the dtype that the CPU computes in, beside its FLOPs and the share of the machine's best matrix
-  product; --engines is the largest number of tokens that is measured.
+- engine: the demo model's largest stage by `aoti`, in the dtype that the CPU computes in, beside its FLOPs and the
+  share of the machine's best matrix product; --engines is the largest number of tokens that is measured.
 """
 
 import argparse

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import jitexport
+from jitexport import machine
 from jitexport.backends.base import Engine
 from jitexport.build import TOLERANCE, compare, tolerance, verify_engine
 from jitexport.build import build as build_bundle
@@ -23,7 +24,7 @@ from jitexport.errors import (
 from jitexport.models.flux import FluxAdapter
 from jitexport.models.sources import find_source
 from jitexport.plan import CustomSchedule
-from jitexport.specs import EngineSpec, TensorSpec
+from jitexport.specs import DTYPES, EngineSpec, TensorSpec
 from tests import tiny
 
 ONE = CustomSchedule((1,), (1.0,))
@@ -146,6 +147,45 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path, tiny_flux, replace):
     with pytest.raises(BundleExistsError):
         build(tiny_flux, output=target, custom=ONE, replace=replace)
     assert (target / "thesis.tex").read_text() == "years of work"
+
+
+# --- what is left to the machine ---
+
+
+def test_what_is_not_said_is_chosen_told_and_recorded(tmp_path, tiny_flux, monkeypatch):
+    machines = (((), "fp32", "does not compute in bf16"), (("avx512_bf16",), "bf16", "computes in it"))
+    for features, dtype, reason in machines:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=features: dict.fromkeys(has, True))
+        progress = Recorder()
+        made = build_bundle(
+            str(tiny_flux), output=tmp_path / dtype, backend="eager", device="cpu", custom=ONE, progress=progress
+        )
+        assert made.manifest.dtype == dtype and made.manifest.chosen.keys() == {"dtype"}
+        assert reason in made.manifest.chosen["dtype"]
+        [note] = progress.notes
+        assert f"dtype {dtype}: {made.manifest.chosen['dtype']}" in note
+        assert jitexport.load(made.path).dtype == DTYPES[dtype]
+
+
+def test_what_is_said_is_not_explained(tmp_path, tiny_flux):
+    progress = Recorder()
+    made = build(tiny_flux, output=tmp_path / "b", device="cpu", custom=ONE, progress=progress)
+    assert made.manifest.chosen == {} and progress.notes == []
+
+
+def test_what_is_emulated_is_built_and_loaded_with_a_warning(tmp_path, tiny_flux, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    fast = build(tiny_flux, output=tmp_path / "fast", dtype="bf16", custom=ONE)
+    jitexport.load(fast.path)
+    assert not caplog.records
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    monkeypatch.setattr(machine, "slowdown", lambda *_: 17.0)
+    made = build(tiny_flux, output=tmp_path / "b", dtype="bf16", custom=ONE)
+    assert made.manifest.dtype == "bf16"
+    for path in (made.path, fast.path):  # the second one comes from a machine that has bf16
+        jitexport.load(path)
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == 3 and all("bf16" in m and "17 times as long as in fp32" in m for m in messages)
 
 
 # --- what cannot be built ---

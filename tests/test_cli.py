@@ -10,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import jitexport
+from jitexport import machine
 from jitexport.bundle import EngineBundle
 from jitexport.cli import app, main
 from jitexport.kernels import native
@@ -284,6 +285,52 @@ def test_doctor(run):
     report = json.loads(run("doctor", "--json")[1])
     assert report["versions"]["jitexport"] == jitexport.__version__
     assert report["backends"]["eager"].startswith("cpu: ready")
+
+
+def test_doctor_says_what_a_build_chooses_and_what_this_process_may_have(run, monkeypatch):
+    monkeypatch.setattr(machine, "cpus", lambda: 1)
+    monkeypatch.setattr(machine, "memory", lambda: 3 * 2**30)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    monkeypatch.setattr(machine, "slowdown", lambda *_: 17.0)
+    report = json.loads(run("doctor", "--json")[1])
+    chosen = report["what a build chooses"]
+    assert chosen.keys() == {"device", "backend", "dtype"} and chosen["dtype"].startswith("fp32: ")
+    assert "8 cores, 1 of them for this process" in report["machine"]["cpu"]
+    assert report["machine"]["memory"].startswith("3.0 GiB") and "17 times" in report["machine"]["bf16"]
+
+
+@pytest.mark.parametrize(
+    ("version", "untested"), [("2.13.1+cpu", False), ("2.14.1", False), ("2.15.0", True), ("2.1.3", True)]
+)
+def test_doctor_says_which_torch_is_untested(run, monkeypatch, version, untested):
+    monkeypatch.setattr(torch, "__version__", version)
+    said = json.loads(run("doctor", "--json")[1])["versions"]["torch"]
+    assert said.startswith(version) and ("untested" in said) == untested
+
+
+def test_the_versions_that_are_tested_are_those_that_can_be_installed():
+    from pathlib import Path
+
+    from packaging.specifiers import SpecifierSet
+
+    from jitexport.doctor import TESTED_TORCH
+
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    allowed = SpecifierSet(text.split('"torch')[1].split('"')[0])
+    assert all(version in allowed for version in TESTED_TORCH)
+    assert "2.12.1" not in allowed and "2.15.0" not in allowed
+
+
+def test_what_was_chosen_is_printed_and_inspected(run, tiny_flux, tmp_path):
+    _, out, err = run("build", "--model", tiny_flux, "--backend", "eager", "--steps", "1", "-o", tmp_path / "b")
+    manifest = EngineBundle.open(tmp_path / "b").manifest
+    assert manifest.chosen.keys() == {"device", "dtype"}
+    shown = " ".join(run("inspect", tmp_path / "b")[1].split())
+    for field, reason in manifest.chosen.items():
+        assert reason in err and reason not in out
+        assert f"{field}: {reason}" in shown
+    assert json.loads(run("inspect", tmp_path / "b", "--json")[1])["chosen"] == manifest.chosen
 
 
 def test_doctor_says_whether_the_kernels_are_used(run, monkeypatch):

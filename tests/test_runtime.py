@@ -12,6 +12,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 import jitexport
+from jitexport import machine
+from jitexport.backends.eager import EagerBackend
 from jitexport.errors import InputError
 from jitexport.grid import unpack
 from jitexport.models.sources import DEMO_FOLDER
@@ -421,6 +423,8 @@ def test_a_fresh_process_runs_a_compiled_bundle_without_model_code_or_compiler(a
 import sys, torch
 known = set(sys.modules)  # some versions of torch bring torch.export with them
 import jitexport
+from jitexport import machine
+from jitexport.backends.eager import EagerBackend
 pipe = jitexport.load({str(aoti_bundle)!r})
 y = pipe("a red fox", generator=torch.Generator().manual_seed(0), output_type="latent").images
 images = pipe("a red fox").images
@@ -432,3 +436,68 @@ import json; print(json.dumps(sorted(set(sys.modules) - known)))
     unwanted = ("diffusers", "transformers", "huggingface_hub", "scipy", "torch.export", "torch._inductor")
     assert [name for name in loaded if name.split(".")[0] in unwanted or name.startswith(unwanted[-2:])] == []
     close(torch.load(tmp_path / "y.pt"), latents(jitexport.load(aoti_bundle)))
+
+
+# --- threads ---
+
+
+@pytest.fixture
+def threads_seen(monkeypatch, make_bundle):
+    """Loads a bundle; the list has the number of threads that each engine was opened or run on."""
+    seen = []
+    original = EagerBackend.load
+
+    def load(self, *arguments):
+        run = original(self, *arguments)
+        seen.append(torch.get_num_threads())
+
+        def watched(inputs):
+            seen.append(torch.get_num_threads())
+            return run(inputs)
+
+        return watched
+
+    monkeypatch.setattr(EagerBackend, "load", load)
+
+    def opened(**options):
+        pipe = jitexport.load(make_bundle(custom=CustomSchedule((1, 1), (0.5, 1.0))), **options)
+        pipe("a fox", generator=torch.Generator().manual_seed(0))
+        found, seen[:] = set(seen), []
+        return found
+
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("set_to", "processors", "asked", "expected"),
+    [(5, 8, None, 5), (5, 2, None, 2), (5, 2, 3, 3), (2, 8, 6, 6), (1, 8, None, 1)],
+)
+def test_threads_of_a_call(threads_seen, monkeypatch, set_to, processors, asked, expected):
+    """Torch's setting within what the process may have, or what the caller asked for; torch's setting stays."""
+    monkeypatch.setattr(machine, "cpus", lambda: processors)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(set_to)
+        assert threads_seen(threads=asked) == {expected}
+        assert torch.get_num_threads() == set_to
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_setting_after_loading_counts(make_bundle, monkeypatch):
+    monkeypatch.setattr(machine, "cpus", lambda: 8)
+    pipe = jitexport.load(make_bundle(custom=CustomSchedule((1,), (1.0,))))
+    seen = []
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        pipe("a fox", callback_on_step_end=lambda *_: seen.append(torch.get_num_threads()))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [4]
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True])
+def test_numbers_of_threads_that_are_none(make_bundle, threads):
+    with pytest.raises(InputError, match="threads"):
+        jitexport.load(make_bundle(custom=CustomSchedule((1,), (1.0,))), threads=threads)

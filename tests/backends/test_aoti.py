@@ -1,11 +1,15 @@
 """What an AOTInductor engine borrows it gives back: torch itself never does."""
 
 import gc
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from jitexport import machine
 from jitexport.backends import aoti
 from jitexport.specs import EngineSpec, TensorSpec
 from tests.backends.conftest import CPU, Case
@@ -124,3 +128,35 @@ def test_what_a_bf16_engine_computes_with_them(tmp_path):
     backend.build(spec, module, [scores], tmp_path)
     run = backend.load(spec, tmp_path, dict(module.named_parameters()), lambda: module, torch.device("cpu"))
     torch.testing.assert_close(run([scores])[0], scores.float().softmax(dim=-1), rtol=1e-5, atol=1e-8)
+
+
+def test_engines_run_on_as_many_threads_as_there_are_and_not_as_the_build_had(tmp_path):
+    """Code that was compiled for one thread starts three where three are set, in a process that started none."""
+    spec = EngineSpec("text", (TensorSpec("x", (512, 1024), "fp32"),), (TensorSpec("y", (512, 1024), "fp32"),))
+
+    class Waves(torch.nn.Module):
+        def forward(self, x):
+            return torch.sin(x) * 2
+
+    x = torch.linspace(0, 1, 512 * 1024).view(512, 1024)
+    with machine.threads(1):
+        (tmp_path / "engine").mkdir()
+        aoti.AOTInductorBackend().build(spec, Waves(), [x], tmp_path / "engine")
+    code = (
+        "import os, sys, torch\n"
+        "from jitexport.backends.aoti import AOTInductorBackend\n"
+        "from jitexport.specs import EngineSpec, TensorSpec\n"
+        "tasks = lambda: len(os.listdir('/proc/self/task'))\n"
+        "run = AOTInductorBackend().load(EngineSpec('text', (), ()), __import__('pathlib').Path(sys.argv[1]), {},\n"
+        "                                lambda: None, torch.device('cpu'))\n"
+        "x = torch.ones(512, 1024)\n"
+        "torch.set_num_threads(int(sys.argv[2]))\n"
+        "before = tasks(); y = run([x])[0]; print(tasks() - before, float(y[-1, -1]))\n"
+    )
+    for threads in (1, 3):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "engine"), str(threads)], capture_output=True, text=True,
+            check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        started, value = done.stdout.split()
+        assert (int(started), float(value)) == (threads - 1, pytest.approx(1.6829, abs=1e-3))

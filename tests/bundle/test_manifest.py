@@ -44,6 +44,17 @@ def test_only_the_known_format_version(text, version):
     assert "another format" in refused(json.loads(text) | {"format_version": version})
 
 
+def test_a_backend_may_have_had_another_name(text):
+    assert parse_manifest(json.dumps(json.loads(text) | {"backend": "auto"}), "it").backend == "fastest"
+
+
+def test_reasons_are_of_what_a_build_chooses(text):
+    raw = json.loads(text)
+    assert parse_manifest(json.dumps(raw | {"chosen": {"dtype": "why"}}), "it").chosen == {"dtype": "why"}
+    assert parse_manifest(json.dumps({k: v for k, v in raw.items() if k != "chosen"}), "it").chosen == {}
+    assert refused(raw | {"chosen": {"colour": "why"}}) and refused(raw | {"chosen": {"dtype": 1}})
+
+
 def test_every_field_is_needed_and_no_other_is_taken(text):
     raw = json.loads(text)
     for key in raw.keys() - {"chosen"}:  # which bundles had none of
