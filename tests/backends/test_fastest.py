@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 
@@ -125,6 +126,7 @@ def test_dtypes_that_a_candidate_lacks_leave_it_out():
 
 def test_on_a_gpu_a_graph_can_record_all(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     made = FastestBackend().candidates(torch.device("cuda"), "bf16")
     assert set(made) == {"aoti", "aoti-autotuned"} and all(b.capturable and b.live_weights for b in made.values())
 

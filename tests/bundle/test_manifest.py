@@ -92,7 +92,7 @@ def test_contradictions_are_refused(text):
     assert "rotary axes" in refused(edit(raw, "geometry", "rotary_axes", to=[4, 6, 5]))
     assert "tokenizers give" in refused(edit(raw, "tokenizers", 0, "length", to=9))
     assert "engine" in refused(edit(raw, "batch", to=2))
-    assert "engine" in refused(edit(raw, "dtype", to="fp32"))
+    assert "engine" in refused(edit(raw, "dtype", to="bf16" if raw["dtype"] == "fp32" else "fp32"))
     assert "declared twice" in refused(edit(raw, "files", to=[*raw["files"], raw["files"][0]]))
     assert "used but not declared" in refused(edit(raw, "files", to=raw["files"][1:]))
     assert "the schedule needs" in refused(edit(raw, "engines", to=raw["engines"][1:]))
