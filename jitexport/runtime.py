@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,6 +139,12 @@ class Pipeline:
     def set_progress_bar_config(self, *, disable: bool) -> None:
         """Switch the progress bar on stderr off or on; it is on by default on a terminal."""
         self._show_progress = not disable
+
+    def on_threads(self) -> AbstractContextManager[None]:
+        """What a call runs inside: torch computes on this pipeline's number of threads, and afterwards as before."""
+        if self.device.type != "cpu":
+            return nullcontext()
+        return machine.threads(self.threads or machine.default_threads())
 
     # --- weights that change ---
 
@@ -348,11 +354,8 @@ class Pipeline:
         size = self.batch_size
         total = -(-len(prompts) // size) * self.schedule.nfe
         held = self.weights.reading() if self.weights is not None else nullcontext()
-        on_threads = nullcontext() if self.device.type != "cpu" else machine.threads(
-            self.threads or machine.default_threads()
-        )
         bar = Progress(console=Console(stderr=True), transient=True, disable=not self._show_progress)
-        with held, on_threads, bar as progress:
+        with held, self.on_threads(), bar as progress:
             task = progress.add_task("denoising", total=total)
             if self.device.type == "cpu":
                 watch.begin()

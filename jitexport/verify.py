@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from jitexport import machine
 from jitexport.build import TOLERANCE, compare
 from jitexport.bundle import EngineBundle
 from jitexport.bundle.golden import read_golden
@@ -79,9 +80,10 @@ def verify(
     bundle = EngineBundle.open(path, "full")
     opener = EngineOpener(bundle, device)
     replays = []
-    for entry in bundle.manifest.engines:
-        on_engine(entry.name)
-        replays.append(_replay(bundle, opener, entry))
+    with machine.threads(machine.default_threads()):
+        for entry in bundle.manifest.engines:
+            on_engine(entry.name)
+            replays.append(_replay(bundle, opener, entry))
     return Verification(len(bundle.manifest.files), bundle.manifest.size, tuple(replays))
 
 

@@ -47,6 +47,21 @@ def measured(pipe, bundle):
     return profiling.profile_pipeline(pipe, "tiny", "a red fox", flops=flops, speedup=(50, 20.0), repeats=3)
 
 
+def test_a_profile_runs_on_the_threads_of_a_call(bundle, monkeypatch):
+    seen = []
+    original = Recorder.image
+
+    def image(self, *arguments):
+        seen.append(torch.get_num_threads())
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Recorder, "image", image)
+    before = torch.get_num_threads()
+    pipe = jitexport.load(bundle, threads=before + 2)
+    profiling.profile_pipeline(pipe, "tiny", "a red fox", repeats=1)
+    assert seen == [before + 2] * 2 and torch.get_num_threads() == before
+
+
 # --- measure ---
 
 

@@ -127,7 +127,7 @@ def conditions() -> dict[str, Any]:
         "date": date.today().isoformat(),
         "cpu": cpu_model(),
         "cpu_class": machine.cpu_class(),
-        "threads": torch.get_num_threads(),
+        "threads": machine.default_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),

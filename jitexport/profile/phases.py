@@ -220,18 +220,19 @@ def profile_pipeline(
     """
     recorder = Recorder(pipe)
     flops = flops or {}
-    ceiling = matmul_rate(pipe.dtype, pipe.device)
-    memory = PeakMemory(pipe.device)
     images: list[list[Span]] = []
     totals = []
-    for i in range(warmup + repeats):
-        spans = recorder.image(prompt, i)
-        total = spans[-1].end if pipe.device.type == "cpu" else call_seconds(pipe, prompt, i)
-        if i >= warmup:
-            images.append(spans)
-            totals.append(total)
-    peak = {"process": memory.process(), "gpu": memory.gpu()}
-    ceiling = max(ceiling, matmul_rate(pipe.dtype, pipe.device))
+    with pipe.on_threads():
+        ceiling = matmul_rate(pipe.dtype, pipe.device)
+        memory = PeakMemory(pipe.device)
+        for i in range(warmup + repeats):
+            spans = recorder.image(prompt, i)
+            total = spans[-1].end if pipe.device.type == "cpu" else call_seconds(pipe, prompt, i)
+            if i >= warmup:
+                images.append(spans)
+                totals.append(total)
+        peak = {"process": memory.process(), "gpu": memory.gpu()}
+        ceiling = max(ceiling, matmul_rate(pipe.dtype, pipe.device))
 
     stages = {s.name: s for s in pipe.schedule.engines}
     inner = [*stages, "preview"] if "preview" in pipe.engines else [*stages]  # engines that the loop runs
