@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from jitexport import machine
 from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, digest_line, parse_manifest
 from jitexport.bundle.references import check_references, read_references
 from jitexport.bundle.tensors import map_tensors
@@ -149,7 +150,7 @@ def check_files(root: Path, manifest: Manifest, verify: Verify) -> None:
         raise UndeclaredFileError("the bundle has undeclared files", found=", ".join(extra[:3]), remedy="remove them")
     if missing := sorted(declared - present):
         raise MissingFileError("files of the bundle are missing", found=", ".join(missing[:3]), remedy=REBUILD)
-    pool = ThreadPoolExecutor(max_workers=os.cpu_count())  # sha256 releases the interpreter lock
+    pool = ThreadPoolExecutor(max_workers=machine.cpus())  # sha256 releases the interpreter lock
     try:
         # The largest first: with the last file, all cores should end at about the same time.
         for _ in pool.map(lambda e: check_file(root, e, verify), sorted(manifest.files, key=lambda e: -e.size)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from jitexport import machine
 from jitexport.bundle.manifest import Manifest, ReferenceEntry
 from jitexport.bundle.tensors import map_tensors
 from jitexport.errors import DigestError, InputError, IntegrityError, MissingFileError, SizeError
@@ -100,7 +100,7 @@ def check_references(manifest: Manifest, model: Path | None, *, full: bool) -> P
         if digest != entry.sha256:
             raise DigestError(f"{path} has another digest", found=digest, expected=entry.sha256, remedy=remedy)
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=machine.cpus()) as pool:
         list(pool.map(check, manifest.references))
     return folder
 

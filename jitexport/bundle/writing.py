@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from jitexport import machine
 from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, digest_line, parse_manifest
 from jitexport.bundle.staging import Staging
 from jitexport.errors import BundleError
@@ -78,7 +79,7 @@ class BundleWriter(Staging):
             ManifestError: the manifest would not be accepted at load.
         """
         names = self._settle()
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # sha256 and fsync release the interpreter lock
+        with ThreadPoolExecutor(max_workers=machine.cpus()) as pool:  # sha256 and fsync release the interpreter lock
             entries = tuple(pool.map(self._entry, names))
         text = manifest(entries).to_json().encode()
         made = parse_manifest(text, FILE_NAME)
