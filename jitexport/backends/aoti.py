@@ -21,9 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from jitexport.backends.base import Backend, RawEngine
-from jitexport.errors import BackendError, CompileError
+from jitexport.errors import BackendError, CompileError, JitExportError
 from jitexport.kernels.native import compile_with_kernels, write_record
+from jitexport.regions import Outline, Program, Run, check, open_program, outline
 from jitexport.specs import EngineSpec
+
+#: In an engine that was compiled by regions: the program that runs them, and a folder for each.
+PROGRAM = "program.json"
+REGIONS = "regions"
 
 
 class AOTInductorBackend(Backend):
@@ -45,6 +50,10 @@ class AOTInductorBackend(Backend):
         "cpp.dynamic_threads": True,
     }
 
+    def __init__(self, regional: bool | None = None) -> None:
+        """With `regional`, modules with regions are compiled by regions always, or never; by default where it pays."""
+        self.regional = regional
+
     def missing(self, device: torch.device) -> str | None:
         if device.type == "cuda" and not torch.cuda.is_available():
             return "no CUDA device is visible to torch"
@@ -62,31 +71,62 @@ class AOTInductorBackend(Backend):
         return None
 
     def build(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor], directory: Path) -> None:
-        from torch._inductor import aoti_compile_and_package  # heavy, and not needed to load
-
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             raise CompileError(
                 "AOTInductor needs a C++ compiler to build", found="neither g++ nor clang++ on PATH",
                 remedy="install g++ (Debian, Ubuntu: apt-get install g++), or build with --backend eager",
             )
+        made = None if self.regional is False else self.outline(spec, module, example)
+        exponentials = fast_exponentials if reduced_precision(module) else nullcontext
+        with exponentials():
+            if made is None or not (self.regional or worthwhile(made.program)):
+                write_record(directory, self.compile(spec.name, module, example, directory))
+                return
+            used: set[str] = set()
+            for name, kind in made.kinds.items():
+                what = f"{spec.name}, region {name},"
+                used |= self.compile(what, kind, kind.example(), directory / REGIONS / name)
+        write_record(directory, used)
+        (directory / PROGRAM).write_text(made.program.model_dump_json(exclude_defaults=True), encoding="utf-8")
+
+    def outline(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor]) -> Outline | None:
+        """The module's program over regions, if it has regions.
+
+        Raises:
+            CompileError: it cannot be traced.
+        """
+        try:
+            with torch.no_grad(), quiet_export():
+                return outline(module, example)
+        except JitExportError:
+            raise
+        except Exception as error:  # torch raises many types here, none of them ours
+            raise CompileError(f"engine {spec.name} cannot be traced", found=error) from error
+
+    def compile(self, what: str, module: nn.Module, example: Sequence[Tensor], directory: Path) -> set[str]:
+        """Compile a module into a directory that is empty or not there; the kernels in it.
+
+        Raises:
+            CompileError: engine `what` could not be compiled.
+        """
+        from torch._inductor import aoti_compile_and_package  # heavy, and not needed to load
+
         # Beside the engine and not in TMPDIR: what a killed build leaves is then removed with the rest of it.
-        scratch_directory = tempfile.TemporaryDirectory(prefix=".scratch-", dir=directory.parent)
-        with scratch_directory as scratch, warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # from inside torch.export, about its own calls
-            package = Path(scratch) / f"{spec.name}.pt2"
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".scratch-", dir=directory.parent) as scratch, quiet_export():
+            package = Path(scratch) / "model.pt2"
 
             def compiler() -> None:
                 program = torch.export.export(module, tuple(example))
                 aoti_compile_and_package(program, package_path=str(package), inductor_configs=dict(self.settings))
 
             try:
-                exponentials = fast_exponentials() if reduced_precision(module) else nullcontext()
-                with torch.no_grad(), exponentials:
-                    _, kernels = compile_with_kernels(compiler, spec.name)
-            except Exception as error:  # torch raises many types here, none of them ours
-                raise CompileError(f"AOTInductor cannot compile engine {spec.name}", found=error) from error
+                with torch.no_grad():
+                    _, kernels = compile_with_kernels(compiler, what)
+            except Exception as error:  # see above
+                raise CompileError(f"AOTInductor cannot compile engine {what}", found=error) from error
             unpack_package(package, directory)
-            write_record(directory, kernels)
+        return kernels
 
     def load(
         self,
@@ -99,10 +139,15 @@ class AOTInductorBackend(Backend):
         # Between threads the library keeps order by itself, with events that a CUDA graph cannot record: on CUDA it
         # is told to leave that out, and threads take turns here.
         turns = threading.Lock() if device.type == "cuda" else nullcontext()
+        libraries: list[_Library] = []
         try:
-            library = _take(directory, device)
-            library.lend(weights)
-        except (RuntimeError, KeyError, OSError) as error:
+            if (directory / PROGRAM).is_file():
+                boxed = open_regions(directory, weights, device, libraries)
+            else:
+                boxed = open_library(directory, weights, device, libraries)
+        except (RuntimeError, KeyError, OSError, ValueError) as error:
+            for library in libraries:
+                _give_back(library)
             raise BackendError(
                 f"cannot open engine {spec.name}", found=error, expected="an AOTInductor engine of this bundle",
                 remedy="build the bundle again",
@@ -110,10 +155,60 @@ class AOTInductorBackend(Backend):
 
         def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
             with turns:
-                return library.loader.boxed_run(list(inputs))
+                return boxed(list(inputs))
 
-        weakref.finalize(run, _give_back, library)
+        for library in libraries:
+            weakref.finalize(run, _give_back, library)
         return run
+
+
+def worthwhile(program: Program) -> bool:
+    """Whether to compile a module's regions and not the whole of it: where that is less to compile."""
+    return program.calls > len(program.regions)
+
+
+@contextmanager
+def quiet_export() -> Iterator[None]:
+    """Without the warnings from inside torch.export about its own calls."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def open_library(
+    directory: Path, weights: Mapping[str, Tensor], device: torch.device, opened: list[_Library]
+) -> Run:
+    """A compiled module, and its library added to those opened.
+
+    Raises:
+        RuntimeError, KeyError, OSError: no library, or no such weights.
+    """
+    library = _take(directory, device)
+    opened.append(library)
+    library.lend(weights)
+    return library.loader.boxed_run
+
+
+def open_regions(
+    directory: Path, weights: Mapping[str, Tensor], device: torch.device, opened: list[_Library]
+) -> Run:
+    """A program over compiled regions, and its libraries added to those opened.
+
+    Raises:
+        RuntimeError, KeyError, OSError, ValueError: libraries, weights or a program that do not fit; says which.
+    """
+    try:
+        program = Program.model_validate_json((directory / PROGRAM).read_bytes())
+        check(program, weights)
+    except ValueError as error:
+        raise ValueError(f"{PROGRAM}: {error}") from error
+    libraries = {}
+    for name in program.regions:
+        try:
+            libraries[name] = open_library(directory / REGIONS / name, {}, device, opened)
+        except (RuntimeError, KeyError, OSError) as error:
+            raise ValueError(f"region {name}: {error}") from error
+    return open_program(program, libraries, weights, device)
 
 
 def reduced_precision(module: nn.Module) -> bool:

@@ -1,0 +1,498 @@
+"""A module as a short program over regions: its repeated blocks, each kind of which is compiled once.
+
+A module names its functions of repeated blocks in an attribute `regions` and calls them as `self.<name>(block, ...)`,
+with a block (a module), then tensors; they return a tensor or a tuple of tensors. `outline` runs such a module on fake
+tensors and finds the kinds of regions: calls of one function on blocks of the same make and tensors of the same layout.
+A kind is compiled as a function of its tensors and of its block's weights, so that one library runs it for every block.
+
+What lies between the regions stays as it is: a few of PyTorch's operators, run one after the other. So the whole module
+is plain data, a `Program`, which is checked when it is opened (`open_program`): values are there before they are used,
+and every region gets tensors of the layouts that it was compiled for, which native code would not check.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from jitexport.errors import CompileError
+
+Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+Values = dict[str, Tensor]
+#: What tells blocks of one make apart from others, beside their modules and tensors.
+PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Layout(_Entry):
+    """How a tensor lies in memory; the dtype by torch's name."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """Of a tensor."""
+        return cls(shape=tuple(tensor.shape), stride=tuple(tensor.stride()), dtype=str(tensor.dtype)[len("torch.") :])
+
+    def empty(self, device: torch.device | None = None) -> Tensor:
+        """A tensor with this layout."""
+        return torch.empty_strided(self.shape, self.stride, dtype=getattr(torch, self.dtype), device=device)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}, strides {list(self.stride)}"
+
+
+class Region(_Entry):
+    """Layouts of a kind's tensors: what the program hands it, the weights of its block, and what it gives."""
+
+    inputs: tuple[Layout, ...]
+    weights: tuple[Layout, ...]
+    outputs: tuple[Layout, ...]
+
+
+class Step(_Entry):
+    """A region run on values and weights, or one of PyTorch's operators run on arguments; gives values their names.
+
+    Attributes:
+        region, inputs, weights: a kind, names of values, full names of weights.
+        operator, arguments, keywords: "aten.linear.default"; numbers, strings and lists of them, {"value": name} for a
+            tensor, {"dtype": name} for a dtype, {"device": null} for the engine's device.
+        outputs: names of the values that it gives, null for what nobody uses.
+    """
+
+    region: str | None = None
+    inputs: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    operator: str | None = None
+    arguments: list[Any] = []
+    keywords: dict[str, Any] = {}
+    outputs: tuple[str | None, ...]
+
+
+class Program(_Entry):
+    """Steps in order, which make the outputs from the inputs; `weights` are values from the start, by full name."""
+
+    inputs: tuple[str, ...]
+    weights: dict[str, str]
+    layouts: dict[str, Layout]
+    regions: dict[str, Region]
+    steps: tuple[Step, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def calls(self) -> int:
+        """How often regions run."""
+        return sum(step.region is not None for step in self.steps)
+
+
+# --- from a module to a program -------------------------------------------------------------------------------------
+
+
+class Kind(nn.Module):
+    """A region as a function of tensors: the inputs of a call, then its block's weights; the results as a tuple.
+
+    Results lie row by row, so that it does not matter which layout a compiler would prefer.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], block: nn.Module, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.name = name
+        self.layouts = [Layout.of(t) for t in inputs]
+        weights = tensors_of(block)
+        self._names = [f"block.{name}" for name in weights]
+        self._call = (Call(function, block),)  # in a tuple, so that its weights are no weights of this module
+        self.weights = tuple(w.detach() for w in weights.values())
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Inputs, then weights."""
+        inputs, weights = tensors[: len(self.layouts)], tensors[len(self.layouts) :]
+        out = functional_call(self._call[0], dict(zip(self._names, weights, strict=True)), tuple(inputs))
+        return tuple(t.contiguous() for t in (out if isinstance(out, tuple | list) else (out,)))
+
+    def example(self) -> list[Tensor]:
+        """Tensors as `forward` takes them: inputs that hold zeros, and the weights of the first block of the kind."""
+        device = self.weights[0].device if self.weights else None
+        return [*(layout.empty(device).zero_() for layout in self.layouts), *self.weights]
+
+
+class Call(nn.Module):
+    """A function of a block with the block as a submodule."""
+
+    def __init__(self, function: Callable[..., Any], block: nn.Module) -> None:
+        super().__init__()
+        self.function, self.block = function, block
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the function makes of the block and the inputs."""
+        return self.function(self.block, *inputs)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A program, and what is to be compiled for it, by the names that the program has for it."""
+
+    program: Program
+    kinds: Mapping[str, Kind]
+
+
+def outline(module: nn.Module, example: Sequence[Tensor]) -> Outline | None:
+    """The program of a module for the shapes of an example; None for a module that has no regions.
+
+    Raises:
+        CompileError: regions that take something other than a block and tensors, or steps between regions that are more
+            than operators on tensors.
+    """
+    names = getattr(module, "regions", ())
+    if not names:
+        return None
+    kinds: dict[object, Kind] = {}
+    found: dict[str, Region] = {}
+    steps: list[Step] = []
+    full_names = {id(t): name for name, t in tensors_of(module, every_name=True).items()}
+
+    def record(name: str, function: Callable[..., Any], block: nn.Module, *inputs: Tensor) -> Any:
+        """Note a call; the first one of a kind is run, on fake tensors."""
+        if not isinstance(block, nn.Module) or not all(isinstance(t, Tensor) for t in inputs):
+            raise CompileError(
+                f"region {name} cannot be compiled by itself", expected="a block (a module), then tensors",
+                found=", ".join(type(x).__name__ for x in (block, *inputs)),
+            )
+        weights = tensors_of(block)
+        key = (name, *make_of(block), *map(Layout.of, (*inputs, *weights.values())))
+        if key not in kinds:
+            several = sum(kind.name.split("-")[0] == name for kind in kinds.values())
+            kind = kinds[key] = Kind(f"{name}-{several + 1}" if several else name, function, block, inputs)
+            results = kind(*inputs, *kind.weights)
+            found[kind.name] = Region(
+                inputs=tuple(kind.layouts), weights=tuple(map(Layout.of, kind.weights)),
+                outputs=tuple(map(Layout.of, results)),
+            )
+        kind = kinds[key]
+        steps.append(Step(region=kind.name, weights=tuple(full_names[id(w)] for w in weights.values()), outputs=()))
+        return unwrapped([layout.empty(inputs[0].device) for layout in found[kind.name].outputs])
+
+    with fake_tensors() as fake, calls_through(module, record):
+        module(*map(fake.from_tensor, example))
+
+    waiting = iter(steps)
+
+    def mark(name: str, function: Callable[..., Any], block: nn.Module, *inputs: Tensor) -> Any:
+        """Put the call into the graph as one operator."""
+        step = next(waiting)
+        outputs = [layout.model_dump() for layout in found[step.region or ""].outputs]
+        return unwrapped(torch.ops.jitexport.region(list(inputs), step.model_dump_json(), json.dumps(outputs)))
+
+    with calls_through(module, mark):
+        exported = torch.export.export(module, tuple(example))
+    return Outline(program_of(exported, found), {kind.name: kind for kind in kinds.values()})
+
+
+def tensors_of(module: nn.Module, *, every_name: bool = False) -> dict[str, Tensor]:
+    """Parameters and buffers by name; those with several names under the first one, or under each."""
+    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=not every_name))
+    return tensors | dict(module.named_buffers(remove_duplicate=not every_name))
+
+
+def make_of(block: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """What a block is made of: the names, classes and plain attributes of its modules, the names of its tensors."""
+    for name, part in block.named_modules():
+        plain = sorted((key, repr(value)) for key, value in vars(part).items() if isinstance(value, PLAIN))
+        yield (name, type(part), *plain)
+    yield tuple(tensors_of(block))
+
+
+def unwrapped(results: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """One tensor as it is, several as a tuple."""
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+@contextmanager
+def fake_tensors() -> Iterator[Any]:
+    """Everything inside is computed for its shapes only, on fake tensors in the place of real ones."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        yield mode
+
+
+@contextmanager
+def calls_through(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Calls of the module's regions go to function(name, region, block, *tensors)."""
+    instance = vars(module)
+    before = {name: instance[name] for name in module.regions if name in instance}
+
+    def through(name: str, region: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: function(name, region, *given)
+
+    instance |= {name: through(name, getattr(module, name)) for name in module.regions}
+    try:
+        yield
+    finally:
+        for name in module.regions:
+            del instance[name]
+        instance |= before
+
+
+@torch.library.custom_op("jitexport::region", mutates_args=())
+def region_operator(inputs: Sequence[Tensor], step: str, outputs: str) -> list[Tensor]:
+    """A place in a graph where a region is called: a `Step` without values, and the layouts of its outputs, as JSON."""
+    raise NotImplementedError("a mark in graphs, which nobody runs")
+
+
+@region_operator.register_fake
+def _(inputs: Sequence[Tensor], step: str, outputs: str) -> list[Tensor]:
+    layouts = [Layout.model_validate_json(json.dumps(layout)) for layout in json.loads(outputs)]
+    return [layout.empty(inputs[0].device) for layout in layouts]
+
+
+def program_of(exported: torch.export.ExportedProgram, regions: Mapping[str, Region]) -> Program:
+    """An exported graph, with marks for its regions, as a program."""
+    signature = exported.graph_signature
+    sources = signature.inputs_to_parameters | signature.inputs_to_buffers
+    weights: dict[str, str] = {}
+    layouts: dict[str, Layout] = {}
+    steps: list[Step] = []
+    outputs: tuple[str, ...] = ()
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and node.users:
+            layouts[node.name] = Layout.of(value)
+        if node.op == "placeholder" and node.name in sources:
+            weights[node.name] = sources[node.name]
+        elif node.op == "placeholder" and node.name not in signature.user_inputs:
+            raise CompileError(
+                "a constant tensor lies between regions", found=node.name,
+                expected="parameters and buffers of the module", remedy="register it as a buffer",
+            )
+        elif node.op == "output":
+            outputs = tuple(argument.name for argument in node.args[0])
+        elif node.op == "call_function" and node.users and not is_item(node):
+            steps.append(step_of(node))
+    used = {node.name for node in exported.graph.nodes if node.users}
+    return Program(
+        inputs=tuple(signature.user_inputs), weights={name: w for name, w in weights.items() if name in used},
+        layouts=layouts, regions=dict(regions), steps=tuple(steps), outputs=outputs,
+    )
+
+
+def is_item(node: torch.fx.Node) -> bool:
+    """Whether a node takes a tensor out of an operator's list of results."""
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def step_of(node: torch.fx.Node) -> Step:
+    """A node that calls an operator as a step."""
+    outputs: tuple[str | None, ...] = (node.name,)
+    if not isinstance(node.meta["val"], Tensor):
+        items = {user.args[1]: user.name for user in node.users}
+        outputs = tuple(items.get(i) for i in range(len(node.meta["val"])))
+    if node.target is torch.ops.jitexport.region.default:
+        inputs, step, _ = node.args
+        given = {"inputs": tuple(x.name for x in inputs), "outputs": outputs}
+        return Step.model_validate_json(step).model_copy(update=given)
+    operator = str(node.target)
+    if not isinstance(node.target, torch._ops.OpOverload) or not operator.startswith("aten."):
+        raise CompileError("between regions there may be PyTorch's operators only", found=operator)
+    arguments = [plain_argument(a) for a in node.args]
+    keywords = {name: plain_argument(a) for name, a in node.kwargs.items()}
+    return Step(operator=operator, arguments=arguments, keywords=keywords, outputs=outputs)
+
+
+def plain_argument(argument: Any) -> Any:
+    """An operator's argument in a graph as plain data."""
+    if isinstance(argument, torch.fx.Node):
+        return {"value": argument.name}
+    if isinstance(argument, torch.dtype):
+        return {"dtype": str(argument)[len("torch.") :]}
+    if isinstance(argument, torch.device):
+        return {"device": None}
+    if isinstance(argument, list | tuple):
+        return [plain_argument(a) for a in argument]
+    if argument is None or isinstance(argument, bool | int | float | str):
+        return argument
+    raise CompileError("an operator between regions has an argument that is no plain data", found=repr(argument))
+
+
+# --- from a program to an engine ------------------------------------------------------------------------------------
+
+
+def open_program(
+    program: Program, libraries: Mapping[str, Run], weights: Mapping[str, Tensor], device: torch.device
+) -> Run:
+    """A program as a function of its inputs, on weights that it reads where they are.
+
+    Args:
+        libraries: runs each kind of region on its inputs and a block's weights; may use up the list that it gets.
+        weights: by full name.
+
+    Raises:
+        ValueError: a program that does not fit together, or does not fit the weights; says where.
+    """
+    check(program, weights)
+    bound = {value: weights[name].detach() for value, name in program.weights.items()}
+    steps = [opened(step, libraries, weights, device) for step in program.steps]
+    steps = [(run, tuple(dead)) for run, dead in zip(steps, last_uses(program), strict=True)]
+    inputs, outputs = program.inputs, program.outputs
+
+    def run(given: Sequence[Tensor]) -> list[Tensor]:
+        values = bound | dict(zip(inputs, given, strict=True))
+        for step, dead in steps:
+            step(values)
+            for name in dead:  # its memory is free for what comes next
+                del values[name]
+        return [values[name] for name in outputs]
+
+    return run
+
+
+def opened(
+    step: Step, libraries: Mapping[str, Run], weights: Mapping[str, Tensor], device: torch.device
+) -> Callable[[Values], None]:
+    """A step as a function that adds its values to others."""
+    if step.region is not None:
+        library, its_weights, names = libraries[step.region], [weights[n].detach() for n in step.weights], step.inputs
+
+        def call(values: Values) -> None:
+            results = library([*[values[name] for name in names], *its_weights])
+            values.update(zip(step.outputs, results, strict=True))
+
+    else:
+        operator = find_operator(step.operator or "")
+
+        def call(values: Values) -> None:
+            results = operator(
+                *[filled(a, values, device) for a in step.arguments],
+                **{name: filled(a, values, device) for name, a in step.keywords.items()},
+            )
+            results = (results,) if isinstance(results, Tensor) else results
+            values.update(zip(step.outputs, results, strict=True))
+
+    return call
+
+
+def find_operator(name: str) -> Callable[..., Any]:
+    """One of PyTorch's operators by its name in graphs.
+
+    Raises:
+        ValueError: there is no such operator.
+    """
+    space, _, rest = name.partition(".")
+    operator, _, overload = rest.partition(".")
+    try:
+        if space != "aten":
+            raise AttributeError(name)
+        return getattr(getattr(torch.ops.aten, operator), overload)
+    except AttributeError:
+        raise ValueError(f"{name!r} is not one of PyTorch's operators") from None
+
+
+def filled(argument: Any, values: Values, device: torch.device) -> Any:
+    """A step's argument as an operator takes it."""
+    if isinstance(argument, list):
+        return [filled(a, values, device) for a in argument]
+    if not isinstance(argument, dict):
+        return argument
+    [(kind, name)] = argument.items()
+    return device if kind == "device" else values[name] if kind == "value" else getattr(torch, name)
+
+
+def arguments_of(argument: Any) -> Iterator[tuple[str, Any]]:
+    """What is no plain number, string or list in an operator's argument: ("value", name) and the like.
+
+    Raises:
+        ValueError: something that no argument is.
+    """
+    if isinstance(argument, list):
+        for a in argument:
+            yield from arguments_of(a)
+    elif isinstance(argument, dict):
+        match list(argument.items()):
+            case [("value", str(name))]:
+                yield "value", name
+            case [("dtype", str(name))] if isinstance(getattr(torch, name, None), torch.dtype):
+                yield "dtype", name
+            case [("device", None)]:
+                yield "device", None
+            case _:
+                raise ValueError(f"{argument!r} is no argument of an operator")
+
+
+def uses(step: Step) -> list[str]:
+    """Names of the values that a step reads."""
+    given = [*step.arguments, *step.keywords.values()]
+    return [*step.inputs, *(name for a in given for kind, name in arguments_of(a) if kind == "value")]
+
+
+def last_uses(program: Program) -> list[set[str]]:
+    """For each step, the values that nobody needs after it. Inputs and weights are others' and stay."""
+    keep = {*program.outputs, *program.inputs, *program.weights}
+    dead: list[set[str]] = []
+    for step in reversed(program.steps):
+        names = {*uses(step), *step.outputs} - keep
+        dead.append(names)
+        keep |= names
+    return dead[::-1]
+
+
+def check(program: Program, weights: Mapping[str, Tensor]) -> None:
+    """Compare what a program's steps take with what there is.
+
+    Raises:
+        ValueError: the first thing that does not fit, and the step that it is in.
+    """
+    known = {*program.inputs, *program.weights}
+    if missing := [name for name in program.weights.values() if name not in weights]:
+        raise ValueError(f"no weight {missing[0]}")
+    for i, step in enumerate(program.steps):
+        where = f"step {i} ({step.region or step.operator})"
+        if (step.region is None) == (step.operator is None):
+            raise ValueError(f"{where} must run a region or an operator")
+        if unknown := [name for name in uses(step) if name not in known]:
+            raise ValueError(f"{where} uses {unknown[0]!r}, which no earlier step gives")
+        if step.region is None:
+            find_operator(step.operator or "")
+        else:
+            check_call(program, step, weights, where)
+        known |= {name for name in step.outputs if name is not None}
+    if unknown := [name for name in program.outputs if name not in known]:
+        raise ValueError(f"no step gives the output {unknown[0]!r}")
+
+
+def check_call(program: Program, step: Step, weights: Mapping[str, Tensor], where: str) -> None:
+    """The same for a step that runs a region."""
+    region = program.regions.get(step.region or "")
+    if region is None:
+        raise ValueError(f"{where} runs a region that is not there")
+    if missing := [name for name in step.weights if name not in weights]:
+        raise ValueError(f"{where}: no weight {missing[0]}")
+    layouts = program.layouts
+    pairs = [
+        *zip_named("input", step.inputs, [layouts.get(n) for n in step.inputs], region.inputs, where),
+        *zip_named("weight", step.weights, [Layout.of(weights[n]) for n in step.weights], region.weights, where),
+        *zip_named("output", step.outputs, [layouts.get(n or "") for n in step.outputs], region.outputs, where),
+    ]
+    for what, name, found, expected in pairs:
+        if name is not None and found != expected:
+            raise ValueError(f"{where}: {what} {name} is {found}, the region was compiled for {expected}")
+
+
+def zip_named(
+    what: str, names: Sequence[str | None], found: Sequence[Layout | None], expected: Sequence[Layout], where: str
+) -> Iterator[tuple[str, str | None, Layout | None, Layout]]:
+    """Found and expected layouts side by side."""
+    if len(names) != len(expected):
+        raise ValueError(f"{where} has {len(names)} {what}s, the region was compiled for {len(expected)}")
+    return ((what, *row) for row in zip(names, found, expected, strict=True))
