@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from jitexport.backends.aoti_runtime import shared_runtime
 from jitexport.backends.base import Backend, RawEngine
 from jitexport.errors import BackendError, CompileError, JitExportError
 from jitexport.kernels.native import compile_with_kernels, write_record
@@ -48,6 +49,9 @@ class AOTInductorBackend(Backend):
         "always_keep_tensor_constants": True,
         # Loops run on as many threads as OpenMP has then, and not on as many as the build had.
         "cpp.dynamic_threads": True,
+        # The code that calls kernels runs in no time, and takes the compiler longest; kernels get -O3 all the same.
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+        "aot_inductor.enable_line_tables": False,
     }
 
     def __init__(self, regional: bool | None = None) -> None:
@@ -118,10 +122,10 @@ class AOTInductorBackend(Backend):
 
             def compiler() -> None:
                 program = torch.export.export(module, tuple(example))
-                aoti_compile_and_package(program, package_path=str(package), inductor_configs=dict(self.settings))
+                aoti_compile_and_package(program, package_path=str(package), inductor_configs=self.settings | settings)
 
             try:
-                with torch.no_grad():
+                with torch.no_grad(), shared_runtime(example[0].device) as settings:
                     _, kernels = compile_with_kernels(compiler, what)
             except Exception as error:  # see above
                 raise CompileError(f"AOTInductor cannot compile engine {what}", found=error) from error
