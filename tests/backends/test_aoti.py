@@ -11,21 +11,25 @@ import torch
 
 from jitexport import machine
 from jitexport.backends import aoti
+from jitexport.backends.base import assign_weights
+from jitexport.build import compare
+from jitexport.errors import BackendError, CompileError
+from jitexport.regions import Program, Step
 from jitexport.specs import EngineSpec, TensorSpec
 from tests.backends.conftest import CPU, Case
 
 
 @pytest.fixture
-def stage(built, monkeypatch):
-    """The stage engine of a bundle, with no other engine idle."""
+def engine(built, monkeypatch):
+    """An engine of one library, with no other engine idle."""
     monkeypatch.setattr(aoti, "_idle", [])
     case = built(Case("aoti"))
-    spec, directory = case.specs["stage0"], case.root / "stage0"
+    spec, directory = case.specs["condition"], case.root / "condition"
 
     def opened(weights=None):
         return case.backend.load(spec, directory, weights or case.weights, lambda: None, CPU)
 
-    opened.case, opened.inputs = case, case.inputs["stage0"]
+    opened.case, opened.inputs = case, case.inputs["condition"]
     return opened
 
 
@@ -37,54 +41,134 @@ def test_every_weight_is_read_where_it_is(built):
     assert short and short <= set(library.loader.get_constant_fqns())
 
 
-def test_weights_are_shared_and_given_back(stage):
-    weights = {name: w.clone() for name, w in stage.case.weights.items()}
-    run = stage(weights)
-    before = [o.clone() for o in run(stage.inputs)]
-    weights["transformer.proj_out.weight"].mul_(2)
-    assert not torch.equal(run(stage.inputs)[0], before[0]), "a change in place shows, as LoRA needs"
+def test_weights_are_shared_and_given_back(engine):
+    weights = {name: w.clone() for name, w in engine.case.weights.items()}
+    run = engine(weights)
+    before = [o.clone() for o in run(engine.inputs)]
+    weights["transformer.context_embedder.weight"].mul_(2)
+    assert not torch.equal(run(engine.inputs)[1], before[1]), "a change in place shows, as LoRA needs"
     del run
     gc.collect()
     [idle] = aoti._idle
     assert all(t.untyped_storage().nbytes() == 0 for t in idle.constants.values())
 
 
-def test_an_engine_opened_again_reads_the_new_weights(stage):
-    run = stage()
-    expected = run(stage.inputs)[0].clone()
+def test_an_engine_opened_again_reads_the_new_weights(engine):
+    run = engine()
+    expected = run(engine.inputs)[0].clone()
     del run
     gc.collect()
     idle = aoti._idle[0]
-    other = {name: w * 1.5 for name, w in stage.case.weights.items()}
-    run = stage(other)
+    other = {name: w * 1.5 for name, w in engine.case.weights.items()}
+    run = engine(other)
     assert not aoti._idle
-    assert not torch.equal(run(stage.inputs)[0], expected)
-    second = stage()  # while the first is in use: a library of its own
-    assert torch.equal(second(stage.inputs)[0], expected)
+    assert not torch.equal(run(engine.inputs)[0], expected)
+    second = engine()  # while the first is in use: a library of its own
+    assert torch.equal(second(engine.inputs)[0], expected)
     del run, second
     gc.collect()
     assert idle in aoti._idle and len(aoti._idle) == 2
-    assert torch.equal(stage()(stage.inputs)[0], expected)
+    assert torch.equal(engine()(engine.inputs)[0], expected)
 
 
-def test_a_rewritten_engine_is_not_taken_for_the_idle_one(stage, tmp_path):
-    case = stage.case
-    copy = shutil.copytree(case.root / "stage0", tmp_path / "stage0")
-    case.backend.load(case.specs["stage0"], copy, case.weights, lambda: None, CPU)
+def test_a_rewritten_engine_is_not_taken_for_the_idle_one(engine, tmp_path):
+    case = engine.case
+    copy = shutil.copytree(case.root / "condition", tmp_path / "condition")
+    case.backend.load(case.specs["condition"], copy, case.weights, lambda: None, CPU)
     gc.collect()
     [idle] = aoti._idle
     shutil.rmtree(copy)
-    shutil.copytree(case.root / "stage0", copy)
-    run = case.backend.load(case.specs["stage0"], copy, case.weights, lambda: None, CPU)
+    shutil.copytree(case.root / "condition", copy)
+    run = case.backend.load(case.specs["condition"], copy, case.weights, lambda: None, CPU)
     assert aoti._idle == [idle] and run
 
 
-def test_few_idle_engines_are_kept(stage, monkeypatch):
+def test_few_idle_engines_are_kept(engine, monkeypatch):
     monkeypatch.setattr(aoti, "_MOST_IDLE", 2)
-    runs = [stage() for _ in range(4)]
+    runs = [engine() for _ in range(4)]
     del runs
     gc.collect()
     assert len(aoti._idle) == 2
+
+
+# --- regions ---
+
+
+@pytest.fixture
+def stage(built):
+    """Opens the stage of a bundle, which was compiled by regions, from a folder."""
+    case = built(Case("aoti"))
+
+    def opened(directory):
+        return case.backend.load(case.specs["stage0"], directory, case.weights, lambda: None, CPU)
+
+    opened.case, opened.directory = case, case.root / "stage0"
+    opened.module = assign_weights(case.blank().module("stage0"), case.weights)
+    return opened
+
+
+def test_regions_are_libraries_without_weights(stage):
+    names = {p.name for p in (stage.directory / aoti.REGIONS).iterdir()}
+    assert names == {"double_block", "single_block"} and (stage.directory / aoti.PROGRAM).is_file()
+    for name in names:
+        assert not aoti._Library(stage.directory / aoti.REGIONS / name, CPU, ()).loader.get_constant_fqns()
+    case = stage.case
+    run, inputs = stage(stage.directory), case.inputs["stage0"]
+    assert compare(run(inputs), case.reference["stage0"](*inputs))[0] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / aoti.PROGRAM).write_text("{"), r"engine stage0[\s\S]*program.json"),
+        (lambda d: (d / aoti.PROGRAM).write_text("{}"), r"engine stage0[\s\S]*program.json[\s\S]*steps"),
+        (
+            lambda d: (d / aoti.PROGRAM).write_text((d / aoti.PROGRAM).read_text().replace("aten.cat.", "aten.unheard_of.")),
+            r"program.json[\s\S]*unheard_of",
+        ),
+        (lambda d: shutil.rmtree(d / aoti.REGIONS / "single_block"), r"engine stage0[\s\S]*region single_block"),
+    ],
+)
+def test_damaged_programs_and_missing_regions_are_named(stage, tmp_path, damage, message):
+    copy = shutil.copytree(stage.directory, tmp_path / "stage0")
+    damage(copy)
+    with pytest.raises(BackendError, match=message):
+        stage(copy)
+
+
+@pytest.mark.parametrize(
+    ("regional", "compiled"),
+    [
+        (None, ["region double_block of engine stage0", "region single_block of engine stage0"]),
+        (True, ["region double_block of engine stage0", "region single_block of engine stage0"]),
+        (False, ["engine stage0"]),
+    ],
+)
+def test_what_is_compiled(stage, tmp_path, monkeypatch, regional, compiled):
+    backend, whats = aoti.AOTInductorBackend(regional), []
+    monkeypatch.setattr(backend, "compile", lambda what, *_: whats.append(what))
+    case = stage.case
+    backend.build(case.specs["stage0"], stage.module, case.inputs["stage0"], tmp_path)
+    assert whats == compiled and (tmp_path / aoti.PROGRAM).exists() == (len(compiled) == 2)
+
+
+def test_regions_pay_where_one_runs_more_often_than_there_are_kinds():
+    region = {"inputs": (), "weights": (), "outputs": ()}
+    step = Step(region="a", outputs=())
+    program = Program(inputs=(), weights={}, layouts={}, regions={"a": region}, steps=(step, step), outputs=())
+    assert aoti.worthwhile(program)
+    assert not aoti.worthwhile(program.model_copy(update={"steps": (step,)}))
+
+
+def test_a_region_that_cannot_be_compiled_is_named(stage, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fail)
+    case = stage.case
+    with pytest.raises(CompileError, match=r"region double_block of engine stage0[\s\S]*no such instruction"):
+        case.backend.build(case.specs["stage0"], stage.module, case.inputs["stage0"], tmp_path)
+    assert not (tmp_path / aoti.PROGRAM).exists()
 
 
 # --- exponentials ---
