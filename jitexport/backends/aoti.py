@@ -88,8 +88,8 @@ class AOTInductorBackend(Backend):
                 return
             used: set[str] = set()
             for name, kind in made.kinds.items():
-                what = f"{spec.name}, region {name},"
-                used |= self.compile(what, kind, kind.example(), directory / REGIONS / name)
+                example = kind.example()
+                used |= self.compile(f"{spec.name} (region {name})", kind, example, directory / REGIONS / name)
         write_record(directory, used)
         (directory / PROGRAM).write_text(made.program.model_dump_json(exclude_defaults=True), encoding="utf-8")
 
@@ -121,11 +121,13 @@ class AOTInductorBackend(Backend):
             package = Path(scratch) / "model.pt2"
 
             def compiler() -> None:
-                program = torch.export.export(module, tuple(example))
-                aoti_compile_and_package(program, package_path=str(package), inductor_configs=self.settings | settings)
+                with shared_runtime(example[0].device) as settings:
+                    program = torch.export.export(module, tuple(example))
+                    configs = {**self.settings, **settings}
+                    aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
 
             try:
-                with torch.no_grad(), shared_runtime(example[0].device) as settings:
+                with torch.no_grad():
                     _, kernels = compile_with_kernels(compiler, what)
             except Exception as error:  # see above
                 raise CompileError(f"AOTInductor cannot compile engine {what}", found=error) from error
