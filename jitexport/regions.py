@@ -6,7 +6,7 @@ tensors and finds the kinds of regions: calls of one function on blocks of the s
 A kind is compiled as a function of its tensors and of its block's weights, so that one library runs it for every block.
 
 What lies between the regions stays as it is: a few of PyTorch's operators, run one after the other. So the whole module
-is plain data, a `Program`, which is checked when it is opened (`open_program`): values are there before they are used,
+is plain data, a `Program`, which is checked before it is opened (`check`, `open_program`): values are there before they are used,
 and every region gets tensors of the layouts that it was compiled for, which native code would not check.
 """
 
@@ -332,16 +332,12 @@ def plain_argument(argument: Any) -> Any:
 def open_program(
     program: Program, libraries: Mapping[str, Run], weights: Mapping[str, Tensor], device: torch.device
 ) -> Run:
-    """A program as a function of its inputs, on weights that it reads where they are.
+    """A program that `check` let pass as a function of its inputs, on weights that it reads where they are.
 
     Args:
         libraries: runs each kind of region on its inputs and a block's weights; may use up the list that it gets.
         weights: by full name.
-
-    Raises:
-        ValueError: a program that does not fit together, or does not fit the weights; says where.
     """
-    check(program, weights)
     bound = {value: weights[name].detach() for value, name in program.weights.items()}
     steps = [opened(step, libraries, weights, device) for step in program.steps]
     steps = [(run, tuple(dead)) for run, dead in zip(steps, last_uses(program), strict=True)]
