@@ -6,8 +6,8 @@ tensors and finds the kinds of regions: calls of one function on blocks of the s
 A kind is compiled as a function of its tensors and of its block's weights, so that one library runs it for every block.
 
 What lies between the regions stays as it is: a few of PyTorch's operators, run one after the other. So the whole module
-is plain data, a `Program`, which is checked before it is opened (`check`, `open_program`): values are there before they are used,
-and every region gets tensors of the layouts that it was compiled for, which native code would not check.
+is plain data, a `Program`, which is checked before it is opened (`check`, `open_program`): values are there before they
+are used, and every region gets tensors of the layouts that it was compiled for, which native code would not check.
 """
 
 from __future__ import annotations
