@@ -258,7 +258,7 @@ def kernel_template() -> Any:
                 **self.values,
                 **{name: pointer(argument) for name, argument in self.arguments.items()},
                 out=f"(&{kernel.index(out, [0] * len(out.get_size()))})",
-                threads=self.num_threads,
+                threads="omp_get_max_threads()",  # as many as the process that runs the engine lets it have
             )
             profile = kernel.maybe_codegen_profile()
             return f"{self.header().getvalue()}\n{self.text}\nextern \"C\"\n{definition} {{\n{profile}\n{body}\n}}\n"
