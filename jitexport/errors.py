@@ -3,6 +3,7 @@
     JitExportError
     ├── ScheduleError               a schedule or speed-up that cannot be realised        (also ValueError)
     ├── InputError                  a call with arguments that the pipeline cannot take   (also ValueError)
+    ├── NumericalError              an image that would not be finite numbers         (also ArithmeticError)
     ├── MissingDependencyError      a library is absent; the message names the extra      (also ImportError)
     ├── UnknownNameError            a model, method or backend that is not registered     (also ValueError)
     ├── ModelError
@@ -69,6 +70,10 @@ class InputError(JitExportError, ValueError):
     """Arguments of a call that the pipeline or an engine cannot take."""
 
     exit_code = 2
+
+
+class NumericalError(JitExportError, ArithmeticError):
+    """NaN or infinity where an image should be; the message names the engine and the step where it began."""
 
 
 class UnknownNameError(JitExportError, ValueError):

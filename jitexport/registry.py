@@ -15,10 +15,16 @@ if TYPE_CHECKING:
     from jitexport.backends.base import Backend
     from jitexport.methods.base import Method
     from jitexport.models.base import ModelAdapter
+    from jitexport.models.naming import Naming
 
 #: Model families, by the diffusers pipeline class that a model folder names in model_index.json.
 FAMILIES = {
     "FluxPipeline": "jitexport.models.flux:FluxAdapter",
+}
+
+#: The names that a family's modules have in adapters and in other checkpoints; see `jitexport.models.naming`.
+NAMINGS = {
+    "FluxPipeline": "jitexport.models.flux_names:NAMING",
 }
 
 #: Model names that `--model` takes, beside folders and hub ids.
@@ -60,6 +66,11 @@ def _resolve(table: dict[str, str], kind: str, name: str) -> Any:
 def family(pipeline_class: str) -> type[ModelAdapter]:
     """The adapter class of a diffusers pipeline class name."""
     return _resolve(FAMILIES, "model family", pipeline_class)
+
+
+def naming(pipeline_class: str) -> Naming:
+    """The names of a family's modules in adapters, by the family's diffusers pipeline class."""
+    return _resolve(NAMINGS, "model family", pipeline_class)
 
 
 def model_source(name: str) -> Any:

@@ -9,7 +9,7 @@ import copy
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,22 @@ from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
 from jitexport import machine, registry
+from jitexport.ambient import plain
+from jitexport.arguments import (
+    OUTPUT_TYPES,
+    BuiltIn,
+    check_built_in,
+    check_count,
+    check_generators,
+    check_number,
+    check_prompts,
+    check_tensor_inputs,
+    is_tensor,
+    require_finite,
+    shown,
+)
 from jitexport.backends.base import Engine
+from jitexport.calls import Call, Calls
 from jitexport.crowding import watch
 from jitexport.errors import (
     BackendUnavailableError,
@@ -33,12 +48,14 @@ from jitexport.errors import (
     JitExportError,
     ManifestError,
     MissingDependencyError,
+    NumericalError,
 )
 from jitexport.graphs import CUDARecorder, LoopGraph, Recorder
 from jitexport.grid import pack
-from jitexport.lora import LowRank, read_lora
+from jitexport.lora import Change, read_lora
 from jitexport.methods.base import Draws, Method
 from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry
+from jitexport.models.naming import Naming
 from jitexport.quant import kind_of, quantize
 from jitexport.sampler import OnStep, Velocity, draw, sample
 from jitexport.schedule import Stage, StageSchedule
@@ -78,6 +95,24 @@ class Condition:
     static: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """What n images show: prompts for the first and the other text encoders, or the encoders' outputs [n, ...]."""
+
+    count: int
+    prompts: Sequence[str] = ()
+    prompts_2: Sequence[str] = ()
+    given: Sequence[Tensor] | None = None
+
+    def embeddings(self, pipe: Pipeline, rows: Sequence[int]) -> Sequence[Tensor]:
+        """The text engine's outputs for a chunk of images."""
+        if self.given is not None:
+            return [t[list(rows)] for t in self.given]
+        return pipe.engines["text"](
+            *pipe.tokenize([self.prompts[i] for i in rows], [self.prompts_2[i] for i in rows])
+        )
+
+
 class Pipeline:
     """Engines, a method and a schedule as a diffusers-like text-to-image pipeline.
 
@@ -106,7 +141,8 @@ class Pipeline:
         dtype: torch.dtype,
         device: torch.device,
         weights: SharedWeights | None = None,
-        read_checkpoint: Callable[[Path], Mapping[str, Tensor]] | None = None,
+        read_checkpoint: Callable[[Path, Path | None], Mapping[str, Tensor]] | None = None,
+        naming: Naming | None = None,
         cuda_graphs: bool = True,
         threads: int | None = None,
     ) -> None:
@@ -122,8 +158,10 @@ class Pipeline:
         self.weights = weights
         self._read_checkpoint = read_checkpoint
         self.threads = threads
-        self._adapters: list[tuple[dict[str, LowRank], float]] = []
-        self._show_progress = sys.stderr.isatty()
+        self._naming = naming
+        self._adapters: list[tuple[dict[str, Change], float]] = []  # changed in place: copies of a pipeline share it
+        self._calls = Calls()
+        self._show_progress = _is_terminal(sys.stderr)
         self.graph = self.loop_graph(CUDARecorder(device)) if cuda_graphs and device.type == "cuda" else None
 
     @property
@@ -149,13 +187,14 @@ class Pipeline:
     # --- weights that change ---
 
     def load_lora(self, adapter: str | Path | Mapping[str, Tensor], scale: float = 1.0) -> None:
-        """Merge a LoRA adapter into the weights, beside those already merged; no engine is built again.
+        """Merge an adapter into the weights, beside those already merged; no engine is built again.
 
-        Waits for running calls to end. The originals of the weights that it touches are kept in memory.
+        Waits for running calls to end. The originals of the weights that it touches are kept in memory. Where it fails,
+        nothing has changed.
 
         Args:
-            adapter: a safetensors file, a folder with one, or a state dict, in diffusers' PEFT format or one that
-                diffusers converts to it.
+            adapter: a safetensors file, a folder with one, or a state dict of tensors or NumPy arrays, in one of the
+                formats of docs/compatibility.md.
             scale: strength of the adapter.
 
         Raises:
@@ -163,39 +202,52 @@ class Pipeline:
             ModelNotFoundError: the file cannot be read.
         """
         weights = self._changeable()
-        if not np.isfinite(scale):
-            raise InputError("scale must be a finite number", found=scale)
-        changes = read_lora(adapter)
-        weights.check({name: change.shape for name, change in changes.items()})
-        with weights.changing():
-            self._adapters.append((changes, float(scale)))
-            self._merge(changes)
+        scale = check_number("scale", scale)
+        if self._naming is None:
+            raise InputError("this pipeline has no bundle, and no names to read adapters by")
+        with plain():
+            changes = read_lora(adapter, self._naming, {n: tuple(t.shape) for n, t in weights.tensors.items()})
+            with weights.changing():
+                adapters = [*self._adapters, (changes, scale)]
+                for name in changes:
+                    for changed, value in self._merged(name, adapters).items():
+                        weights.set(changed, value)
+                self._adapters[:] = adapters
 
     def unload_lora(self) -> None:
         """Take all adapters out again: the weights are what they were, bit by bit."""
         weights = self._changeable()
         with weights.changing():
-            self._adapters.clear()
             weights.restore()
+            self._adapters.clear()
 
-    def load_checkpoint(self, folder: str | os.PathLike[str]) -> None:
-        """Replace the weights by those of another checkpoint of the same architecture; adapters are taken out.
+    def load_checkpoint(self, path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> None:
+        """Replace the weights by those of another checkpoint of the same model; adapters are taken out.
+
+        Every tensor comes from the new checkpoint, and all that engines have built in must be the same: the
+        configurations of all components, tokenizers and scheduler. Where it fails, nothing has changed.
 
         Args:
-            folder: the pipeline in diffusers' format. Reading it needs the `build` extra.
+            path: the pipeline's folder in diffusers' format, or a transformer in one file. Reading it needs the
+                `build` extra.
+            base: for one file, the folder that everything else comes from.
 
         Raises:
-            InputError: another architecture, or engines that hold copies of the weights.
-            ModelError: the folder cannot be read.
+            InputError: another architecture, weights that are not finite, or engines that hold copies of the weights.
+            ModelError: it cannot be read.
         """
         weights = self._changeable()
         if self._read_checkpoint is None:
             raise InputError("this pipeline has no bundle to read checkpoints for")
-        values = self._read_checkpoint(Path(folder))
-        weights.check({name: tuple(value.shape) for name, value in values.items()})
-        with weights.changing():
-            self._adapters.clear()
-            weights.replace(values)
+        with plain():
+            values = self._read_checkpoint(Path(path), None if base is None else Path(base))
+            weights.check({name: tuple(value.shape) for name, value in values.items()}, every=True)
+            for name, value in values.items():
+                if value.is_floating_point():
+                    require_finite(f"the checkpoint's {name}", value.float())
+            with weights.changing():
+                weights.replace(values)
+                self._adapters.clear()
 
     def _changeable(self) -> SharedWeights:
         if self.weights is None:
@@ -206,34 +258,61 @@ class Pipeline:
             )
         return self.weights
 
-    def _merge(self, names: Iterable[str]) -> None:
-        """W + the sum of all adapters' changes, from the original and rounded once (quantized weights: again)."""
-        for name in names:
-            scales = f"{name}_scale"
-            quantized = scales in self.weights.tensors
-            merged = self.weights.original(name).float()
-            if quantized:
-                merged = merged * self.weights.original(scales)[:, None]
-            for changes, scale in self._adapters:
-                if name in changes:
-                    merged = merged + changes[name].delta(scale, merged.device)
-            if quantized:
-                merged, rows = quantize(merged, kind_of(self.weights.tensors[name]))
-                self.weights.set(scales, rows[:, 0])
-            self.weights.set(name, merged)
+    def _merged(self, name: str, adapters: Sequence[tuple[Mapping[str, Change], float]]) -> dict[str, Tensor]:
+        """W + the sum of all adapters' changes, from the original and rounded once (quantized weights: again).
+
+        Returns:
+            What to write, by name: the weight, and where it is quantized its scales.
+
+        Raises:
+            InputError: the sum is not finite.
+        """
+        scales, target = f"{name}_scale", self.weights.tensors[name]
+        quantized = scales in self.weights.tensors
+        base = self.weights.original(name).float()
+        if quantized:
+            base = base * self.weights.original(scales)[:, None]
+        merged = base
+        for changes, scale in adapters:
+            if name in changes:
+                merged = merged + changes[name].delta(base, scale)
+        values = {name: merged.to(target.dtype)}
+        if quantized:
+            rows, factors = quantize(merged, kind_of(target))
+            values = {name: rows, scales: factors[:, 0]}
+        if not all(bool(v.isfinite().all()) for v in (merged, *values.values()) if v.element_size() > 1):
+            raise InputError(
+                f"the adapter would make {name} infinite or NaN", remedy="a smaller scale, or an adapter of this model"
+            )
+        return values
 
     # --- the phases of a call ---
 
-    def tokenize(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Token ids for each tokenizer, [B, L]; a prompt that is too long is cut, with a warning in the log."""
+    def tokenize(self, prompts: Sequence[str], prompts_2: Sequence[str] | None = None) -> list[Tensor]:
+        """Token ids for each tokenizer, [B, L]; a prompt that is too long is cut, with a warning in the log.
+
+        Args:
+            prompts_2: other prompts for the tokenizers after the first.
+        """
         ids = []
-        for tokenizer in self.tokenizers:
-            encodings = tokenizer.encode_batch(list(prompts))
-            for prompt, encoding in zip(prompts, encodings, strict=True):
+        cut: dict[str, list[str]] = {}
+        for i, tokenizer in enumerate(self.tokenizers):
+            texts = list(prompts if i == 0 or prompts_2 is None else prompts_2)
+            encodings = tokenizer.encode_batch(texts)
+            for text, encoding in dict(zip(texts, encodings, strict=True)).items():
                 if encoding.overflowing:
-                    logger.warning("prompt cut to %d tokens: %r", len(encoding.ids), prompt)
-            ids.append(torch.tensor([e.ids for e in encodings], device=self.device))
+                    cut.setdefault(text, []).append(str(len(encoding.ids)))
+            ids.append(torch.tensor([e.ids for e in encodings], dtype=torch.int64, device=self.device))
+        self._warn_of_cuts(cut)
         return ids
+
+    def _warn_of_cuts(self, cut: Mapping[str, Sequence[str]]) -> None:
+        """Once for a prompt in a call, and of a long one its beginning."""
+        seen = call.cut if (call := self._calls.current) else set()
+        for prompt in cut.keys() - seen:
+            lengths = " and ".join(cut[prompt])
+            logger.warning("prompt of %d characters cut to %s tokens: %s", len(prompt), lengths, shown(prompt))
+            seen.add(prompt)
 
     def draw(self, generators: Sequence[torch.Generator]) -> Draws:
         """Everything random, for one image per generator."""
@@ -246,7 +325,10 @@ class Pipeline:
         Args:
             prompts: exactly `batch_size` of them.
         """
-        embeddings = self.engines["text"](*self.tokenize(prompts))
+        return self.condition(self.engines["text"](*self.tokenize(prompts)), guidance_scale)
+
+    def condition(self, embeddings: Sequence[Tensor], guidance_scale: float | None) -> Condition:
+        """What the loop reads, from the text engine's outputs."""
         condition = self.engines["condition"]
         modulation, *static = condition(*self.condition_inputs(embeddings, guidance_scale))
         return Condition(
@@ -256,13 +338,27 @@ class Pipeline:
     def condition_inputs(self, embeddings: Sequence[Tensor], guidance_scale: float | None) -> list[Tensor]:
         """What the condition engine takes, in its order, from the text engine's outputs."""
         available = {s.name: value for s, value in zip(self.engines["text"].spec.outputs, embeddings, strict=True)}
-        available["sigmas"] = torch.tensor(self.schedule.sigmas[:-1], device=self.device)
+        available["sigmas"] = torch.tensor(self.schedule.sigmas[:-1], dtype=torch.float32, device=self.device)
         if guidance_scale is not None:
-            available["guidance"] = torch.full((self.batch_size,), float(guidance_scale), device=self.device)
+            available["guidance"] = torch.full(
+                (self.batch_size,), float(guidance_scale), dtype=torch.float32, device=self.device
+            )
         return [available[spec.name] for spec in self.engines["condition"].spec.inputs]
 
-    def denoise(self, condition: Condition, draws: Draws, on_step: OnStep | None = None) -> Tensor:
-        """The stage loop: clean latents [B, N, C], fp32. As one CUDA graph where there is one and no `on_step`."""
+    def denoise(
+        self,
+        condition: Condition,
+        draws: Draws,
+        on_step: OnStep | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        healthy: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The stage loop: clean latents [B, N, C], fp32. As one CUDA graph where there is one and no `on_step`.
+
+        Args:
+            on_step, stop: see `sampler.sample`.
+            healthy: is given a truth value for each step, on the device: whether its velocity is finite.
+        """
         if self.graph is not None and on_step is None:
             return self.graph(_by_name(condition, draws))
 
@@ -273,11 +369,14 @@ class Pipeline:
 
             def velocity(tokens: Tensor, step: int) -> Tensor:
                 inputs = {**fixed, "tokens": tokens.to(self.dtype), "modulation": condition.modulation[step]}
-                return engine(*(inputs[spec.name] for spec in engine.spec.inputs))[0]
+                u = engine(*(inputs[spec.name] for spec in engine.spec.inputs))[0]
+                if healthy is not None:
+                    healthy.append(u.isfinite().all())
+                return u
 
             return velocity
 
-        return sample(self.method, self.schedule, draws, begin_stage, on_step, self.preview)
+        return sample(self.method, self.schedule, draws, begin_stage, on_step, self.preview, stop)
 
     def preview(self, latents: Tensor) -> Tensor:
         """Latents of half the sides [B, N / 4, C] -> pictures [B, 3, H / 2, W / 2] in [0, 1], fp32."""
@@ -311,24 +410,30 @@ class Pipeline:
 
     # --- the call ---
 
-    @torch.inference_mode()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
+        prompt_2: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         noise: Tensor | None = None,
         anchors: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
         output_type: OutputType = "pil",
+        return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
-    ) -> PipelineOutput:
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        **built_in: Any,
+    ) -> PipelineOutput | tuple[Any]:
         """Make images.
 
         Args:
             prompt: one or several.
+            prompt_2: others for the second text encoder.
             num_images_per_prompt: images of each prompt, next to each other in the result.
             guidance_scale: for guidance-distilled models; the model's usual value by default.
             generator: one per image, or one that goes on from image to image; a fresh seed for each call by default.
@@ -337,73 +442,237 @@ class Pipeline:
             noise: noise for later, likewise: of the micro-flow (JiT), or of each change of resolution, one field after
                 the other, [n, F * N, C] (RALU, Bottleneck).
             anchors: first active tokens (JiT), [n, m], int64.
+            prompt_embeds, pooled_prompt_embeds: what the text encoders give, [n, T, E] and [n, P], instead of prompts.
             output_type: "pil", "np" ([n, H, W, 3]), "pt" ([n, 3, H, W]) or "latent" (packed, [n, N, C]).
+            return_dict: False returns (images,).
             callback_on_step_end: called after every step of every chunk as callback(pipeline, step, timestep,
-                {"latents": packed latents [B, N, C]}); may return {"latents": others}; raising ends the call.
+                {"latents": packed latents [B, N, C]}); may return {"latents": others}; raising ends the call, and
+                setting `pipeline._interrupt` skips the steps that are left of it. diffusers' callback objects work.
+            callback_on_step_end_tensor_inputs: what the callback is given: "latents", "prompt_embeds" or both.
+            built_in: the other arguments of diffusers' call (height, num_inference_steps, max_sequence_length,
+                negative_prompt, ...): the bundle's own values or the ones that say nothing.
 
         Raises:
             InputError: an argument that does not fit the bundle.
+            NumericalError: an image that would not be finite numbers.
         """
-        prompts = self._prompts(prompt, num_images_per_prompt)
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise InputError("unknown output_type", found=output_type, expected="pil, np, pt or latent")
-        guidance_scale = self._guidance(guidance_scale)
-        draws = self._draws(len(prompts), generator, latents, noise, anchors)
-
-        results = []
-        size = self.batch_size
-        total = -(-len(prompts) // size) * self.schedule.nfe
+        if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+            raise InputError("unknown output_type", found=shown(output_type), expected="pil, np, pt or latent")
+        check_built_in(built_in, self._built_in())
+        names = check_tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
+        call = Call(guidance_scale=self._guidance(guidance_scale))
         held = self.weights.reading() if self.weights is not None else nullcontext()
-        bar = Progress(console=Console(stderr=True), transient=True, disable=not self._show_progress)
-        with held, self.on_threads(), bar as progress:
-            task = progress.add_task("denoising", total=total)
+        with held, self.on_threads(), plain(inference=True), self._calls.one(call):
+            texts = self._texts(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, per_prompt)
+            draws = self._draws(texts.count, generator, latents, noise, anchors)
+            results = self._chunks(call, texts, draws, output_type, callback_on_step_end, names)
+        with plain():  # ordinary tensors go out
+            images = self.to_images(torch.cat(results), output_type)
+        return PipelineOutput(images) if return_dict else (images,)
+
+    def _chunks(
+        self,
+        call: Call,
+        texts: _Texts,
+        draws: tuple[Tensor | None, ...],
+        output_type: OutputType,
+        callback: Callback | None,
+        names: Sequence[str],
+    ) -> list[Tensor]:
+        """The images of a call, or its latents, `batch_size` at a time; the last chunk repeats its last image."""
+        results, size = [], self.batch_size
+        show = self._show_progress and _is_open(sys.stderr)
+        with Progress(console=Console(stderr=True), transient=True, disable=not show) as progress:
+            task = progress.add_task("denoising", total=-(-texts.count // size) * self.schedule.nfe)
             if self.device.type == "cpu":
                 watch.begin()
-            for start in range(0, len(prompts), size):
-                count = min(size, len(prompts) - start)
-                rows = [start + min(i, count - 1) for i in range(size)]  # the last chunk repeats its last image
+            for start in range(0, texts.count, size):
+                count = min(size, texts.count - start)
+                rows = [start + min(i, count - 1) for i in range(size)]
                 chunk = Draws(*(None if t is None else t[rows].to(self.device) for t in draws))
-                condition = self.encode([prompts[i] for i in rows], guidance_scale)
+                embeddings = texts.embeddings(self, rows)
+                condition = self.condition(embeddings, call.guidance_scale)
 
                 def on_step(i: int, sigma: float, latents: Callable[[], Tensor]) -> Tensor | None:
                     progress.advance(task)
                     watch.look()
-                    return self._callback(callback_on_step_end, i, latents)
+                    if callback is None:
+                        return None
+                    return self._callback(callback, names, i, latents, embeddings)  # noqa: B023 - called at once
 
-                at_once = self.graph is not None and callback_on_step_end is None
-                y = self.denoise(condition, chunk, None if at_once else on_step)
+                at_once = self.graph is not None and callback is None and not call.interrupted
+                healthy: list[Tensor] | None = None if at_once else []
+                y = self.denoise(
+                    condition, chunk, None if at_once else on_step, lambda: call.interrupted, healthy
+                )
                 progress.advance(task, self.schedule.nfe if at_once else 0)
-                results.append((y if output_type == "latent" else self.decode(y))[:count])
-        return PipelineOutput(self.to_images(torch.cat(results), output_type))
+                pictures = y if output_type == "latent" else self.decode(y)
+                if not all(torch.stack([t.isfinite().all() for t in (y, pictures)]).tolist()):  # waits once a chunk
+                    raise self._not_finite(embeddings, condition, chunk, healthy, y)
+                results.append(pictures[:count])
+        return results
 
-    def _callback(self, callback: Callback | None, step: int, latents: Callable[[], Tensor]) -> Tensor | None:
-        if callback is None:
-            return None
+    def _not_finite(
+        self,
+        embeddings: Sequence[Tensor],
+        condition: Condition,
+        draws: Draws,
+        healthy: list[Tensor] | None,
+        latents: Tensor,
+    ) -> NumericalError:
+        """Where the numbers of a chunk ceased to be finite. A graph's steps are run once more, one after the other."""
+
+        def fine(*tensors: Tensor) -> bool:
+            return all(bool(t.isfinite().all()) for t in tensors)
+
+        if healthy is None:
+            healthy = []
+            self.denoise(condition, draws, lambda *_: None, healthy=healthy)
+        first = next((i for i, step in enumerate(healthy) if not step), None)
+        if not fine(*embeddings):
+            where = "engine text"
+        elif not fine(condition.modulation, *condition.static.values()):
+            where = "engine condition"
+        elif first is not None:
+            stage = next(stage for stage, steps in self.schedule if first in [step.index for step in steps])
+            where = f"engine {stage.name} at step {first + 1} of {self.schedule.nfe}"
+        elif not fine(latents):
+            where = f"the sampler, after {len(healthy)} steps of finite velocities"
+        else:
+            where = "engine decode"
+        return NumericalError(
+            "an image would hold NaN or infinite numbers", found=f"first in {where}, {self.dtype}",
+            remedy="usual values of guidance_scale, latents and adapter scales; fp32 where it happens with those too",
+        )
+
+    def _callback(
+        self,
+        callback: Callback,
+        names: Sequence[str],
+        step: int,
+        latents: Callable[[], Tensor],
+        embeddings: Sequence[Tensor],
+    ) -> Tensor | None:
+        """Run a callback outside of inference mode, on tensors that it may keep; the latents that it asks for."""
         y = latents()
-        changed = (callback(self, step, self.schedule.sigmas[step] * 1000, {"latents": y}) or {}).get("latents")
-        if changed is not None and changed.shape != y.shape:
-            raise InputError(
-                "the callback returned latents of another shape", found=tuple(changed.shape), expected=tuple(y.shape)
-            )
-        return changed
+        with plain():
+            given = {"latents": y.clone()}
+            if "prompt_embeds" in names:
+                given["prompt_embeds"] = self._named_embeddings(embeddings)["prompt_embeds"].clone()
+            version = given["latents"]._version
+            mine = {name: given[name] for name in names}
+            answer = callback(self, step, self.schedule.sigmas[step] * 1000, dict(mine))
+            if answer is not None and not isinstance(answer, Mapping):
+                raise InputError("a callback returns a table of tensors, or None", found=type(answer).__name__)
+            answer = answer or {}
+            if "prompt_embeds" in mine:
+                self._same_embeddings(answer.get("prompt_embeds", mine["prompt_embeds"]), embeddings)
+            changed = answer.get("latents")
+            if changed is None and given["latents"]._version == version:
+                return None
+            changed = given["latents"] if changed is None else changed  # written to in place
+            if not is_tensor(changed) or changed.shape != y.shape:
+                raise InputError(
+                    "the callback returned latents of another shape",
+                    found=tuple(changed.shape) if is_tensor(changed) else type(changed).__name__,
+                    expected=tuple(y.shape),
+                )
+            require_finite("the callback's latents", changed.float())
+        return changed.to(y)
 
-    def _prompts(self, prompt: str | Sequence[str], per_prompt: int) -> list[str]:
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(isinstance(p, str) for p in prompts):
-            raise InputError("a prompt must be a string or a list of strings", found=repr(prompt)[:200])
-        if not isinstance(per_prompt, int) or per_prompt < 1:
-            raise InputError("num_images_per_prompt must be at least 1", found=per_prompt)
-        return [p for p in prompts for _ in range(per_prompt)]
+    def _same_embeddings(self, given: Tensor, embeddings: Sequence[Tensor]) -> None:
+        own = self._named_embeddings(embeddings)["prompt_embeds"]
+        if not is_tensor(given) or given.shape != own.shape or not torch.equal(given.to(own), own):
+            raise InputError(
+                "the callback returned other prompt_embeds, but what depends on them is computed before the loop",
+                remedy="return the latents only",
+            )
+
+    def _named_embeddings(self, embeddings: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {s.name: t for s, t in zip(self.engines["text"].spec.outputs, embeddings, strict=True)}
+
+    # What diffusers' callbacks and guides ask of a pipeline.
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._calls.interrupted
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._calls.interrupt(bool(value))
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether this thread's call is interrupted: see `callback_on_step_end`."""
+        return self._calls.interrupted
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of a call."""
+        return self.schedule.nfe
+
+    _num_timesteps = num_timesteps
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """That of this thread's call; the model's usual one outside of calls."""
+        call = self._calls.current
+        return self.defaults.guidance_scale if call is None else call.guidance_scale
+
+    # --- its arguments ---
+
+    def _built_in(self) -> BuiltIn:
+        geometry = self.geometry
+        return BuiltIn(
+            geometry.height, geometry.width, self.schedule.nfe, geometry.rotary.text_tokens, self.schedule.sigmas[:-1]
+        )
 
     def _guidance(self, guidance_scale: float | None) -> float | None:
         distilled = any(spec.name == "guidance" for spec in self.engines["condition"].spec.inputs)
         if guidance_scale is None:
             return self.defaults.guidance_scale
-        if not distilled:
-            raise InputError("this model takes no guidance", found=guidance_scale, remedy="leave guidance_scale out")
-        if not np.isfinite(guidance_scale) or guidance_scale < 0:
-            raise InputError("guidance_scale must be a number of at least 0", found=guidance_scale)
-        return guidance_scale
+        guidance_scale = check_number("guidance_scale", guidance_scale, least=0)
+        if not distilled and guidance_scale:
+            raise InputError(
+                "this model takes no guidance", found=guidance_scale, expected=0, remedy="leave guidance_scale out"
+            )
+        return guidance_scale if distilled else None
+
+    def _texts(
+        self,
+        prompt: str | Sequence[str] | None,
+        prompt_2: str | Sequence[str] | None,
+        prompt_embeds: Tensor | None,
+        pooled: Tensor | None,
+        per_prompt: int,
+    ) -> _Texts:
+        """What the images show, one after the other."""
+        if prompt_embeds is None and pooled is None:
+            prompts = check_prompts("prompt", prompt)
+            others = prompts if prompt_2 is None else check_prompts("prompt_2", prompt_2)
+            if len(others) != len(prompts):
+                raise InputError("one prompt_2 per prompt is needed", found=len(others), expected=len(prompts))
+            rows = [i for i in range(len(prompts)) for _ in range(per_prompt)]
+            return _Texts(len(rows), prompts=[prompts[i] for i in rows], prompts_2=[others[i] for i in rows])
+        if prompt is not None or prompt_2 is not None:
+            raise InputError("give prompts or prompt_embeds, not both")
+        given = {"prompt_embeds": prompt_embeds, "pooled": pooled}
+        embeds = []
+        for spec in self.engines["text"].spec.outputs:
+            value = given.get(spec.name)
+            n = len(prompt_embeds) if is_tensor(prompt_embeds) and prompt_embeds.ndim else 0
+            if not is_tensor(value) or tuple(value.shape) != (n, *spec.shape[1:]) or not n:
+                found = tuple(value.shape) if is_tensor(value) else type(value).__name__
+                raise InputError(
+                    f"{'pooled_prompt_embeds' if spec.name == 'pooled' else spec.name} do not fit", found=found,
+                    expected=f"a tensor {('n', *spec.shape[1:])}, and as many of the other",
+                )
+            if not value.is_floating_point():
+                raise InputError(f"{spec.name} do not fit", found=value.dtype, expected="floating-point numbers")
+            require_finite(spec.name, value.float())
+            embeds.append(value.detach().to(self.device, DTYPES[spec.dtype]).repeat_interleave(per_prompt, dim=0))
+        return _Texts(len(embeds[0]), given=embeds)
 
     def _draws(
         self,
@@ -416,12 +685,7 @@ class Pipeline:
         """Random tensors of n images, in the order of `Draws`, the caller's own where given."""
         if generator is None:
             generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "big"))
-        generators = generator if isinstance(generator, list | tuple) else [generator] * n
-        if not all(isinstance(g, torch.Generator) for g in generators):
-            raise InputError("generator must be a torch.Generator, or a list of them", found=repr(generator)[:200])
-        if len(generators) != n:
-            raise InputError("one generator per image is needed", found=len(generators), expected=n)
-        drawn = self.draw(generators)
+        drawn = self.draw(check_generators(generator, n))
         for name, given, used in (("noise", noise, drawn.noise), ("anchors", anchors, drawn.anchors)):
             if given is not None and used is None:
                 raise InputError(f"this bundle's method and schedule draw no {name}", remedy=f"leave {name} out")
@@ -435,7 +699,7 @@ class Pipeline:
     def _packed(self, name: str, value: Tensor, n: int, fields: int = 1) -> Tensor:
         geometry = self.geometry
         packed = (n, fields * geometry.grid.tokens, geometry.channels)
-        if not isinstance(value, Tensor):
+        if not is_tensor(value):
             raise InputError(f"{name} do not fit", found=type(value).__name__, expected="a tensor")
         if tuple(value.shape) == (n, *geometry.latent_shape):
             value = pack(value, geometry.patch)
@@ -444,11 +708,12 @@ class Pipeline:
                 f"{name} do not fit", found=f"{tuple(value.shape)}, {value.dtype}",
                 expected=f"floating-point {packed} or {(n, *geometry.latent_shape)}",
             )
-        return value.float()
+        require_finite(name, value.float())
+        return value.detach().float()
 
     def _anchors(self, anchors: Tensor, n: int, m: int) -> Tensor:
         tokens = self.geometry.grid.tokens
-        if not isinstance(anchors, Tensor):
+        if not is_tensor(anchors):
             raise InputError("anchors do not fit", found=type(anchors).__name__, expected="a tensor")
         fits = tuple(anchors.shape) == (n, m) and anchors.dtype == torch.int64
         if not fits or anchors.min() < 0 or anchors.max() >= tokens or any(len(set(a.tolist())) != m for a in anchors):
@@ -457,6 +722,18 @@ class Pipeline:
                 expected=f"int64 {(n, m)} of different indices from 0 to {tokens - 1} in each row",
             )
         return anchors
+
+
+def _is_terminal(stream: object) -> bool:
+    """Whether a progress bar makes sense there: services have stderr closed, gone, or replaced by something small."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
+def _is_open(stream: object) -> bool:
+    return hasattr(stream, "write") and not getattr(stream, "closed", False)
 
 
 def _by_name(condition: Condition, draws: Draws) -> dict[str, Tensor]:
@@ -475,6 +752,7 @@ def _from_names(named: Mapping[str, Tensor]) -> tuple[Condition, Draws]:
     return Condition(named["modulation"], starting("condition ")), Draws(**starting("draws "))
 
 
+@plain()
 def load(
     path: str | os.PathLike[str],
     *,
@@ -537,6 +815,7 @@ def load(
         device=engines.device,
         weights=engines.weights if engines.backend.live_weights else None,
         read_checkpoint=engines.read_checkpoint,
+        naming=registry.naming(manifest.model.family),
         cuda_graphs=cuda_graphs and engines.backend.capturable,
         threads=threads,
     )
@@ -588,12 +867,22 @@ class EngineOpener:
         raw = self.backend.load(spec, directory, self.weights.tensors, partial(self._module, entry.name), self.device)
         return Engine(spec, raw, self.device)
 
-    def read_checkpoint(self, folder: Path) -> dict[str, Tensor]:
-        """All tensors of another checkpoint of the bundle's model, by full name, in the bundle's dtype."""
-        manifest = self.bundle.manifest
+    def read_checkpoint(self, path: Path, base: Path | None = None) -> dict[str, Tensor]:
+        """All tensors of another checkpoint of the bundle's model, by full name, in the bundle's dtype.
+
+        Args:
+            path, base: see `Pipeline.load_checkpoint`.
+
+        Raises:
+            InputError: a checkpoint of another model.
+            ModelError: it cannot be read.
+        """
+        from jitexport.checkpoints import check_same_model, read_model
+
         with _declared("model family"):
-            adapter_class = registry.family(manifest.model.family)
-        adapter = adapter_class.from_folder(folder, DTYPES[manifest.dtype], manifest.model.settings)
+            adapter_class = registry.family(self.bundle.manifest.model.family)
+        adapter = read_model(adapter_class, path, base, self.bundle.manifest)
+        check_same_model(self.bundle, adapter)
         return dict(adapter.tensors())
 
     def _module(self, name: str) -> torch.nn.Module:

@@ -38,7 +38,8 @@ def draw(
     fields = method.noise_fields(schedule)
 
     def field(generator: torch.Generator) -> Tensor:
-        return pack(torch.randn((1, *latent_shape), generator=generator, device=generator.device), patch)
+        noise = torch.randn((1, *latent_shape), generator=generator, device=generator.device, dtype=torch.float32)
+        return pack(noise, patch)
 
     latents, noise, anchors = [], [], []
     for generator in generators:
@@ -60,6 +61,7 @@ def sample(
     begin_stage: Callable[[Stage, Tensor], Velocity],
     on_step: OnStep | None = None,
     preview: Preview | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Tensor:
     """Integrate from noise to data through all stages; returns the clean latents [B, N, C], fp32.
 
@@ -68,15 +70,20 @@ def sample(
             velocity function.
         on_step: called after every step; an exception it raises ends the loop.
         preview: decodes latents of half the sides, for methods that look at pictures between stages.
+        stop: asked before every step; where it says so, the steps that are left are skipped.
     """
     state = None
     for stage, steps in schedule:
         if state is None:
             state = method.start(draws, stage)
+        elif stop():
+            break
         else:
             state = method.transition(state, stage, steps[0].sigma, preview)
         velocity = begin_stage(stage, method.where(state))
         for i, sigma, sigma_next in steps:
+            if stop():
+                break
             u = velocity(method.tokens(state), i)
             state = method.step(state, u, sigma, sigma_next)
             if on_step is not None:

@@ -31,6 +31,7 @@ class SharedWeights:
         self._waiting = 0  # changes that wait; calls that begin let them go first, so that a busy service can change
         self._changing = False
         self._own = threading.local()  # how many calls of the current thread are reading
+        self._undo: dict[str, Tensor] = {}  # values from before the change that is being made
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -54,6 +55,8 @@ class SharedWeights:
     def changing(self) -> Iterator[None]:
         """Wait until no call runs, and keep others from beginning.
 
+        A change happens whole or not at all: where its block raises, what was written is taken back.
+
         Raises:
             InputError: from inside a call (a callback), which would wait for itself.
         """
@@ -61,23 +64,39 @@ class SharedWeights:
             raise InputError("weights cannot change during a call", remedy="change them after the call has returned")
         with self._gate:
             self._waiting += 1
-            while self._changing or self._readers:
-                self._gate.wait()
-            self._waiting -= 1
-            self._changing = True
+            try:
+                while self._changing or self._readers:
+                    self._gate.wait()
+                self._changing = True
+            finally:
+                self._waiting -= 1
+                self._gate.notify_all()
+        originals = dict(self._originals)
         try:
             yield
+        except BaseException:
+            self._take_back(originals)
+            raise
         finally:
+            self._undo.clear()
             with self._gate:
                 self._changing = False
                 self._gate.notify_all()
 
-    def check(self, values: Mapping[str, tuple[int, ...]]) -> None:
+    def check(self, values: Mapping[str, tuple[int, ...]], *, every: bool = False) -> None:
         """Compare names and shapes with what is there, before anything is changed.
 
+        Args:
+            every: whether there must be values for all tensors.
+
         Raises:
-            InputError: a name that the model does not have, or another shape.
+            InputError: a name that the model does not have, another shape, or values that are missing.
         """
+        if missing := [name for name in self.tensors if every and name not in values]:
+            raise InputError(
+                f"{len(missing)} of {len(self.tensors)} weights are missing", found=", ".join(missing[:3]),
+                remedy="use a checkpoint of the same model",
+            )
         unknown = [name for name in values if name not in self.tensors]
         if unknown:
             raise InputError(
@@ -91,24 +110,40 @@ class SharedWeights:
         """A tensor as it was before any change."""
         return self._originals.get(name, self.tensors[name])
 
-    @torch.no_grad()
     def set(self, name: str, value: Tensor) -> None:
         """Write a value into a tensor, keeping the original. Inside `changing` only."""
-        target = self.tensors[name]
         if name not in self._originals:
-            self._originals[name] = target.clone()
-        target.copy_(value)
+            with _ordinary():
+                self._originals[name] = self._undo[name] = self.tensors[name].clone()
+        self._write(name, value)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Take all changes back, bit by bit. Inside `changing` only."""
         for name, value in self._originals.items():
-            self.tensors[name].copy_(value)
+            self._write(name, value)
         self._originals.clear()
 
-    @torch.no_grad()
     def replace(self, values: Mapping[str, Tensor]) -> None:
         """Write other weights for good: they are the originals from now on. Inside `changing` only."""
         self.restore()
         for name, value in values.items():
+            self._write(name, value)
+
+    def _write(self, name: str, value: Tensor) -> None:
+        with _ordinary():
+            if name not in self._undo:
+                self._undo[name] = self.tensors[name].to("cpu", copy=True)
             self.tensors[name].copy_(value)
+
+    def _take_back(self, originals: dict[str, Tensor]) -> None:
+        with _ordinary():
+            for name, value in self._undo.items():
+                self.tensors[name].copy_(value)
+        self._originals = originals
+
+
+@contextmanager
+def _ordinary() -> Iterator[None]:
+    """Neither gradients nor inference mode, whose tensors could not be changed outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -45,7 +45,7 @@ def structural_mask(grid: TokenGrid) -> Tensor:
 
 def first_anchors(grid: TokenGrid, m: int, generator: torch.Generator) -> Tensor:
     """Indices of exactly m anchors: the structural tokens, then random fill or random drop (B.1). [m], ascending."""
-    keys = torch.rand(grid.tokens, generator=generator, device=generator.device)
+    keys = torch.rand(grid.tokens, generator=generator, device=generator.device, dtype=torch.float32)
     keys += structural_mask(grid).to(keys)  # structural tokens come first, each group in random order
     return keys.argsort(descending=True, stable=True)[:m].sort().values
 

@@ -186,7 +186,8 @@ class RAS(Method[RASState]):
         raise too_fast(target.speedup, target.reference_steps)
 
     def start(self, draws: Draws, stage: Stage) -> RASState:
-        return RASState(draws.latents, torch.zeros(draws.latents.shape[:2], device=draws.latents.device))
+        latents = draws.latents
+        return RASState(latents, torch.zeros(latents.shape[:2], dtype=torch.float32, device=latents.device))
 
     def transition(self, state: RASState, stage: Stage, sigma: float, preview: Preview | None = None) -> RASState:
         """Choose the tokens that run in the step to come."""

@@ -1,12 +1,9 @@
-import json
-
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import jitexport
 from jitexport.errors import InputError, ModelNotFoundError
-from jitexport.lora import read_lora
 
 SINGLE = "transformer.single_transformer_blocks.0.attn.to_q"
 
@@ -101,50 +98,40 @@ def test_adapters_add_up(pipe):
     assert torch.equal(pipe.weights.tensors[name], before)
 
 
-def test_file_with_alpha_and_peft_metadata(pipe, tmp_path):
-    state = adapter(pipe, text=False)
-    rank = state[f"{SINGLE}.lora_A.weight"].shape[0]
-    plain = read_lora(state)[f"{SINGLE}.weight"]
-    assert plain.factor == 1
-
-    with_alpha = read_lora(state | {f"{SINGLE}.alpha": torch.tensor(6.0)})[f"{SINGLE}.weight"]
-    assert with_alpha.factor == 6 / rank
-
-    config = {"transformer.r": rank, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"ff.net.2": 4}}
-    save_file(state, tmp_path / "adapter.safetensors", {"lora_adapter_metadata": json.dumps(config)})
-    for source in (tmp_path / "adapter.safetensors", tmp_path):
-        changes = read_lora(source)
-        assert changes[f"{SINGLE}.weight"].factor == 8 / rank
-        assert changes["transformer.transformer_blocks.0.ff.net.2.weight"].factor == 4 / rank
-
-
-def test_kohya_format_is_converted(pipe):
-    down, up = torch.randn(2, 8), torch.randn(8, 2)
-    stem = "lora_unet_double_blocks_0_img_attn_proj"
-    state = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(2.0)}
-    (name,) = changes = read_lora(state)
-    assert name == "transformer.transformer_blocks.0.attn.to_out.0.weight"
-    torch.testing.assert_close(changes[name].delta(1.0, torch.device("cpu")), up @ down)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda s: s.pop(f"{SINGLE}.lora_B.weight"), "no low-rank pair"),
         (lambda s: s.update({f"{SINGLE}.lora_A.weight": torch.zeros(2, 3, 1)}), "no low-rank pair"),
         (lambda s: s.update({f"{SINGLE}.lora_A.weight": torch.zeros(2, 3)}), "another shape"),
-        (lambda s: s.update({"transformer.nothing.lora_A.weight": torch.zeros(2, 3)}), "no low-rank pair"),
-        (lambda s: s.update({"transformer.x_embedder.bias": torch.zeros(3)}), "more than low-rank"),
-        (lambda s: s.clear(), "adapter"),
+        (lambda s: s.update({"transformer.nothing.lora_A.weight": torch.zeros(2, 3)}), "not the model's"),
+        (lambda s: s.update({"transformer.x_embedder.bias": torch.zeros(32)}), "replaces a weight"),
+        (lambda s: s.clear(), "adapter is empty"),
+        (lambda s: s[f"{SINGLE}.lora_A.weight"].fill_(float("nan")), "NaN or infinite"),
+        (lambda s: s[f"{SINGLE}.lora_B.weight"].fill_(float("inf")), "NaN or infinite"),
+        (lambda s: [s[f"{SINGLE}.lora_{ab}.weight"].fill_(1e30) for ab in "AB"], "infinite or NaN"),
+        (lambda s: s.update({f"{SINGLE}.lora_A.weight": torch.zeros(2, 32).int()}), "floating-point"),
+        (lambda s: s.update({f"{SINGLE}.lora_A.weight": "x"}), "no tensor"),
+        (lambda s: s.update({f"{SINGLE}.lora_A.weight": np.array(["x"])}), "no tensor"),
+        (lambda s: s.update({7: torch.zeros(2)}), "must be strings"),
     ],
 )
 def test_adapters_that_do_not_fit_change_nothing(pipe, change, message):
-    before = latents(pipe)
+    first = adapter(pipe, seed=5)
+    pipe.load_lora(first, scale=0.5)
+    before = {name: tensor.clone() for name, tensor in pipe.weights.tensors.items()}
     state = adapter(pipe)
     change(state)
     with pytest.raises(InputError, match=message):
         pipe.load_lora(state)
-    assert torch.equal(latents(pipe), before)
+    assert all(torch.equal(pipe.weights.tensors[name], value) for name, value in before.items())
+
+    pipe.load_lora(adapter(pipe, seed=6))  # and the next one merges with the first alone
+    both = pipe.weights.tensors[f"{SINGLE}.weight"].clone()
+    pipe.unload_lora()
+    pipe.load_lora(first, scale=0.5)
+    pipe.load_lora(adapter(pipe, seed=6))
+    assert torch.equal(pipe.weights.tensors[f"{SINGLE}.weight"], both)
 
 
 def test_unreadable_files(pipe, tmp_path):
@@ -180,3 +167,63 @@ def test_checkpoint_of_the_same_architecture(pipe, tiny_flux, tmp_path):
     assert not torch.equal(latents(pipe), before)
     pipe.load_checkpoint(tiny_flux)
     assert torch.equal(latents(pipe), before)
+
+
+def test_numpy_arrays_are_tensors(pipe):
+    state = adapter(pipe)
+    pipe.load_lora(state)
+    expected = pipe.weights.tensors[f"{SINGLE}.weight"].clone()
+    pipe.unload_lora()
+    pipe.load_lora({key: value.numpy() for key, value in state.items()})
+    assert torch.equal(pipe.weights.tensors[f"{SINGLE}.weight"], expected)
+
+
+def test_the_callers_tensors_are_neither_changed_nor_kept(pipe):
+    state = adapter(pipe)
+    copies = {key: value.clone() for key, value in state.items()}
+    pipe.load_lora(state)
+    once = pipe.weights.tensors[f"{SINGLE}.weight"].clone()
+    assert all(torch.equal(state[key], value) for key, value in copies.items())
+    for value in state.values():
+        value.zero_()
+    pipe.load_lora(adapter(pipe, seed=3), scale=0)  # merges the first one again
+    assert torch.equal(pipe.weights.tensors[f"{SINGLE}.weight"], once)
+
+
+@pytest.mark.parametrize("where", ["load", "load_lora", "all"])
+def test_inference_mode_around_anything(bundle, where):
+    def inside(name):
+        return torch.inference_mode(where in (name, "all"))
+
+    with inside("load"):
+        pipe = jitexport.load(bundle)
+    before = pipe.weights.tensors[f"{SINGLE}.weight"].clone()
+    for _ in range(2):
+        with inside("load_lora"):
+            state = adapter(pipe)
+            pipe.load_lora(state)
+        assert not torch.equal(pipe.weights.tensors[f"{SINGLE}.weight"], before)
+        with inside("unload"):
+            pipe.unload_lora()
+        assert torch.equal(pipe.weights.tensors[f"{SINGLE}.weight"], before)
+    assert not latents(pipe).is_inference()
+
+
+def test_a_failure_in_the_middle_of_writing_is_taken_back(bundle, pipe, monkeypatch):
+    pipe.load_lora(adapter(pipe, seed=1))
+    before = {name: tensor.clone() for name, tensor in pipe.weights.tensors.items()}
+    write, written = pipe.weights.set, []
+
+    def fail(name, value):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(name, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipe.weights, "set", fail)
+        pipe.load_lora(adapter(pipe, seed=2))
+    assert len(written) == 2
+    assert all(torch.equal(pipe.weights.tensors[name], value) for name, value in before.items())
+    pipe.unload_lora()
+    assert torch.equal(latents(pipe), latents(jitexport.load(bundle)))

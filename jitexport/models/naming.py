@@ -1,0 +1,98 @@
+"""How a model's modules are called elsewhere: in adapters, and in checkpoints of the model's authors.
+
+A family lists its aliases for the modules that a bundle really has, so a name is looked up and never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """The modules that a foreign one is made of.
+
+    Attributes:
+        modules: full names "<component>.<name>"; the foreign weight holds their rows one after the other.
+        swapped: whether the halves of its rows come in the other order (shift and scale of an output norm).
+        partial: whether it holds rows of these modules only, and a checkpoint has it under another name.
+    """
+
+    modules: tuple[str, ...]
+    swapped: bool = False
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a file puts in front of a component's names; `flat` where it also writes "_" for their dots."""
+
+    text: str
+    component: str
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Naming:
+    """A family's names.
+
+    Attributes:
+        prefixes: all that are known; a name that fits several is looked up under each.
+        aliases: from the full names of the model's modules to further names of them, "<component>.<foreign name>".
+    """
+
+    prefixes: Sequence[Prefix]
+    aliases: Callable[[Iterable[str]], dict[str, Target]]
+
+
+class Resolver:
+    """Finds the modules behind names in files.
+
+    Args:
+        naming: of the model's family.
+        weights: full names of the model's tensors.
+    """
+
+    #: What PEFT's wrappers put in front of everything.
+    WRAPPER = "base_model.model."
+
+    def __init__(self, naming: Naming, weights: Iterable[str]) -> None:
+        modules = {name.rpartition(".")[0] for name in weights}
+        self._prefixes = naming.prefixes
+        self._dotted: Mapping[str, Target] = naming.aliases(modules) | {m: Target((m,)) for m in modules}
+        self._flat = _flattened(self._dotted)
+
+    def find(self, name: str) -> Target | None:
+        """The target of a module's name in a file; None where there is none."""
+        name = name.removeprefix(self.WRAPPER)
+        for prefix in self._prefixes:
+            if name.startswith(prefix.text):
+                table = self._flat if prefix.flat else self._dotted
+                target = table.get(f"{prefix.component}.{name.removeprefix(prefix.text)}")
+                if target is not None:
+                    return target
+        return None
+
+    def local_name(self, name: str) -> str:
+        """A module's name as its component has it: without wrapper and prefix."""
+        name = name.removeprefix(self.WRAPPER)
+        texts = [p.text for p in self._prefixes if name.startswith(p.text)]
+        return name.removeprefix(max(texts, key=len, default=""))
+
+    def component(self, name: str) -> str | None:
+        """The component that a name belongs to."""
+        target = self.find(name)
+        return None if target is None else target.modules[0].partition(".")[0]
+
+
+def _flattened(dotted: Mapping[str, Target]) -> dict[str, Target]:
+    """The same names with "_" for dots; those that two modules would share are left out."""
+    flat: dict[str, Target] = {}
+    ambiguous: set[str] = set()
+    for name, target in dotted.items():
+        component, _, rest = name.partition(".")
+        key = f"{component}.{rest.replace('.', '_')}"
+        if flat.setdefault(key, target) != target:
+            ambiguous.add(key)
+    return {key: target for key, target in flat.items() if key not in ambiguous}
