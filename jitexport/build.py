@@ -212,6 +212,7 @@ def config_digest(configs: dict[str, Any]) -> str:
 def build(
     model: str | ModelSource = "demo",
     *,
+    base: str | None = None,
     output: str | Path | None = None,
     speedup: float | None = 4.0,
     custom: CustomSchedule | None = None,
@@ -233,7 +234,8 @@ def build(
     """Turn a model into an engine bundle.
 
     Args:
-        model: a registered name, a diffusers folder or a hub id.
+        model: a registered name, a diffusers folder, a transformer in one file, or a hub id.
+        base: for one file, what everything else comes from: any of the others.
         output: the bundle's directory; engines/<model>-<speed-up>x by default, with the method's name unless it is jit,
             and the quantization.
         speedup, custom, method, preset: see `jitexport.plan.plan`.
@@ -264,7 +266,7 @@ def build(
     check_jobs(jobs, engine_backend)
     if weights not in ("store", "reference"):
         raise InputError("unknown weights", found=weights, expected="store or reference")
-    source = model if isinstance(model, ModelSource) else find_source(model)
+    source = model if isinstance(model, ModelSource) else find_source(str(model), base)
     label = f"{speedup:g}x" if custom is None else "custom"
     label = label if method == "jit" else f"{method}-{label}"
     if quantization is not None:

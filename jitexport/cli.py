@@ -46,7 +46,11 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory of a built bundle.")]
 Model = Annotated[
     str,
-    typer.Option(help=f"A registered model ({', '.join(registry.MODELS)}), a diffusers folder, or a hub id."),
+    typer.Option(help=f"A registered model ({', '.join(registry.MODELS)}), a diffusers folder, a file, or a hub id."),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(help="For a model in one .safetensors file: the folder or model that everything else comes from."),
 ]
 Speedup = Annotated[
     float, typer.Option(min=1, max=10, help="Denoising speed-up over the model's usual steps, 1 to 10.")
@@ -178,6 +182,7 @@ class _BuildProgress:
 @app.command()
 def build(
     model: Model = "demo",
+    base: Base = None,
     speedup: Speedup = 4,
     backend: Annotated[str, typer.Option(help=f"Engine backend: auto, {', '.join(registry.BACKENDS)}.")] = "auto",
     dtype: Annotated[
@@ -218,6 +223,7 @@ def build(
     with _BuildProgress() as progress:
         result = build_bundle(
             model,
+            base=base,
             output=output,
             speedup=speedup,
             custom=custom,
@@ -264,6 +270,7 @@ def _example_prompt(manifest: Any) -> str:
 @app.command()
 def plan(
     model: Model = "demo",
+    base: Base = None,
     speedup: Speedup = 4,
     method: Method = "jit",
     preset: Preset = None,
@@ -283,7 +290,7 @@ def plan(
     from jitexport.models.sources import config_adapter, find_source
     from jitexport.plan import plan as make_plan
 
-    adapter = config_adapter(find_source(model), torch.float32, _settings(height, width, text_tokens))
+    adapter = config_adapter(find_source(model, base), torch.float32, _settings(height, width, text_tokens))
     made = make_plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset)
     if as_json:
         typer.echo(schedule_entry(made).model_dump_json())
@@ -330,7 +337,9 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write; numbered for several images.")] = Path(
         "image.png"
     ),
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63, help="Image i has seed + i; random by default.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**64 - 1, help="Image i has seed + i; random by default.")
+    ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale, for models that take one.")] = None,
     trust: Annotated[
@@ -356,7 +365,7 @@ def generate(
         prompt,
         num_images_per_prompt=num_images,
         guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(seed + i) for i in range(num_images)],
+        generator=[torch.Generator().manual_seed((seed + i) % 2**64) for i in range(num_images)],
     ).images
     paths = [output if num_images == 1 else output.with_name(f"{output.stem}-{i}.png") for i in range(num_images)]
     for image, path in zip(images, paths, strict=True):

@@ -23,6 +23,7 @@ PUBLIC = [
 
 SCHEDULE = {
     "--model",
+    "--base",
     "--speedup",
     "--method",
     "--preset",

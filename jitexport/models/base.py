@@ -94,6 +94,17 @@ class ModelAdapter(ABC):
         """Read a diffusers folder with its weights. Settings left out are the folder's, or the family's usual."""
 
     @classmethod
+    def from_file(
+        cls, path: Path, base: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None
+    ) -> ModelAdapter:
+        """Read a transformer in one file, everything else from a diffusers folder.
+
+        Raises:
+            UnsupportedModelError: the family has no such files.
+        """
+        raise UnsupportedModelError(f"{cls.family} is not read from one file", found=path, expected="a folder")
+
+    @classmethod
     @abstractmethod
     def from_configs(
         cls, configs: dict[str, dict[str, Any]], settings: dict[str, Any], dtype: torch.dtype

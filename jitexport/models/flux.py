@@ -11,7 +11,9 @@ The modules below run diffusers' own weights under their own names, arranged for
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from jitexport.errors import InputError, ModelNotFoundError, UnsupportedModelError
+from jitexport.errors import InputError, MissingDependencyError, ModelNotFoundError, UnsupportedModelError
 from jitexport.grid import TokenGrid, unpack
 from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear
 from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry, Tokenizer, read_json
+from jitexport.models.flux_names import NAMING
+from jitexport.models.single_file import read_single_file
 from jitexport.positions import Rotary
 from jitexport.quant import QuantizedLinear, check_kind, quantize_linears
 from jitexport.schedule import StageSchedule
@@ -256,6 +260,19 @@ class FluxAdapter(ModelAdapter):
 
     @classmethod
     def from_folder(cls, folder: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None) -> FluxAdapter:
+        return cls._read(folder, dtype, settings, None)
+
+    @classmethod
+    def from_file(
+        cls, path: Path, base: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None
+    ) -> FluxAdapter:
+        """A transformer in one file, in its authors' names or diffusers'; everything else from the folder `base`."""
+        return cls._read(base, dtype, settings, path)
+
+    @classmethod
+    def _read(
+        cls, folder: Path, dtype: torch.dtype, settings: dict[str, Any] | None, transformer: Path | None
+    ) -> FluxAdapter:
         classes = {
             "transformer": FluxTransformer2DModel,
             "vae": AutoencoderKL,
@@ -271,7 +288,10 @@ class FluxAdapter(ModelAdapter):
                 remedy="download the whole repository",
             )
         components: dict[str, nn.Module] = {
-            name: read_component(component, folder / name, dtype) for name, component in classes.items()
+            name: read_component(component, folder / name, dtype)
+            if name != "transformer" or transformer is None
+            else read_transformer(transformer, folder / name, dtype)
+            for name, component in classes.items()
         }
         try:
             scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
@@ -426,8 +446,12 @@ def read_component(component: Any, folder: Path, dtype: torch.dtype) -> nn.Modul
     Raises:
         ModelNotFoundError: files that are absent, damaged, or of another shape, or weights that are missing.
     """
+    refuse_quantized(folder)
+    options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     try:
-        module, info = component.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+        module, info = component.from_pretrained(folder, variant=only_variant(folder), **options)
+    except ImportError as error:
+        raise MissingDependencyError(f"reading {folder} needs another library", found=error) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelNotFoundError(f"cannot read {folder}", found=error) from error
     if missing := sorted(info["missing_keys"]):
@@ -440,6 +464,66 @@ def read_component(component: Any, folder: Path, dtype: torch.dtype) -> nn.Modul
     return module
 
 
+def refuse_quantized(folder: Path) -> None:
+    """Refuse weights that another library has quantized: engines have 8-bit layers of their own.
+
+    Raises:
+        UnsupportedModelError: such weights.
+    """
+    path = folder / "config.json"
+    settings = read_json(path).get("quantization_config") if path.is_file() else None
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise UnsupportedModelError(
+            f"the weights in {folder} are quantized by another library", found=f"quantization_config of {method}",
+            expected="weights in bf16, fp16 or fp32",
+            remedy="use the model before quantization, and `jitexport build --quant int8` or `fp8`",
+        )
+
+
+def only_variant(folder: Path) -> str | None:
+    """The variant ("fp16", ...) of a component whose weights are there in no other form; None for ordinary files.
+
+    Raises:
+        ModelNotFoundError: several variants, and no ordinary files.
+    """
+    variants = set()
+    for path in folder.glob("*.safetensors*"):
+        match = re.fullmatch(
+            r"[a-z_]+(?:-\d+-of-\d+)?(?:\.([\w]+?))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.([\w]+))?\.json)?",
+            path.name,
+        )
+        variants |= {match[1] or match[2]} if match else set()
+    if not variants or None in variants:
+        return None
+    if len(variants) > 1:
+        raise ModelNotFoundError(
+            f"several variants of the weights in {folder}", found=", ".join(sorted(variants)), expected="one of them",
+            remedy="keep the files of one variant",
+        )
+    return variants.pop()
+
+
+def read_transformer(path: Path, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A transformer whose weights are in one file and whose configuration is in a folder.
+
+    Raises:
+        ModelNotFoundError: one of them cannot be read.
+        InputError: the file is of another model.
+    """
+    refuse_quantized(folder)
+    try:
+        config = FluxTransformer2DModel.load_config(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"cannot read {folder}", found=error) from error
+    with torch.device("meta"):
+        module = FluxTransformer2DModel.from_config(config)
+    shapes = {f"transformer.{name}": tuple(value.shape) for name, value in module.state_dict().items()}
+    values = read_single_file(path, NAMING, shapes, dtype)
+    module.load_state_dict({name.removeprefix("transformer."): v for name, v in values.items()}, assign=True)
+    return module
+
+
 def read_tokenizer(folder: Path, length: int) -> Tokenizer:
     """A tokenizer folder as one JSON text with padding and truncation to `length` built in.
 
@@ -447,9 +531,15 @@ def read_tokenizer(folder: Path, length: int) -> Tokenizer:
         ModelNotFoundError: files that are absent or damaged.
         UnsupportedModelError: the tokenizer has no fast implementation.
     """
+    slow = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what a missing library leads to is of any type
+        if slow and any(find_spec(name) is None for name in ("sentencepiece", "google.protobuf")):
+            raise MissingDependencyError(
+                f"{folder} has its vocabulary in spiece.model only", found=error,
+                remedy="pip install sentencepiece protobuf; or put the model's tokenizer.json beside it",
+            ) from error
         raise ModelNotFoundError(f"cannot read {folder}", found=error) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

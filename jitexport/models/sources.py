@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from jitexport import registry
-from jitexport.errors import MissingDependencyError, ModelNotFoundError, UnsupportedModelError
+from jitexport.errors import InputError, MissingDependencyError, ModelNotFoundError, UnsupportedModelError
 from jitexport.models.base import ModelAdapter, read_json
 
 DEMO_FOLDER = Path(__file__).parent.parent / "assets" / "demo"
@@ -27,6 +27,7 @@ class ModelSource:
     Attributes:
         name: as given to `--model`.
         folder: of a bundled model.
+        file: a transformer in one file, for which `folder` has everything else.
         hub_id: of a model on the hub.
         pipeline_class: family, for models whose configuration is known without a download.
         configs, settings: that configuration; see `ModelAdapter.from_configs`.
@@ -34,6 +35,7 @@ class ModelSource:
 
     name: str
     folder: Path | None = None
+    file: Path | None = None
     hub_id: str | None = None
     pipeline_class: str = ""
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -121,15 +123,31 @@ def _flux(
     )
 
 
-def find_source(model: str) -> ModelSource:
-    """What a `--model` value names: a registered model, an existing folder, or else a hub id.
+def find_source(model: str, base: str | None = None) -> ModelSource:
+    """What a `--model` value names: a registered model, an existing folder, a file with `--base`, or else a hub id.
+
+    Args:
+        base: what everything beside the transformer comes from, for a transformer in one file; any of the others.
 
     Raises:
         ModelNotFoundError: none of these.
+        InputError: a file without a base, or a base without a file.
     """
+    path = Path(model).expanduser()
+    if path.suffix == ".safetensors" and not path.is_dir():
+        if not path.is_file():
+            raise ModelNotFoundError("no such file", found=model)
+        if base is None:
+            raise InputError(
+                "one file is the transformer only", found=model,
+                remedy="--base FOLDER: a pipeline in diffusers' format, which has everything else",
+            )
+        source = find_source(base)
+        return replace(source, name=path.stem, file=path, configs={}, settings={})
+    if base is not None:
+        raise InputError("--base belongs to a model in one file", found=model, expected="a .safetensors file")
     if model in registry.MODELS:
         return registry.model_source(model)()
-    path = Path(model).expanduser()
     if model and path.is_dir():  # Path("") is the current folder
         return ModelSource(path.resolve().name, folder=path)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
@@ -137,7 +155,8 @@ def find_source(model: str) -> ModelSource:
     raise ModelNotFoundError(
         "no such model",
         found=model,
-        expected=f"one of {', '.join(registry.MODELS)}; a folder in diffusers' format; or a hub id like 'owner/name'",
+        expected=f"one of {', '.join(registry.MODELS)}; a folder in diffusers' format; a .safetensors file with a base; "
+        "or a hub id like 'owner/name'",
     )
 
 
@@ -150,6 +169,8 @@ def load_adapter(source: ModelSource, dtype: torch.dtype, settings: dict[str, An
         MissingDependencyError: the `build` extra is not installed.
     """
     folder = source.folder or download(source)
+    if source.file is not None:
+        return _adapter_class(folder).from_file(source.file, folder, dtype, settings)
     return _adapter_class(folder).from_folder(folder, dtype, settings)
 
 
