@@ -227,7 +227,7 @@ def released_loop(shape, sigmas, stages, y, noise, anchors, velocity):
             target = (1 - sigmas[step]) * structure[new] + sigmas[step] * noise[new]
             y = y.clone()
             y[new] += (target - y[new]) / 3
-            active = torch.cat([active, new]).sort().values
+            active = torch.cat([active, new])  # ties go to the first in this order
         for _ in range(steps):
             u = velocity(y[active], active, number, step)
             lifted = interpolate(u, active) if tokens < n else torch.zeros_like(y).index_copy(0, active, u)

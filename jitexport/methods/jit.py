@@ -179,19 +179,21 @@ def importance(grid: TokenGrid, mean: tuple[Tensor, ...], u: Tensor) -> Tensor:
     return (separable(grid, mean, u * u) - separable(grid, mean, u).square()).mean(-1)
 
 
-def activate(anchors: Tensor, importance: Tensor, m: int) -> tuple[Tensor, Tensor]:
+def activate(anchors: Tensor, importance: Tensor, m: int, *, ascending: bool = True) -> tuple[Tensor, Tensor]:
     """Add the inactive tokens of largest importance until m are active; equal importance: lowest index first.
 
     Args:
         anchors: active indices, [B, m_k].
         importance: [B, N].
+        ascending: the order of all; else new ones stand behind the others, the most important first.
 
     Returns:
-        All active indices in ascending order, [B, m], and the new ones, [B, m - m_k].
+        All active indices, [B, m], and the new ones, [B, m - m_k].
     """
     score = importance.scatter(1, anchors, -math.inf)
     new = score.argsort(dim=1, descending=True, stable=True)[:, : m - anchors.shape[1]]
-    return torch.cat([anchors, new], dim=1).sort(dim=1).values, new
+    active = torch.cat([anchors, new], dim=1)
+    return active.sort(dim=1).values if ascending else active, new
 
 
 # --- deterministic micro-flow ----------------------------------------------------------------------------------------
@@ -228,6 +230,8 @@ class JiTOptions:
             on the straight line from its initial noise to its clean value; with fresh noise it joins another image.
         importance: what ITA takes the local variance of, the lifted "velocity" (the paper's) or the lifted "clean"
             prediction, which has no noise in it.
+        order: of the anchors, "ascending" or that of their "activation". A token that is equally near to several takes
+            the value of the first of them.
 
     Raises:
         InputError: a value that has no meaning.
@@ -241,6 +245,7 @@ class JiTOptions:
     window: int = 3
     noise: Literal["fresh", "initial"] = "fresh"
     importance: Literal["velocity", "clean"] = "velocity"
+    order: Literal["ascending", "activation"] = "ascending"
 
     def __post_init__(self) -> None:
         low, high = self.blur_sigma_range or (0.0, math.inf)
@@ -252,6 +257,7 @@ class JiTOptions:
             "window": self.window >= 1 and self.window % 2 == 1,
             "noise": self.noise in ("fresh", "initial"),
             "importance": self.importance in ("velocity", "clean"),
+            "order": self.order in ("ascending", "activation"),
         }
         if wrong := [name for name, fine in checks.items() if not fine]:
             raise InputError("JiT option without a meaning", found=", ".join(f"{n}={getattr(self, n)}" for n in wrong))
@@ -267,7 +273,9 @@ def _beta(parameters: tuple[float, float]) -> dict[str, Any]:
 
 
 _PAPER = JiTOptions(timesteps=_beta(BETA_PAPER))
-_RELEASED = replace(_PAPER, timesteps=_beta(BETA_RELEASED), microflow="relaxed", blur_sigma_range=(1.0, 10.0))
+_RELEASED = replace(
+    _PAPER, timesteps=_beta(BETA_RELEASED), microflow="relaxed", blur_sigma_range=(1.0, 10.0), order="activation"
+)
 
 # A new token gets the noise that dense sampling would have there, what it is worth is judged without noise, and the
 # clean prediction is blurred as the released code does. On the demo model at 4x and 7x, images are 9 to 11 dB closer to
@@ -400,7 +408,8 @@ class JiT(Method[JiTState]):
             anchors, new = self.activate(state, prior, stage.tokens)
             moved = microflow(gather_tokens(y, new), gather_tokens(target, new), weight)
             y = scatter_tokens(y, new, moved)
-        return self.begin(y, state.noise, self.lifter(anchors, ascending=True))
+        whole = stage.tokens == self.grid.tokens
+        return self.begin(y, state.noise, self.lifter(anchors, ascending=whole or self.settings.order == "ascending"))
 
     def activate(self, state: JiTState, prior: Tensor, m: int) -> tuple[Tensor, Tensor]:
         """ITA: all m anchors of the next stage, and those that are new.
@@ -410,7 +419,8 @@ class JiT(Method[JiTState]):
         """
         signal = self.lifted(state, state.velocity) if self.settings.importance == "velocity" else prior
         mean = tuple(mean_matrix(n, self.settings.window, signal.device) for n in self.grid.shape)
-        return activate(state.lift.anchors, importance(self.grid, mean, signal), m)
+        ascending = self.settings.order == "ascending"
+        return activate(state.lift.anchors, importance(self.grid, mean, signal), m, ascending=ascending)
 
     def tokens(self, state: JiTState) -> Tensor:
         return state.active

@@ -155,8 +155,8 @@ def find_source(model: str, base: str | None = None) -> ModelSource:
     raise ModelNotFoundError(
         "no such model",
         found=model,
-        expected=f"one of {', '.join(registry.MODELS)}; a folder in diffusers' format; a .safetensors file with a base; "
-        "or a hub id like 'owner/name'",
+        expected=f"one of {', '.join(registry.MODELS)}; a folder in diffusers' format; "
+        "a .safetensors file with a base; or a hub id like 'owner/name'",
     )
 
 

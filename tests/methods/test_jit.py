@@ -284,6 +284,8 @@ def test_activation_takes_exactly_the_most_important(data):
     assert new[0].tolist() == expected
     assert active[0].tolist() == sorted({*anchors[0].tolist(), *expected})
     assert active.shape == (1, m)
+    appended, again = activate(anchors, torch.tensor([values], dtype=torch.float32), m, ascending=False)
+    assert torch.equal(again, new) and appended[0].tolist() == [*anchors[0].tolist(), *expected]
 
 
 def test_activation_is_per_image():
@@ -339,6 +341,9 @@ def test_presets_have_the_published_values():
     assert (paper["blur_scale"], paper["blur_sigma_range"]) == (0.4, None)
     assert released["timesteps"] == {"kind": "beta", "alpha": 1.4, "beta": 0.425}
     assert (released["microflow"], released["relax_steps"]) == ("relaxed", 3)
+    assert (released["order"], paper["order"], JiT.options("default")["order"]) == (
+        "activation", "ascending", "ascending",
+    )
     assert (released["blur_scale"], released["blur_sigma_range"], released["window"]) == (0.4, (1.0, 10.0), 3)
     for published in (paper, released):
         assert (published["noise"], published["importance"]) == ("fresh", "velocity")
