@@ -3,7 +3,7 @@
     JitExportError
     ├── ScheduleError               a schedule or speed-up that cannot be realised        (also ValueError)
     ├── InputError                  a call with arguments that the pipeline cannot take   (also ValueError)
-    ├── NumericalError              an image that would not be finite numbers         (also ArithmeticError)
+    ├── NumericalError              an image that would not be finite numbers             (also ArithmeticError)
     ├── MissingDependencyError      a library is absent; the message names the extra      (also ImportError)
     ├── UnknownNameError            a model, method or backend that is not registered     (also ValueError)
     ├── ModelError

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import jitexport
 from jitexport.checkpoints import compare_configs
-from jitexport.errors import InputError, ModelError, ModelNotFoundError
+from jitexport.errors import InputError, MissingDependencyError, ModelError, ModelNotFoundError
+from jitexport.models import flux
 from jitexport.models.flux_names import aliases
 from jitexport.plan import CustomSchedule
 
@@ -289,14 +290,24 @@ def test_weights_quantized_by_another_library(pipe, copied, part):
     assert error.value.exit_code == 3 and "--quant int8" in str(error.value)
 
 
-def test_a_slow_tokenizer_names_the_libraries(pipe, copied):
+@pytest.mark.parametrize("name", ["T5Tokenizer", "CLIPTokenizer"])
+def test_a_tokenizer_without_a_vocabulary(pipe, copied, name):
+    """transformers would make one that knows no word."""
+    tokenizer = copied / "tokenizer_2"
+    for file in tokenizer.iterdir():
+        file.unlink()
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    with pytest.raises(ModelNotFoundError, match="no vocabulary"):
+        pipe.load_checkpoint(copied)
+
+
+def test_a_slow_tokenizer_names_the_libraries(pipe, copied, monkeypatch):
+    monkeypatch.setattr(flux, "_installed", lambda name: False)
     tokenizer = copied / "tokenizer_2"
     for file in tokenizer.iterdir():
         file.unlink()
     (tokenizer / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
     (tokenizer / "spiece.model").write_bytes(b"\n")
-    with pytest.raises((ModelError, ImportError), match=r"sentencepiece|cannot read") as error:
+    with pytest.raises(MissingDependencyError, match="pip install sentencepiece protobuf") as error:
         pipe.load_checkpoint(copied)
     assert error.value.exit_code == 3
-
-

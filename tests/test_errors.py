@@ -27,6 +27,7 @@ def test_falsy_findings_are_shown():
     [
         ("ScheduleError", (ValueError,), 2),
         ("InputError", (ValueError,), 2),
+        ("NumericalError", (ArithmeticError,), 1),
         ("UnknownNameError", (ValueError,), 2),
         ("MissingDependencyError", (ImportError,), 3),
         ("ModelNotFoundError", (errors.ModelError,), 3),

@@ -524,18 +524,33 @@ def read_transformer(path: Path, folder: Path, dtype: torch.dtype) -> nn.Module:
     return module
 
 
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that it is in
+        return False
+
+
 def read_tokenizer(folder: Path, length: int) -> Tokenizer:
     """A tokenizer folder as one JSON text with padding and truncation to `length` built in.
 
     Raises:
-        ModelNotFoundError: files that are absent or damaged.
+        ModelNotFoundError: files that are absent or damaged, or no vocabulary among them.
+        MissingDependencyError: the vocabulary's form needs a library that is not installed.
         UnsupportedModelError: the tokenizer has no fast implementation.
     """
-    slow = (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file()
+    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    slow = "spiece.model" in files and "tokenizer.json" not in files
+    # Without a vocabulary, transformers makes a tokenizer that knows no word.
+    if not slow and "tokenizer.json" not in files and not files.issuperset(("vocab.json", "merges.txt")):
+        raise ModelNotFoundError(
+            f"{folder} has no vocabulary", found=", ".join(sorted(files)) or "nothing",
+            expected="tokenizer.json, vocab.json with merges.txt, or spiece.model",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what a missing library leads to is of any type
-        if slow and any(find_spec(name) is None for name in ("sentencepiece", "google.protobuf")):
+        if slow and not (_installed("sentencepiece") and _installed("google.protobuf")):
             raise MissingDependencyError(
                 f"{folder} has its vocabulary in spiece.model only", found=error,
                 remedy="pip install sentencepiece protobuf; or put the model's tokenizer.json beside it",
