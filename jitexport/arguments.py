@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,6 +115,19 @@ def check_prompts(name: str, value: object) -> list[str]:
                 remedy="decode the text as what it is: UTF-8, or UTF-16 in pairs",
             ) from error
     return [str(p) for p in prompts]
+
+
+def check_path(name: str, value: object) -> Path:
+    """A path of a file or folder.
+
+    Raises:
+        InputError: something else.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value) or "\0" in str(os.fspath(value)):
+        raise InputError(f"{name} must be a path", found=shown(value))
+    if not isinstance(os.fspath(value), str):
+        raise InputError(f"{name} must be a path of text", found=shown(value))
+    return Path(value)
 
 
 def check_count(name: str, value: object) -> int:

@@ -33,6 +33,7 @@ from jitexport.arguments import (
     check_count,
     check_generators,
     check_number,
+    check_path,
     check_prompts,
     check_tensor_inputs,
     is_tensor,
@@ -240,7 +241,9 @@ class Pipeline:
         if self._read_checkpoint is None:
             raise InputError("this pipeline has no bundle to read checkpoints for")
         with plain():
-            values = self._read_checkpoint(Path(path), None if base is None else Path(base))
+            values = self._read_checkpoint(
+                check_path("the checkpoint", path), None if base is None else check_path("base", base)
+            )
             weights.check({name: tuple(value.shape) for name, value in values.items()}, every=True)
             for name, value in values.items():
                 if value.is_floating_point():
@@ -779,7 +782,10 @@ def load(
     Raises:
         BundleError: no bundle, or one that fails its checks; see `jitexport.errors`.
         BackendError: the backend cannot run here.
+        InputError: arguments that are no paths, or no such device.
     """
+    path = check_path("a bundle", path) if not trust else path
+    model = None if model is None else check_path("model", model)
     if trust:
         from jitexport import hub  # only for those who ask for it
 
@@ -839,8 +845,8 @@ class EngineOpener:
         manifest = bundle.manifest
         try:
             self.device = torch.device(device or manifest.host.device)
-        except RuntimeError as error:
-            raise InputError("unknown device", found=device, expected="cpu or cuda") from error
+        except (RuntimeError, TypeError) as error:
+            raise InputError("unknown device", found=shown(device), expected="cpu or cuda") from error
         self.bundle = bundle
         self.backend = registry.backend(manifest.backend)
         if reason := self.backend.missing(self.device):

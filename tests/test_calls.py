@@ -170,6 +170,19 @@ def test_values_in_messages_are_short_and_plain():
     assert shown(Odd()) == "Odd (ValueError in its repr)"
 
 
+@pytest.mark.parametrize("path", [None, 7, "", b"engines", "a\0b", ["x"]])
+def test_what_is_no_path(pipe, path):
+    for use in (jitexport.load, pipe.load_checkpoint, lambda p: pipe.load_checkpoint("x", base=p or 0)):
+        with pytest.raises(InputError, match="must be a path"):
+            use(path)
+
+
+@pytest.mark.parametrize("device", ["abacus", object(), 1.5, "cpu:x"])
+def test_what_is_no_device(make_bundle, device):
+    with pytest.raises(InputError, match="unknown device"):
+        jitexport.load(make_bundle(**DENSE), device=device)
+
+
 # --- callbacks and interrupts ----------------------------------------------------------------------------------------
 
 
