@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -39,8 +40,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+class _Stderr(Console):
+    """A console that says what can be said: where stderr is closed or broken, a command goes on without it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with suppress(OSError, ValueError):
+            super().print(*objects, **options)
+
+
 out = Console()
-err = Console(stderr=True)
+err = _Stderr(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory of a built bundle.")]

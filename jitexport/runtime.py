@@ -461,6 +461,8 @@ class Pipeline:
         """
         if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
             raise InputError("unknown output_type", found=shown(output_type), expected="pil, np, pt or latent")
+        if not isinstance(return_dict, bool | np.bool_):
+            raise InputError("return_dict must be True or False", found=shown(return_dict))
         check_built_in(built_in, self._built_in())
         names = check_tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)

@@ -80,6 +80,7 @@ def test_the_bundles_own_values_are_taken(pipe):
         ({"num_images_per_prompt": True}, "whole number"),
         ({"num_images_per_prompt": np.int64(0)}, "whole number"),
         ({"output_type": None}, "unknown output_type"),
+        ({"return_dict": torch.zeros(2)}, "return_dict must be"),
         ({"output_type": np.zeros(2)}, "unknown output_type"),
         ({"callback_on_step_end": 3}, "must be a function"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "cannot have"),
@@ -403,6 +404,14 @@ def test_results_are_ordinary_tensors(pipe, kind):
     x.requires_grad_(True)
     (x**2).sum().backward()
     assert x.grad is not None
+
+
+def test_a_command_without_stderr_does_its_work(make_bundle, tmp_path):
+    bundle, path = str(make_bundle(**DENSE)), str(tmp_path / "x.png")
+    shell = 'exec "$0" -c "from jitexport.cli import main; main()" "$@" 2>&-'
+    command = ["sh", "-c", shell, sys.executable, "generate", bundle, "a fox", "-o", path]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert run.returncode == 0 and run.stdout.strip() == path
 
 
 @pytest.mark.parametrize("stderr", ["None", "closed", "no isatty"])

@@ -18,7 +18,7 @@ from jitexport.models.flux import FluxAdapter
 from jitexport.plan import CustomSchedule
 from jitexport.quant import KINDS, QuantizedLinear, quantize, quantize_linears
 from tests.backends.test_lora import picture
-from tests.test_lora import adapter as lora
+from tests.lora.test_pipeline import adapter as lora
 
 CPU = torch.device("cpu")
 SCHEDULE = CustomSchedule((2, 2), (0.35, 1.0))

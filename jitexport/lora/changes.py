@@ -132,6 +132,7 @@ class Decomposed(Change):
     def delta(self, weight: Tensor, scale: float) -> Tensor:
         merged = weight + self.inner.delta(weight, scale)
         norm = torch.linalg.vector_norm(merged, dim=0 if self.by_column else 1, keepdim=True)
+        norm = torch.where(norm.isfinite(), norm, torch.nan)  # an overflow would pass as a weight of zeros
         magnitude = _fp32(self.magnitude, weight)
         return merged * (magnitude[None] if self.by_column else magnitude[:, None]) / norm - weight
 

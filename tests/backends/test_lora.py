@@ -9,7 +9,7 @@ import jitexport
 from jitexport.backends.eager import EagerBackend
 from jitexport.errors import InputError
 from tests.backends.conftest import Case
-from tests.test_lora import adapter
+from tests.lora.test_pipeline import adapter
 
 BACKENDS = ["aoti", "inductor", "onnx"]
 

@@ -223,6 +223,13 @@ def test_dora(shapes, axis):
     close(weight + delta(change, 0.7, weight), expected)
 
 
+def test_dora_whose_norm_overflows_is_no_weight_of_zeros(shapes):
+    state = {f"{KOHYA}.lora_down.weight": torch.ones(1, D), f"{KOHYA}.lora_up.weight": torch.full((MLP, 1), 1e30),
+             f"{KOHYA}.dora_scale": torch.ones(MLP, 1)}  # fmt: skip
+    (change,) = read_lora(state, NAMING, shapes).values()
+    assert delta(change).isnan().all()
+
+
 def test_dora_of_a_fused_layer(shapes):
     name = "lora_unet_single_blocks_1_linear1"
     down, up = pair(2, 3 * D + MLP, D)
