@@ -1,51 +1,57 @@
 """Train the demo model: a small text-to-image pipeline of FLUX.1's architecture, saved as a diffusers folder.
 
-    python scripts/train_demo.py train  --init FOLDER --work WORK --minutes 90
-    python scripts/train_demo.py export --work WORK --out jitexport/assets/demo
+    python scripts/train_demo.py train
+    python scripts/train_demo.py sheet  --out sheet.png
+    python scripts/train_demo.py export --out FOLDER
 
 `train` starts from a diffusers folder (`--init`): its autoencoder is used as it is, its transformer and text encoders
-are trained on, or trained from nothing with `--from-scratch`. It ends when `--minutes` have passed; the learning rate
-follows the share of the minutes that is used up, so that every run ends with a decayed rate. `--resume` goes on after
-an interruption. `export` writes the averaged weights of the last checkpoint in half precision.
+are trained on, or trained from nothing with `--from-scratch`. It writes a checkpoint to `--work` every few minutes and
+goes on from it when called again, after an interruption or on another day, as if nothing had been between: what a step
+draws depends on the seed and on how far the run is, so a run that was killed has the same losses as one that was not.
+`--hours` ends this call, not the run. `sheet` draws pictures with the averaged weights of the last checkpoint, and
+`export` writes these in half precision.
 
-The method this package exists for runs the transformer on a part of the image's tokens. A part of the training steps
-does the same, so that the model has seen sparse token sets: those steps run the transformer on a random set of tokens,
-with their true positions, and take the loss on those tokens only.
+The run has four stages, whose lengths are numbers of pictures (STAGES; `--scale` multiplies them):
 
-`--device cuda` keeps all latents on the GPU, compiles the blocks and uses larger batches. That path has not been run
-yet: the bundled weights were trained on a CPU.
+1. coarse: pictures of 128 x 128, which are 16 x 16 tokens, at every second position of the grid of 32 x 32;
+2. subsets: pictures of 256 x 256, of which the transformer sees a set of tokens at their true positions, with the loss
+   on them only, as the method this package exists for runs it;
+3. grids: most steps on all 32 x 32 tokens, the others on subsets of the sizes of JiT's stages;
+4. guidance: the guidance input learns what classifier-free guidance does. A frozen copy of the model is the teacher;
+   the target is its velocity without a caption plus the guidance times the difference that the caption makes. Until
+   then the input is always NEUTRAL, one caption in ten is empty, and the model can be sampled with true guidance.
+
+What that takes. On two cores with AVX2 alone a step on 6,144 tokens takes 4.3 s: 5.6 coarse pictures a second, 4 with
+subsets, 1.4 whole ones. A pilot with one object in one place needed 49,500 coarse pictures for 61 objects on three
+backgrounds; here there are a hundred, in any place, on fifty kinds of background, so five times as many are planned:
+12 hours coarse, 5.5 for subsets, 4.5 for grids, 3 for guidance. Scenes are made and encoded as the run goes, each used
+a few times with other noise and another caption, which costs about a tenth of the time.
+
+A line of `WORK/losses.jsonl` for every evaluation holds the averaged weights' loss on scenes that are never trained
+on, at fixed noise levels and with fixed noise. The running loss says little: it depends on the levels drawn.
+
+`--device cuda` uses bfloat16, larger batches and compiled blocks, and scenes are made ahead by `--workers` processes.
+That path has not been run.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from demo_data import (
-    CAPTION,
-    CAPTION_VARIANTS,
-    COLOURS,
-    IMAGE_SIZE,
-    OBJECTS,
-    PICTURES_PACKAGE,
-    VOCABULARY_GROUPS,
-    caption,
-    emoji_names,
-    held_out_pairs,
-    load_objects,
-    on_background,
-    trained_pairs,
-)
+from demo_data import IMAGE_SIZE, PICTURES_PACKAGE, load_objects
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -58,14 +64,33 @@ from transformers import (
     T5EncoderModel,
 )
 
+from jitexport.evaluate.scenes import (
+    COLOURS,
+    OBJECTS,
+    Scene,
+    caption_words,
+    draw_request,
+    draw_scene,
+    held_out_colours,
+    plural,
+    render,
+    write_caption,
+)
+
 GRID = 32  # tokens a side: 256 pixels / 4 (autoencoder) / 2 (packing)
 TEXT_TOKENS = 16
-GUIDANCE = 3.5
 SHIFT = 2.0  # moves noise levels up, in training and in the scheduler alike: s -> SHIFT * s / (1 + (SHIFT - 1) * s)
+NEUTRAL = 1.0  # the guidance input where it guides nothing
+GUIDANCE = 2.5  # what the pipeline is used with
+MOST_GUIDANCE = 5.0
+EMPTY_CAPTIONS = 0.1
+CAPTIONS_A_SCENE = 4
 SPECIAL_TOKENS = {"<pad>": 0, "<eos>": 1, "<bos>": 2}
 UNKNOWN = "<unk>"
 
 ASSETS = Path(__file__).parent.parent / "jitexport" / "assets" / "demo"
+WORK = Path.home() / ".cache" / "jitexport" / "demo-training"
+CAPTION = "{name} on a {colour} background"
 REFERENCE_SIZE = 128  # pixels a side of an object in the reference atlas
 REFERENCE_COLUMNS = 10
 
@@ -98,25 +123,60 @@ CLIP_CONFIG = {
     "max_position_embeddings": TEXT_TOKENS,
 }
 
-TOKENS_A_STEP = {"cpu": 6144, "cuda": 131072}  # pictures a step times tokens a picture
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run.
+
+    Attributes:
+        pictures: how many it trains on, before `--scale`.
+        pixels: a picture's side; 128 makes 16 x 16 tokens at every second position.
+        whole: share of pictures of which all tokens are seen.
+        ratios: sizes of the subsets of the others, as shares of all tokens.
+        uses: how often a scene is used.
+        distil: whether the target comes from the teacher.
+    """
+
+    name: str
+    pictures: int
+    pixels: int = IMAGE_SIZE
+    whole: float = 1.0
+    ratios: tuple[float, ...] = ()
+    uses: int = 4
+    distil: bool = False
+
+    @property
+    def side(self) -> int:
+        """Tokens a side."""
+        return self.pixels * GRID // IMAGE_SIZE
+
+    @property
+    def work(self) -> float:
+        """Tokens that the stage runs through the transformer; the teacher's two forward passes are two thirds more."""
+        subset = sum(self.ratios) / len(self.ratios) if self.ratios else 0.0
+        share = self.whole + (1 - self.whole) * subset
+        return self.pictures * self.side**2 * share * (5 / 3 if self.distil else 1)
+
+
+JIT_RATIOS = (0.32, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.62, 0.65)
+STAGES = (
+    Stage("coarse", 240_000, pixels=128, uses=2),
+    Stage("subsets", 75_000, whole=0.05, ratios=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5)),
+    Stage("grids", 28_000, whole=0.6, ratios=JIT_RATIOS),
+    Stage("guidance", 12_000, whole=0.5, ratios=JIT_RATIOS, distil=True),
+)
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What the training steps run on from `start`, a share of the run, on."""
+class Sizes:
+    """What differs between devices: tokens a step, scenes that are made at a time, pictures the encoder takes."""
 
-    start: float
-    whole_grid: float  # share of steps on all tokens; the others run on a subset
-    ratios: tuple[float, ...]  # sizes of the subsets, as shares of all tokens
+    tokens: int
+    shard: int
+    encoded: int
 
 
-# Small subsets are cheap and teach what each object looks like, so they come first. The later ones have the sizes of
-# JiT's stages, and steps on the whole grid, which sharpness needs, get the larger part of the time.
-PHASES = (
-    Phase(0.0, 0.05, (0.2, 0.25, 0.3, 0.35)),
-    Phase(0.4, 0.55, (0.32, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.62, 0.65)),
-    Phase(0.8, 0.75, (0.32, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.62, 0.65)),
-)
+SIZES = {"cpu": Sizes(6144, 1536, 8), "cuda": Sizes(131072, 16384, 256)}
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -139,10 +199,13 @@ class Models:
         return nn.ModuleDict({"transformer": self.transformer, "t5": self.t5, "clip": self.clip})
 
 
-def make_tokenizer(words: Iterable[str], template: str) -> PreTrainedTokenizerFast:
-    """A lower-casing, word-level tokenizer; `template` places the special tokens around the words ($A)."""
+def make_tokenizer(words: Sequence[str], template: str) -> PreTrainedTokenizerFast:
+    """A lower-casing, word-level tokenizer; `template` places the special tokens around the words ($A).
+
+    `words` are in the order of their numbers; the unknown word is the last unless it is among them.
+    """
     vocabulary = dict(SPECIAL_TOKENS)
-    for word in (*words, UNKNOWN):
+    for word in words if UNKNOWN in words else (*words, UNKNOWN):
         vocabulary[word] = len(vocabulary)
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -159,10 +222,10 @@ def make_tokenizer(words: Iterable[str], template: str) -> PreTrainedTokenizerFa
     )
 
 
-def make_models(words: list[str], vae: AutoencoderKL) -> Models:
-    """Untrained networks around a trained autoencoder, for a vocabulary of `words`."""
+def make_models(words: list[str], vae: AutoencoderKL, **changed: object) -> Models:
+    """Untrained networks around a trained autoencoder; `changed` are the transformer's settings that differ."""
     ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "vocab_size": len(SPECIAL_TOKENS) + len(words) + 1}
-    transformer = FluxTransformer2DModel(**TRANSFORMER_CONFIG)
+    transformer = FluxTransformer2DModel(**(TRANSFORMER_CONFIG | changed))
     initialise(transformer)
     return Models(
         transformer=transformer,
@@ -203,17 +266,37 @@ def load_models(folder: Path) -> Models:
     )
 
 
-def vocabulary(folder: Path) -> list[str]:
-    """All words of the captions and of the emoji names in VOCABULARY_GROUPS, sorted."""
-    names = [e["name"].lower() for e in emoji_names(folder).values() if e["group"] in VOCABULARY_GROUPS]
-    texts = [*names, *OBJECTS, *COLOURS, CAPTION.format(name="", colour="")]
-    return sorted({word for text in texts for word in re.findall("[a-z0-9]+", text)})
-
-
 def starting_models(args: argparse.Namespace) -> Models:
     """The networks of `args.init`; of these only the autoencoder is trained already with `args.from_scratch`."""
     models = load_models(args.init)
-    return make_models(vocabulary(args.data), models.vae) if args.from_scratch else models
+    return make_models(caption_words(), models.vae) if args.from_scratch else with_words(models, caption_words())
+
+
+def with_words(models: Models, words: Sequence[str]) -> Models:
+    """The same networks for a vocabulary that has `words` too.
+
+    Old words keep their numbers. A plural starts with the embedding of its singular, other new words with that of the
+    unknown word.
+    """
+    old = models.t5_tokenizer.get_vocab()
+    new = [word for word in words if word not in old]
+    singular = {plural(word): word for word in words if word in old}
+    sources = [old[singular.get(word, UNKNOWN)] for word in new]
+    known = [word for word in sorted(old, key=old.get) if word not in SPECIAL_TOKENS]
+
+    def grow(encoder: nn.Module) -> None:
+        rows = encoder.get_input_embeddings().weight.detach()[sources].clone()
+        encoder.resize_token_embeddings(len(old) + len(new))
+        with torch.no_grad():
+            encoder.get_input_embeddings().weight[len(old) :] = rows
+
+    grow(models.t5)
+    grow(models.clip)
+    return replace(
+        models,
+        t5_tokenizer=make_tokenizer([*known, *new], "$A <eos>"),
+        clip_tokenizer=make_tokenizer([*known, *new], "<bos> $A <eos>"),
+    )
 
 
 def averaged_copy(models: Models) -> Models:
@@ -239,64 +322,123 @@ def make_pipeline(models: Models) -> FluxPipeline:
 
 
 @dataclass
-class TrainingData:
-    """The trained pairs, ready for the transformer. P pairs, N tokens, C channels, V captions a pair."""
+class Shard:
+    """Scenes, ready for the transformer. S scenes, N tokens, C channels, V captions a scene, T words a caption."""
 
-    objects: torch.Tensor  # [P] number of the pair's object
-    latents: torch.Tensor  # [P, N, C]
-    detail: torch.Tensor  # [P, N] log of the local variance of the latents
-    t5_ids: torch.Tensor  # [P, V, T]
-    clip_ids: torch.Tensor  # [P, V, T]
+    latents: torch.Tensor  # [S, N, C]
+    t5_ids: torch.Tensor  # [S, V, T]
+    clip_ids: torch.Tensor  # [S, V, T]
 
-    def to(self, device: torch.device) -> "TrainingData":
-        return TrainingData(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+    @cached_property
+    def detail(self) -> torch.Tensor:
+        """Log of the variance of the latents around each token: [S, N]."""
+        return local_detail(self.latents)
+
+
+def scene_and_captions(
+    key: Sequence[int], count: int = CAPTIONS_A_SCENE, from_held_out: bool = False
+) -> tuple[Scene, list[str]]:
+    """The scene of a key, a tuple of numbers, and captions that are true of it."""
+    rng = np.random.default_rng(list(key))
+    scene = draw_scene(rng, from_held_out=from_held_out)
+    return scene, [write_caption(draw_request(scene, rng), rng) for _ in range(count)]
+
+
+def make_picture(scene: Scene, sprites: Mapping[str, Image.Image], pixels: int) -> np.ndarray:
+    """RGB of a scene in 0..255: [pixels, pixels, 3]."""
+    return np.array(render(scene, sprites).resize((pixels, pixels), Image.Resampling.BOX))
+
+
+_worker_sprites: dict[str, Image.Image] = {}
+
+
+def _start_worker(sprites: dict[str, Image.Image]) -> None:
+    _worker_sprites.update(sprites)
+
+
+def _work(task: tuple[tuple[int, ...], int]) -> tuple[np.ndarray, list[str]]:
+    scene, captions = scene_and_captions(task[0])
+    return make_picture(scene, _worker_sprites, task[1]), captions
+
+
+class ShardMaker:
+    """Makes the shards of a run; with `workers`, the pictures of the next one are made while this one is used."""
+
+    def __init__(self, models: Models, sprites: dict[str, Image.Image], seed: int, sizes: Sizes, workers: int = 0):
+        self.models, self.sprites, self.seed, self.sizes = models, sprites, seed, sizes
+        context = multiprocessing.get_context("spawn")
+        self.pool = context.Pool(workers, _start_worker, (sprites,)) if workers else None
+        self.ahead: dict[tuple[int, int, int], object] = {}
+        self.made: tuple[tuple[int, int, int], Shard] | None = None
+
+    def __call__(self, stage: int, number: int, pixels: int) -> Shard:
+        """Shard `number` of a stage; the last one is kept."""
+        key = (stage, number, pixels)
+        if self.made is None or self.made[0] != key:
+            self.made = None  # not two in memory
+            drawn = self._drawn(key)
+            if self.pool:
+                self._order((stage, number + 1, pixels))
+            self.made = key, self._encoded(drawn)
+        return self.made[1]
+
+    def _tasks(self, key: tuple[int, int, int]) -> list[tuple[tuple[int, ...], int]]:
+        stage, number, pixels = key
+        first = number * self.sizes.shard
+        return [((self.seed, stage, index), pixels) for index in range(first, first + self.sizes.shard)]
+
+    def _order(self, key: tuple[int, int, int]) -> None:
+        self.ahead = {key: self.pool.map_async(_work, self._tasks(key), chunksize=64)}
+
+    def _drawn(self, key: tuple[int, int, int]) -> list[tuple[np.ndarray, list[str]]]:
+        if self.pool is None:
+            _start_worker(self.sprites)
+            return [_work(task) for task in self._tasks(key)]
+        if key not in self.ahead:
+            self._order(key)
+        return self.ahead.pop(key).get()
+
+    def _encoded(self, drawn: list[tuple[np.ndarray, list[str]]]) -> Shard:
+        latents = encode_pictures(self.models.vae, [picture for picture, _ in drawn], self.sizes.encoded)
+        captions = [captions for _, captions in drawn]
+        device = latents.device
+        return Shard(
+            latents,
+            caption_ids(self.models.t5_tokenizer, captions).to(device),
+            caption_ids(self.models.clip_tokenizer, captions).to(device),
+        )
+
+
+def caption_ids(tokenizer: PreTrainedTokenizerFast, captions: list[list[str]]) -> torch.Tensor:
+    """Token numbers of the captions of each scene: [S, V, T]."""
+    texts = [text for several in captions for text in several]
+    encoded = tokenizer(texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+    return encoded.input_ids.unflatten(0, (len(captions), -1))
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, folder: Path, device: torch.device) -> torch.Tensor:
-    """Normalised, packed latents of the trained pairs: [P, N, C]."""
-    objects, packed = load_objects(folder), []
-    vae = vae.to(device)
-    for index, (name, colour) in enumerate(trained_pairs()):
-        pixels = torch.from_numpy(np.array(on_background(objects[name], colour))).to(device)
-        pixels = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1  # [1, 3, H, W]
+def encode_pictures(vae: AutoencoderKL, pictures: list[np.ndarray], at_once: int) -> torch.Tensor:
+    """Normalised, packed latents of RGB pictures [S, S, 3] of one size: [P, N, C], on the autoencoder's device."""
+    packed = []
+    for start in range(0, len(pictures), at_once):
+        pixels = torch.from_numpy(np.stack(pictures[start : start + at_once])).to(vae.device)
+        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
         latents = vae.encode(pixels).latent_dist.mode()
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        packed.append(FluxPipeline._pack_latents(latents, *latents.shape).cpu())  # [1, N, C]
-        if index % 100 == 99:
-            log(f"encoded {index + 1} pictures")
+        packed.append(FluxPipeline._pack_latents(latents, *latents.shape))
     return torch.cat(packed)
 
 
 def local_detail(latents: torch.Tensor) -> torch.Tensor:
     """Log of the variance in the 3 x 3 tokens around each token, mean over channels: [P, N, C] -> [P, N]."""
-    grid = latents.transpose(1, 2).unflatten(2, (GRID, GRID))  # [P, C, H, W]
+    side = math.isqrt(latents.shape[1])
+    grid = latents.transpose(1, 2).unflatten(2, (side, side))  # [P, C, H, W]
 
     def mean(x: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
     variance = (mean(grid.square()) - mean(grid).square()).mean(1).flatten(1)
     return variance.clamp_min(1e-4).log()
-
-
-def load_data(models: Models, folder: Path, cache: Path, device: torch.device) -> TrainingData:
-    """Encode pictures (once: they are kept in `cache`) and captions."""
-    if not cache.is_file():
-        torch.save(encode_pictures(models.vae, folder, device), cache)
-    latents = torch.load(cache, weights_only=True)
-    texts = [
-        template.format(name=name, colour=colour)
-        for name, colour in trained_pairs()
-        for template in (CAPTION, *CAPTION_VARIANTS)
-    ]
-
-    def ids(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-        encoded = tokenizer(texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
-        return encoded.input_ids.unflatten(0, (len(latents), -1))
-
-    objects = torch.tensor([OBJECTS.index(name) for name, _ in trained_pairs()])
-    data = TrainingData(objects, latents, local_detail(latents), ids(models.t5_tokenizer), ids(models.clip_tokenizer))
-    return data.to(device)
 
 
 # --- sparse token sets ------------------------------------------------------------------------------------------------
@@ -394,6 +536,93 @@ def predict_velocity(
         text, image = block(hidden_states=image, encoder_hidden_states=text, temb=condition, image_rotary_emb=tables)
     return transformer.proj_out(transformer.norm_out(image, condition))
 
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """What a step is made from. B pictures, m tokens of each, at the positions `active` of the grid of 32 x 32."""
+
+    clean: torch.Tensor  # [B, m, C]
+    noise: torch.Tensor  # [B, m, C]
+    sigma: torch.Tensor  # [B]
+    active: torch.Tensor  # [B, m]
+    t5_ids: torch.Tensor  # [B, T]
+    clip_ids: torch.Tensor  # [B, T]
+
+    @property
+    def noisy(self) -> torch.Tensor:
+        return torch.lerp(self.clean, self.noise, self.sigma[:, None, None])
+
+
+def draw_sigma(count: int, device: torch.device) -> torch.Tensor:
+    """Noise levels: logit-normal, shifted."""
+    sigma = torch.randn(count, device=device).sigmoid()
+    return SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+
+
+def grid_positions(side: int, device: torch.device) -> torch.Tensor:
+    """Positions in the grid of 32 x 32 of `side` x `side` tokens that lie evenly in it: [side * side]."""
+    line = torch.arange(side, device=device) * (GRID // side)
+    return (line[:, None] * GRID + line).flatten()
+
+
+def empty_ids(models: Models, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token numbers of the empty caption, for both encoders: two tensors [T]."""
+    return tuple(
+        caption_ids(tokenizer, [[""]])[0, 0].to(device) for tokenizer in (models.t5_tokenizer, models.clip_tokenizer)
+    )
+
+
+def draw_batch(shard: Shard, count: int, size: int, empty: tuple[torch.Tensor, torch.Tensor], drop: float) -> Batch:
+    """`size` scenes of a shard, `count` tokens of each; the caption is empty with chance `drop`."""
+    device, tokens = shard.latents.device, shard.latents.shape[1]
+    index = torch.randint(len(shard.latents), (size,), device=device)
+    variant = torch.randint(shard.t5_ids.shape[1], (size,), device=device)
+    kept = torch.rand(size, 1, device=device) >= drop
+    clean = shard.latents[index]
+    positions = grid_positions(math.isqrt(tokens), device)
+    if count < tokens:
+        active = draw_subsets(shard.detail[index], count)  # [B, m]
+        clean = clean.gather(1, active[:, :, None].expand(-1, -1, clean.shape[2]))
+    else:
+        active = positions.expand(size, -1)
+    return Batch(
+        clean,
+        torch.randn_like(clean),
+        draw_sigma(size, device),
+        active,
+        torch.where(kept, shard.t5_ids[index, variant], empty[0]),
+        torch.where(kept, shard.clip_ids[index, variant], empty[1]),
+    )
+
+
+def velocity(
+    models: Models, tables: tuple[torch.Tensor, torch.Tensor], batch: Batch, guidance: torch.Tensor
+) -> torch.Tensor:
+    """What the model predicts for a batch, at a guidance [B]: [B, m, C] in single precision."""
+    text = models.t5(batch.t5_ids).last_hidden_state
+    pooled = models.clip(batch.clip_ids).pooler_output
+    words = torch.arange(TEXT_TOKENS, device=batch.active.device).expand(len(batch.active), -1)
+    rows = torch.cat([words, TEXT_TOKENS + batch.active], dim=1)  # [B, T + m] into the tables
+    here = tuple(table[rows] for table in tables)
+    return predict_velocity(models.transformer, batch.noisy, here, text, pooled, batch.sigma, guidance).float()
+
+
+@torch.no_grad()
+def guided_velocity(
+    models: Models,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    batch: Batch,
+    guidance: torch.Tensor,
+    empty: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """True classifier-free guidance by a model at the neutral input: [B, m, C]."""
+    neutral = torch.full_like(guidance, NEUTRAL)
+    bare = replace(batch, t5_ids=empty[0].expand_as(batch.t5_ids), clip_ids=empty[1].expand_as(batch.clip_ids))
+    with_caption, without = (velocity(models, tables, part, neutral) for part in (batch, bare))
+    return without + guidance[:, None, None] * (with_caption - without)
+
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
@@ -402,9 +631,9 @@ def predict_velocity(
 class Progress:
     """What a run has done so far; kept in its checkpoints."""
 
-    seconds: float = 0.0
+    seconds: float = 0.0  # in which processes of the run were alive
     steps: int = 0
-    pictures: dict[str, int] = field(default_factory=lambda: {"subset": 0, "whole grid": 0})
+    pictures: list[int] = field(default_factory=list)  # by stage
     loss: dict[str, float] = field(default_factory=dict)  # running mean by kind of step
 
 
@@ -412,47 +641,14 @@ def log(message: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
 
 
-def learning_rate(peak: float, elapsed: float) -> float:
-    """Warm-up over the first hundredth of the run, then a straight line down to a hundredth of the peak."""
-    return peak * min(1.0, elapsed / 0.01) * max(0.01, 1.0 - elapsed)
+def learning_rate(peak: float, elapsed: float, steps: int) -> float:
+    """Warm-up over the first 100 steps, then a straight line down to a hundredth of the peak."""
+    return peak * min(1.0, (steps + 1) / 100) * max(0.01, 1.0 - elapsed)
 
 
-def draw_token_count(elapsed: float) -> int:
-    """How many tokens the next step runs on."""
-    phase = next(phase for phase in reversed(PHASES) if elapsed >= phase.start)
-    if torch.rand(()) < phase.whole_grid:
-        return GRID * GRID
-    return int(GRID * GRID * phase.ratios[torch.randint(len(phase.ratios), ())])
-
-
-def training_loss(
-    models: Models, data: TrainingData, tables: tuple[torch.Tensor, torch.Tensor], index: torch.Tensor, count: int
-) -> torch.Tensor:
-    """Flow-matching loss of the pairs `index` [B], on `count` tokens of each picture: [B]."""
-    device, batch = data.latents.device, len(index)
-    # Seven captions of ten are the plain one, the others any variant of it.
-    variant = torch.randint(len(CAPTION_VARIANTS), (batch,), device=device) + 1
-    variant = torch.where(torch.rand(batch, device=device) < 0.7, 0, variant)
-    text = models.t5(data.t5_ids[index, variant]).last_hidden_state
-    pooled = models.clip(data.clip_ids[index, variant]).pooler_output
-
-    clean, noise = data.latents[index], torch.randn(batch, GRID * GRID, data.latents.shape[2], device=device)
-    sigma = torch.randn(batch, device=device).sigmoid()
-    sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
-    guidance = torch.where(torch.rand(batch, device=device) < 0.7, GUIDANCE, 1 + 6 * torch.rand(batch, device=device))
-    noisy, target = torch.lerp(clean, noise, sigma[:, None, None]), noise - clean
-
-    if count < GRID * GRID:
-        active = draw_subsets(data.detail[index], count)  # [B, m]
-    else:
-        active = torch.arange(count, device=device).expand(batch, -1)
-    channels = active[:, :, None].expand(-1, -1, clean.shape[2])
-    noisy, target = noisy.gather(1, channels), target.gather(1, channels)
-    words = torch.arange(TEXT_TOKENS, device=device).expand(batch, -1)
-    rows = torch.cat([words, TEXT_TOKENS + active], dim=1)  # [B, T + m] into the tables
-    cos, sin = (table[rows] for table in tables)
-    predicted = predict_velocity(models.transformer, noisy, (cos, sin), text, pooled, sigma, guidance)
-    return (predicted.float() - target).square().mean((1, 2))
+def has_bf16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster than in single precision."""
+    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def save_atomically(content: dict, path: Path) -> None:
@@ -461,133 +657,328 @@ def save_atomically(content: dict, path: Path) -> None:
     os.replace(temporary, path)
 
 
+class Training:
+    """A run: networks, their average, the optimizer, and how far it is.
+
+    Attributes:
+        folder: for the checkpoint, the losses and sample sheets.
+        stages: as STAGES, with their pictures multiplied already.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        sprites: dict[str, Image.Image],
+        folder: Path,
+        *,
+        stages: Sequence[Stage] = STAGES,
+        seed: int = 0,
+        peak: float = 1e-3,
+        device: str = "cpu",
+        sizes: Sizes | None = None,
+        workers: int = 0,
+        compiled: bool = False,
+    ) -> None:
+        self.device = torch.device(device)
+        self.sizes = sizes or SIZES[self.device.type]
+        self.models, self.folder, self.stages, self.seed, self.peak = models, folder, tuple(stages), seed, peak
+        self.bf16 = has_bf16(self.device)
+        folder.mkdir(parents=True, exist_ok=True)
+        models.vae.requires_grad_(False).to(self.device)
+        self.trained = models.trained.to(self.device).train()
+        models.transformer.set_attn_processor(PerSamplePositions())
+        self.average = averaged_copy(models)
+        self.teacher: Models | None = None
+        self.tables = tuple(table.float().to(self.device) for table in rotary_tables(models.transformer))
+        self.empty = empty_ids(models, self.device)
+        self.make_shard = ShardMaker(models, sprites, seed, self.sizes, workers)
+        self.sprites = sprites
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64  # one for each number of tokens
+            for block in (*models.transformer.transformer_blocks, *models.transformer.single_transformer_blocks):
+                block.compile(dynamic=False)
+        self.parameters = list(self.trained.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        self.progress = Progress(pictures=[0] * len(self.stages))
+        if self.checkpoint.is_file():
+            self._load()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def stage(self) -> int:
+        """Number of the stage that comes next; the number of stages when the run is over."""
+        done = zip(self.progress.pictures, self.stages, strict=True)
+        return next((i for i, (seen, stage) in enumerate(done) if seen < stage.pictures), len(self.stages))
+
+    @property
+    def elapsed(self) -> float:
+        """Share of the run's work that is done."""
+        done = zip(self.progress.pictures, self.stages, strict=True)
+        return sum(min(1.0, n / s.pictures) * s.work for n, s in done) / sum(s.work for s in self.stages)
+
+    def save(self) -> None:
+        """Write the checkpoint; the one before stays until it is whole."""
+        state = {
+            "model": self.trained.state_dict(),
+            "average": self.average.trained.state_dict(),
+            "teacher": self.teacher.trained.state_dict() if self.teacher else None,
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        save_atomically(state, self.checkpoint)
+
+    def _load(self) -> None:
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        self.trained.load_state_dict(state["model"])
+        self.average.trained.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        if state["teacher"]:
+            self.teacher = averaged_copy(self.average)
+            self.teacher.trained.load_state_dict(state["teacher"])
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def step(self) -> float:
+        """Train on one batch and return its loss. What is drawn depends on the seed and the step's number alone."""
+        number, stage = self.stage, self.stages[self.stage]
+        torch.manual_seed(self.seed * 1_000_003 + self.progress.steps)
+        count = stage.side**2
+        if torch.rand(()) >= stage.whole:
+            count = int(count * stage.ratios[int(torch.randint(len(stage.ratios), ()))])
+        size = max(1, self.sizes.tokens // count)
+        shard = self.make_shard(
+            number, self.progress.pictures[number] // (self.sizes.shard * stage.uses), stage.pixels
+        )
+        batch = draw_batch(shard, count, size, self.empty, 0.0 if stage.distil else EMPTY_CAPTIONS)
+        with self.autocast():
+            target, guidance = self._target(batch, stage)
+            loss = (velocity(self.models, self.tables, batch, guidance) - target).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.peak, self.elapsed, self.progress.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.steps += 1
+        self.progress.pictures[number] += size
+        # The average reaches back further as the run gets longer, up to 1000 steps.
+        averaged = list(self.average.trained.parameters())
+        torch._foreach_lerp_(averaged, self.parameters, max(0.001, 1 / (1 + self.progress.steps / 10)))
+        kind = f"{stage.name} {'whole' if count == stage.side**2 else 'subset'}"
+        value = loss.item()
+        self.progress.loss[kind] = self.progress.loss.get(kind, value) * 0.98 + value * 0.02
+        return value
+
+    def _target(self, batch: Batch, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a step's prediction is compared with, [B, m, C], and its guidance input, [B]."""
+        neutral = torch.full_like(batch.sigma, NEUTRAL)
+        if not stage.distil:
+            return batch.noise - batch.clean, neutral
+        if self.teacher is None:
+            self.teacher = averaged_copy(self.average)
+        drawn = NEUTRAL + (MOST_GUIDANCE - NEUTRAL) * torch.rand_like(batch.sigma)
+        guidance = torch.where(torch.rand_like(drawn) < 0.2, neutral, drawn)
+        return guided_velocity(self.teacher, self.tables, batch, guidance, self.empty), guidance
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The averaged weights' loss on scenes of trained and of held-out combinations, by noise level."""
+        stage = self.stages[min(self.stage, len(self.stages) - 1)]
+        losses = {}
+        for kind, shard in self._evaluation_shards(stage.pixels).items():
+            for sigma in EVALUATED_SIGMAS:
+                torch.manual_seed(int(1000 * sigma))
+                total = 0.0
+                for start in range(0, len(shard.latents), EVALUATED_AT_ONCE):
+                    clean = shard.latents[start : start + EVALUATED_AT_ONCE]
+                    noise, level = torch.randn_like(clean), torch.full((len(clean),), sigma, device=self.device)
+                    active = grid_positions(stage.side, self.device).expand(len(clean), -1)
+                    part = slice(start, start + len(clean))
+                    batch = Batch(clean, noise, level, active, shard.t5_ids[part, 0], shard.clip_ids[part, 0])
+                    with self.autocast():
+                        predicted = velocity(self.average, self.tables, batch, torch.full_like(level, NEUTRAL))
+                    total += float((predicted - (noise - clean)).square().mean((1, 2)).sum())
+                losses[f"{kind} {sigma:g}"] = round(total / len(shard.latents), 5)
+        return losses
+
+    def _evaluation_shards(self, pixels: int) -> dict[str, Shard]:
+        """Fixed scenes, by whether they hold a combination that is held out of training."""
+        if getattr(self, "_evaluated", (0, {}))[0] != pixels:
+            shards = {}
+            for kind, from_held_out in (("seen", False), ("held out", True)):
+                keys = [(EVALUATION_SEED, from_held_out, i) for i in range(EVALUATED_SCENES * IMAGE_SIZE // pixels)]
+                drawn = [scene_and_captions(key, 1, from_held_out) for key in keys]
+                made = [(make_picture(scene, self.sprites, pixels), captions) for scene, captions in drawn]
+                shards[kind] = self.make_shard._encoded(made)
+            self._evaluated = pixels, shards
+        return self._evaluated[1]
+
+    def log_evaluation(self) -> None:
+        """Add a line to WORK/losses.jsonl."""
+        stage = self.stages[min(self.stage, len(self.stages) - 1)]
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "steps": self.progress.steps,
+            "stage": stage.name,
+            "tokens": stage.side**2,
+            "pictures": self.progress.pictures,
+            "hours": round(self.progress.seconds / 3600, 3),
+            "done": round(self.elapsed, 4),
+            "losses": self.evaluate(),
+        }
+        with (self.folder / "losses.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        log(f"held-out losses: {json.dumps(line['losses'])}")
+
+
+EVALUATION_SEED = 10**6
+EVALUATED_SCENES = 16  # whole grids of either kind; twice as many coarse ones
+EVALUATED_AT_ONCE = 16
+EVALUATED_SIGMAS = (0.3, 0.5, 0.7, 0.85, 0.95)
+
+SHEET_PROMPTS = (
+    *("fox on a blue background", "hamburger on a plain yellow background", "something to eat", "an animal"),
+    *("two owls on a striped green background", "fox and pizza on a blue background", "two fruits", "rocket and star"),
+    *("a fruit on a red background", "something on a dotted pink background", "cat face with confetti"),
+    "penguin, guitar and rose on a white background",
+)
+
+
 @torch.no_grad()
-def sample_sheet(models: Models, path: Path, prompts: list[str], columns: int = 4, steps: int = 16) -> None:
-    """Pictures of `prompts`, side by side, in a PNG file."""
-    pipeline = make_pipeline(models)
-    pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-    with torch.autocast(models.transformer.device.type, torch.bfloat16):
-        pictures = pipeline(
-            prompts,
-            height=IMAGE_SIZE,
-            width=IMAGE_SIZE,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            max_sequence_length=TEXT_TOKENS,
-            generator=generators,
-        ).images
-    sheet = Image.new("RGB", (columns * IMAGE_SIZE, math.ceil(len(pictures) / columns) * IMAGE_SIZE))
+def draw_pictures(
+    models: Models,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    prompts: Sequence[str],
+    side: int = GRID,
+    steps: int = 25,
+    guidance: float = GUIDANCE,
+    distilled: bool = False,
+) -> list[Image.Image]:
+    """Pictures of prompts, on `side` x `side` tokens, by true guidance or with `distilled` through the input."""
+    device = tables[0].device
+    texts = [[prompt] for prompt in prompts]
+    t5_ids = caption_ids(models.t5_tokenizer, texts)[:, 0].to(device)
+    clip_ids = caption_ids(models.clip_tokenizer, texts)[:, 0].to(device)
+    empty, scale = empty_ids(models, device), torch.full((len(prompts),), guidance, device=device)
+    noise = [torch.randn(side**2, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(len(prompts))]
+    latents = torch.stack(noise).to(device)
+    active = grid_positions(side, device).expand(len(prompts), -1)
+    levels = torch.linspace(1, 0, steps + 1)
+    levels = SHIFT * levels / (1 + (SHIFT - 1) * levels)
+    for level, following in pairwise(levels.tolist()):
+        sigma = torch.full((len(prompts),), level, device=device)
+        batch = Batch(latents, latents, sigma, active, t5_ids, clip_ids)
+        predicted = (
+            velocity(models, tables, batch, scale)
+            if distilled
+            else guided_velocity(models, tables, batch, scale, empty)
+        )
+        latents = latents + (following - level) * predicted
+    vae, pixels = models.vae, side * IMAGE_SIZE // GRID
+    unpacked = FluxPipeline._unpack_latents(latents, pixels, pixels, 4) / vae.config.scaling_factor
+    decoded = vae.decode(unpacked + vae.config.shift_factor).sample  # [B, 3, H, W]
+    bytes_ = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in bytes_]
+
+
+def save_sheet(pictures: Sequence[Image.Image], path: Path, columns: int = 4) -> None:
+    """Pictures side by side in a PNG file."""
+    side = pictures[0].width
+    sheet = Image.new("RGB", (columns * side, math.ceil(len(pictures) / columns) * side))
     for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % columns * IMAGE_SIZE, index // columns * IMAGE_SIZE))
+        sheet.paste(picture, (index % columns * side, index // columns * side))
     sheet.save(path)
 
 
-def sheet_prompts() -> list[str]:
-    """Captions to watch a run by: four trained pairs, four held-out pairs."""
-    return [caption(*pair) for pair in (*trained_pairs()[29::230], *held_out_pairs()[10::24])]
+def scaled(scale: float) -> list[Stage]:
+    """STAGES, with their pictures multiplied."""
+    return [replace(stage, pictures=round(stage.pictures * scale)) for stage in STAGES]
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train for `args.minutes`, leaving WORK/checkpoint.pt and sample sheets behind."""
-    torch.manual_seed(args.seed)
+    """Train, or go on training, for at most `--hours`."""
     torch.set_flush_denormal(True)  # AdamW's second moments become denormal, which is many times slower on a CPU
     torch.set_float32_matmul_precision("high")
-    device = torch.device(args.device)
-    args.work.mkdir(parents=True, exist_ok=True)
-
-    models = starting_models(args)
-    models.vae.requires_grad_(False).to(device)
-    data = load_data(models, args.data, args.work / "latents.pt", device)
-    trained = models.trained.to(device).train()
-    average = averaged_copy(models)
-    models.transformer.set_attn_processor(PerSamplePositions())
-    tables = tuple(table.float().to(device) for table in rotary_tables(models.transformer))
-    if device.type == "cuda" or args.compile:
-        for block in (*models.transformer.transformer_blocks, *models.transformer.single_transformer_blocks):
-            block.compile()
-
-    parameters, averaged = list(trained.parameters()), list(average.trained.parameters())
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    progress = Progress()
-    # Running mean of each object's loss: objects are drawn in proportion to it, so that the harder ones catch up.
-    difficulty = torch.ones(len(OBJECTS), device=device)
-    checkpoint = args.work / "checkpoint.pt"
-    if args.resume:
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        trained.load_state_dict(state["model"])
-        average.trained.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        difficulty = state["difficulty"]
-        progress = Progress(**state["progress"])
-        torch.manual_seed(args.seed + progress.steps)
-
-    def save() -> None:
-        save_atomically(
-            {
-                "model": trained.state_dict(),
-                "average": average.trained.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "difficulty": difficulty,
-                "progress": progress.__dict__,
-            },
-            checkpoint,
-        )
-
-    budget = args.minutes * 60
-    began, saved, sampled = time.monotonic() - progress.seconds, progress.seconds, progress.seconds
-    while progress.seconds < budget:
-        elapsed = progress.seconds / budget
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args.learning_rate, elapsed)
-        count = draw_token_count(elapsed)
-        batch = TOKENS_A_STEP[device.type] // count
-        with torch.autocast(device.type, torch.bfloat16):
-            index = torch.multinomial(difficulty[data.objects], batch, replacement=True)
-            losses = training_loss(models, data, tables, index, count)
-        loss = losses.mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress.steps += 1
-        # The average reaches back further as the run gets longer, up to 500 steps.
-        torch._foreach_lerp_(averaged, parameters, max(0.002, 1 / (1 + progress.steps / 10)))
-
-        drawn = data.objects[index]
-        difficulty[drawn] = difficulty[drawn].lerp(losses.detach(), 0.05)
-        kind = "whole grid" if count == GRID * GRID else "subset"
-        progress.pictures[kind] += batch
-        previous = progress.loss.get(kind, loss.item())
-        progress.loss[kind] = previous + 0.02 * (loss.item() - previous)
-        progress.seconds = time.monotonic() - began
-        if progress.steps % 50 == 0:
+    training = Training(
+        starting_models(args),
+        load_objects(args.data),
+        args.work,
+        stages=scaled(args.scale),
+        seed=args.seed,
+        peak=args.learning_rate,
+        device=args.device,
+        workers=args.workers if args.workers is not None else (8 if args.device == "cuda" else 0),
+        compiled=args.compile or args.device == "cuda",
+    )
+    progress = training.progress
+    log(f"{training.elapsed:.1%} done, {progress.steps} steps, bf16 {'on' if training.bf16 else 'off'}")
+    began, before, share_before = time.monotonic(), progress.seconds, training.elapsed
+    seen_before = sum(progress.pictures)
+    if progress.steps == 0:
+        training.log_evaluation()
+    saved = evaluated = sampled = began
+    while training.stage < len(training.stages):
+        stage = training.stages[training.stage]
+        training.step()
+        now = time.monotonic()
+        progress.seconds = before + now - began
+        if progress.steps % 20 == 0:
+            hours, share = (now - began) / 3600, training.elapsed - share_before
             means = ", ".join(f"{kind} {value:.4f}" for kind, value in progress.loss.items())
             log(
-                f"step {progress.steps}, {progress.seconds / 60:.1f} of {args.minutes:g} min, loss: {means}, "
-                f"pictures: {progress.pictures}, rate {optimizer.param_groups[0]['lr']:.1e}"
+                f"{stage.name}: step {progress.steps}, pictures {progress.pictures}, loss {means}, "
+                f"{(sum(progress.pictures) - seen_before) / (now - began):.2f} pictures/s, "
+                f"{training.elapsed:.2%} done, {(1 - training.elapsed) * hours / share:.1f} h to go"
             )
-        if progress.seconds - saved > 60 * args.checkpoint_minutes:
-            save()
-            saved = progress.seconds
-        if progress.seconds - sampled > 60 * args.sample_minutes:
-            sample_sheet(average, args.work / f"sample-{progress.steps:06}.png", sheet_prompts())
-            sampled = progress.seconds
-    save()
-    log(f"done: {json.dumps(progress.__dict__)}")
+        ended = now - began > 3600 * args.hours or training.stage == len(training.stages)
+        if ended or now - saved > 60 * args.checkpoint_minutes:
+            training.save()
+            saved = time.monotonic()
+        if ended or now - evaluated > 60 * args.evaluation_minutes:
+            training.log_evaluation()
+            evaluated = time.monotonic()
+        if ended or now - sampled > 60 * args.sample_minutes:
+            with training.autocast():
+                pictures = draw_pictures(training.average, training.tables, SHEET_PROMPTS, stage.side)
+            save_sheet(pictures, args.work / f"sample-{progress.steps:06}.png")
+            sampled = time.monotonic()
+        if ended:
+            break
+    log(f"stopped: {json.dumps(asdict(progress))}")
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
+def checkpoint_models(args: argparse.Namespace) -> Models:
+    """The networks of `--init`, with the averaged weights of the checkpoint in `--work` if there is one."""
+    models, checkpoint = starting_models(args), args.work / "checkpoint.pt"
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        models.trained.load_state_dict(state["average"])
+        log(f"weights of {checkpoint}: {json.dumps(state['progress'])}")
+    return models
+
+
+def sheet(args: argparse.Namespace) -> None:
+    """Draw pictures with the averaged weights of the last checkpoint."""
+    models = checkpoint_models(args)
+    models.trained.eval().requires_grad_(False)
+    models.transformer.set_attn_processor(PerSamplePositions())
+    tables = tuple(table.float() for table in rotary_tables(models.transformer))
+    prompts = args.prompt or SHEET_PROMPTS
+    pictures = draw_pictures(models, tables, prompts, args.side, args.steps, args.guidance, args.distilled)
+    save_sheet(pictures, args.out)
+
+
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights of the last checkpoint, and what describes them, to `args.out`."""
-    models = starting_models(args)
-    if args.work:
-        state = torch.load(args.work / "checkpoint.pt", map_location="cpu", weights_only=True)
-        models.trained.load_state_dict(state["average"])
-        log(f"exporting: {json.dumps(state['progress'])}")
-    pipeline = make_pipeline(models).to(torch.float16)
+    pipeline = make_pipeline(checkpoint_models(args)).to(torch.float16)
     pipeline.save_pretrained(args.out)
     # transformers loads in the dtype that a configuration names, diffusers in single precision: they must agree.
     for name in ("text_encoder", "text_encoder_2"):
@@ -606,7 +997,7 @@ def export(args: argparse.Namespace) -> None:
         "caption": CAPTION.replace("{name}", "<name>").replace("{colour}", "<colour>"),
         "names": OBJECTS,
         "colours": COLOURS,
-        "held_out": held_out_pairs(),
+        "held_out": list(held_out_colours().items()),
         "pictures": PICTURES_PACKAGE,
         "reference": {"file": "reference.png", "size": REFERENCE_SIZE, "columns": REFERENCE_COLUMNS},
     }
@@ -645,23 +1036,32 @@ def main() -> None:
         verb.set_defaults(run=run)
         verb.add_argument("--init", type=Path, default=ASSETS, help="diffusers folder to start from")
         verb.add_argument("--from-scratch", action="store_true", help="take only the autoencoder from --init")
-        verb.add_argument("--data", type=Path, default=Path("demo-data"), help="folder for the npm packages")
+        verb.add_argument("--data", type=Path, default=WORK / "pictures", help="folder for the npm packages")
+        verb.add_argument("--work", type=Path, default=WORK, help="folder of checkpoint, losses and sample sheets")
         return verb
 
     verb = add_verb("train", train)
-    verb.add_argument("--work", type=Path, required=True, help="folder for latents, checkpoints and sample sheets")
-    verb.add_argument("--minutes", type=float, default=90, help="how long to train")
-    verb.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    verb.add_argument("--hours", type=float, default=math.inf, help="end this call after so many hours")
+    verb.add_argument("--scale", type=float, default=1.0, help="multiplies the pictures of all stages")
     verb.add_argument("--device", default="cpu", help="cpu, or cuda (not tried yet)")
     verb.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
     verb.add_argument("--compile", action="store_true", help="compile the blocks on a CPU too")
-    verb.add_argument("--checkpoint-minutes", type=float, default=3)
-    verb.add_argument("--sample-minutes", type=float, default=12)
+    verb.add_argument("--workers", type=int, help="processes that make scenes ahead; 0 on a CPU, 8 for cuda")
+    verb.add_argument("--checkpoint-minutes", type=float, default=5)
+    verb.add_argument("--evaluation-minutes", type=float, default=20)
+    verb.add_argument("--sample-minutes", type=float, default=40)
     verb.add_argument("--seed", type=int, default=0)
 
+    verb = add_verb("sheet", sheet)
+    verb.add_argument("--out", type=Path, required=True, help="PNG file to write")
+    verb.add_argument("--prompt", action="append", help="repeat for several; pictures to watch the run by without it")
+    verb.add_argument("--side", type=int, default=GRID, choices=(GRID // 2, GRID), help="tokens a side")
+    verb.add_argument("--steps", type=int, default=25)
+    verb.add_argument("--guidance", type=float, default=GUIDANCE)
+    verb.add_argument("--distilled", action="store_true", help="guide through the model's input: after the last stage")
+
     verb = add_verb("export", export)
-    verb.add_argument("--work", type=Path, help="folder of the run; without it the weights of --init are exported")
-    verb.add_argument("--out", type=Path, default=ASSETS, help="diffusers folder to write")
+    verb.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
 
     args = parser.parse_args()
     args.run(args)

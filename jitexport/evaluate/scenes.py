@@ -1,0 +1,457 @@
+"""The scenes that the demo model is about, and what captions say of them.
+
+A scene is one to three objects, none over another, at free places, sizes and mirrorings, on a background of one of
+ten colours that is plain, striped, dotted, shaded or strewn with confetti. A caption says as much of it as one likes:
+
+    fox and pizza on a blue background      something to eat
+    two owls on a striped green background  a fruit on a red background
+
+What it leaves out is free. `Request` is what a caption means; `parse` reads it from the text. A request names every
+object, be it by a word as wide as "something": what it does not name is not there.
+
+Everything is drawn from a NumPy generator that the caller gives, so that the same seed makes the same scenes. Drawing
+a scene needs no pictures; `render` does, and takes them as RGBA squares of any size.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, permutations
+from zlib import crc32
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 256  # pixels a side of a rendered scene, and the unit of places
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "black": (24, 24, 28),
+    "red": (214, 72, 66),
+    "green": (88, 168, 104),
+    "blue": (84, 136, 214),
+    "yellow": (244, 208, 96),
+    "purple": (150, 104, 190),
+    "pink": (244, 168, 196),
+    "orange": (240, 152, 80),
+    "gray": (150, 154, 162),
+}
+
+OBJECTS: tuple[str, ...] = (
+    *("red apple", "owl", "frog", "pizza", "dolphin", "mushroom", "pig face", "tiger face", "penguin", "hamburger"),
+    *("watermelon", "sunflower", "cat face", "dog face", "bear", "panda", "koala", "lion", "cow face", "rabbit face"),
+    *("fox", "monkey face", "elephant", "horse", "unicorn", "zebra", "giraffe", "camel", "turtle", "snake"),
+    *("crab", "octopus", "butterfly", "lady beetle", "spider", "fish", "whale", "shark", "rose", "tulip"),
+    *("cactus", "banana", "grapes", "lemon", "pineapple", "strawberry", "cherries", "peach", "tomato", "carrot"),
+    *("broccoli", "bread", "doughnut", "cookie", "birthday cake", "egg", "french fries", "hot dog", "taco", "sushi"),
+    *("ice cream", "rocket", "airplane", "sailboat", "automobile", "locomotive", "helicopter", "balloon", "snowman"),
+    *("rainbow", "star", "ringed planet", "volcano", "house", "castle", "palm tree", "four leaf clover", "maple leaf"),
+    *("snail", "jellyfish", "flamingo", "parrot", "peacock", "avocado", "eggplant", "pretzel", "cheese wedge"),
+    *("teapot", "umbrella", "wrapped gift", "trophy", "soccer ball", "guitar", "crown", "gem stone", "key"),
+    *("alarm clock", "anchor", "light bulb", "camera"),
+)
+
+_FRUITS = ("red apple", "watermelon", "banana", "grapes", "lemon", "pineapple", "strawberry", "cherries", "peach")
+_VEGETABLES = ("tomato", "carrot", "broccoli", "eggplant")
+_DESSERTS = ("doughnut", "cookie", "birthday cake", "ice cream")
+_BIRDS = ("owl", "penguin", "flamingo", "parrot", "peacock")
+_SEA_ANIMALS = ("dolphin", "octopus", "crab", "fish", "whale", "shark", "jellyfish")
+_FLOWERS = ("sunflower", "rose", "tulip")
+
+#: What words that leave the object open stand for.
+KINDS: dict[str, tuple[str, ...]] = {
+    "fruit": _FRUITS,
+    "vegetable": _VEGETABLES,
+    "dessert": _DESSERTS,
+    "food": (
+        *(*_FRUITS, *_VEGETABLES, *_DESSERTS, "pizza", "mushroom", "hamburger", "bread", "egg", "french fries"),
+        *("hot dog", "taco", "sushi", "avocado", "pretzel", "cheese wedge"),
+    ),
+    "bird": _BIRDS,
+    "sea animal": _SEA_ANIMALS,
+    "animal": (
+        *(*_BIRDS, *_SEA_ANIMALS, "frog", "pig face", "tiger face", "cat face", "dog face", "bear", "panda", "koala"),
+        *("lion", "cow face", "rabbit face", "fox", "monkey face", "elephant", "horse", "unicorn", "zebra", "giraffe"),
+        *("camel", "turtle", "snake", "butterfly", "lady beetle", "spider", "snail"),
+    ),
+    "flower": _FLOWERS,
+    "plant": (*_FLOWERS, "cactus", "palm tree", "four leaf clover", "maple leaf"),
+    "vehicle": ("rocket", "airplane", "sailboat", "automobile", "locomotive", "helicopter"),
+    "building": ("house", "castle"),
+    "thing": OBJECTS,
+}
+
+#: The word a caption uses for each texture; confetti comes after the background.
+TEXTURES: dict[str, str] = {
+    "plain": "plain",
+    "stripes": "striped",
+    "dots": "dotted",
+    "gradient": "shaded",
+    "confetti": "with confetti",
+}
+TEXTURE_SHARES = (0.4, 0.15, 0.15, 0.15, 0.15)
+COUNT_SHARES = (0.5, 0.35, 0.15)  # of one, two, three objects
+SIDES = ((116, 256), (102, 148), (92, 120))  # pixels, least and most, of an object's canvas among one, two, three
+
+HELD_OUT_SEED = 0
+MARGIN = 0.06  # share of its canvas that every object leaves free at each side
+COUNT_WORDS = {2: "two", 3: "three"}
+OPEN_WORDS = {"thing": "something", "food": "something to eat"}  # besides "a thing", "a food", which nobody says
+_IRREGULAR = {
+    **{word: word for word in ("fish", "sushi", "broccoli", "grapes", "cherries", "fries", "fruit", "jellyfish")},
+    "leaf": "leaves",
+    "bread": "breads",
+}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object in a scene: its square canvas, in pixels of SIZE, which may stand out of the picture by its margin."""
+
+    name: str
+    left: float
+    top: float
+    side: float
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class Background:
+    """A background; `seed` decides phases, directions and where confetti lies."""
+
+    colour: str
+    texture: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is in a picture."""
+
+    things: tuple[Thing, ...]
+    background: Background
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The objects' names, sorted."""
+        return tuple(sorted(thing.name for thing in self.things))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caption asks for: a name or a kind for each object, sorted; None where it leaves the background open."""
+
+    terms: tuple[str, ...]
+    colour: str | None = None
+    texture: str | None = None
+
+    def accepts_names(self, names: Sequence[str]) -> bool:
+        """Whether the objects are those that are asked for: each term has one object, and none is left over."""
+        return len(names) == len(self.terms) and any(
+            all(fits(name, term) for name, term in zip(order, self.terms, strict=True)) for order in permutations(names)
+        )
+
+    def accepts(self, scene: Scene) -> bool:
+        """Whether a scene is what the caption says."""
+        background = scene.background
+        return (
+            self.accepts_names(scene.names)
+            and self.colour in (None, background.colour)
+            and self.texture in (None, background.texture)
+        )
+
+
+def fits(name: str, term: str) -> bool:
+    """Whether an object may be called `term`, a name or a kind."""
+    return name == term or name in KINDS.get(term, ())
+
+
+# --- what is held out of training -------------------------------------------------------------------------------------
+
+
+def held_out_colours() -> dict[str, str]:
+    """The background colour that each object is never trained on; each colour for ten objects."""
+    colours = [colour for colour in COLOURS for _ in range(len(OBJECTS) // len(COLOURS))]
+    random.Random(HELD_OUT_SEED).shuffle(colours)
+    return dict(zip(OBJECTS, colours, strict=True))
+
+
+_HELD_OUT_COLOURS = held_out_colours()
+
+
+def pair_held_out(first: str, second: str) -> bool:
+    """Whether two objects are never trained on together: one pair in ten, by a checksum of their names."""
+    return first != second and crc32("|".join(sorted((first, second))).encode()) % 10 == 0
+
+
+def held_out(names: Sequence[str], colour: str) -> bool:
+    """Whether objects on a colour hold a combination that is never trained on."""
+    return any(_HELD_OUT_COLOURS[name] == colour for name in names) or any(
+        pair_held_out(*pair) for pair in combinations(names, 2)
+    )
+
+
+# --- drawing scenes ---------------------------------------------------------------------------------------------------
+
+
+def draw_scene(rng: np.random.Generator, *, from_held_out: bool = False, count: int | None = None) -> Scene:
+    """A scene of the training data, or with `from_held_out` one that holds a combination which is kept from it.
+
+    Args:
+        count: number of objects; drawn by COUNT_SHARES if None.
+    """
+    count = int(rng.choice(3, p=COUNT_SHARES)) + 1 if count is None else count
+    while True:
+        names, colour = draw_names(rng, count), str(rng.choice(list(COLOURS)))
+        if held_out(names, colour) == from_held_out:
+            break
+    texture = str(rng.choice(list(TEXTURES), p=TEXTURE_SHARES))
+    background = Background(colour, texture, int(rng.integers(2**31)))
+    places = draw_places(rng, count)
+    things = [
+        Thing(name, *(float(x) for x in place), bool(rng.random() < 0.5))
+        for name, place in zip(names, places, strict=True)
+    ]
+    return Scene(tuple(things), background)
+
+
+def draw_names(rng: np.random.Generator, count: int) -> list[str]:
+    """Objects of a scene: of several ones two or all are the same in one scene of five."""
+    names = [OBJECTS[index] for index in rng.choice(len(OBJECTS), count, replace=False)]
+    if count > 1 and rng.random() < 0.2:
+        same = int(rng.integers(2, count + 1))
+        names[:same] = [names[0]] * same
+    return names
+
+
+def draw_places(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Canvases of `count` objects that lie in the picture and not over each other: [count, 3], left, top, side."""
+    least, most = SIDES[count - 1]
+    while True:
+        side = rng.uniform(least, most, (16, count))
+        free = SIZE - (1 - 2 * MARGIN) * side
+        corner = rng.random((16, count, 2)) * free[..., None]  # of the canvases without their margins
+        for corners, sides in zip(corner, side, strict=True):
+            inner = (1 - 2 * MARGIN) * sides
+            if all(
+                np.any(np.abs((corners[i] + inner[i] / 2) - (corners[j] + inner[j] / 2)) >= (inner[i] + inner[j]) / 2)
+                for i, j in combinations(range(count), 2)
+            ):
+                return np.column_stack([corners - MARGIN * sides[:, None], sides])
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+def draw_request(scene: Scene, rng: np.random.Generator) -> Request:
+    """What a caption may say of a scene: seven names of ten, kinds for the others, the background in part or whole."""
+
+    def term(name: str) -> str:
+        draw = rng.random()
+        if draw < 0.7:
+            return name
+        if draw < 0.78:
+            return "thing"
+        kinds = [kind for kind, names in KINDS.items() if name in names and kind != "thing"]
+        return str(rng.choice(kinds)) if kinds else name
+
+    terms = {name: term(name) for name in scene.names}  # the same word for the same object: "two owls"
+    background = scene.background
+    texture_said = rng.random() < (0.2 if background.texture == "plain" else 0.5)
+    return Request(
+        tuple(sorted(terms[name] for name in scene.names)),
+        background.colour if rng.random() < 0.8 else None,
+        background.texture if texture_said else None,
+    )
+
+
+def write_caption(request: Request, rng: np.random.Generator | None = None) -> str:
+    """A caption for a request: the plain form, or with `rng` one of its variants in three cases of ten."""
+    varied = rng is not None and rng.random() < 0.3
+    variant = int(rng.integers(3)) if rng is not None and varied else None
+    groups = list(Counter(request.terms).items())
+    if rng is not None:
+        rng.shuffle(groups)
+    articles = len(groups) < 3 and variant == 0
+    parts = [phrase(term, count, articles) for term, count in groups]
+    text = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
+    if variant == 1 and len(request.terms) == 1 and parts[0] not in OPEN_WORDS.values():
+        text = f"a picture of {article(text)} {text}" if not text.startswith(("a ", "an ")) else f"a picture of {text}"
+    return text + background_phrase(request, "with" if variant == 2 else "on")
+
+
+def phrase(term: str, count: int, articles: bool) -> str:
+    """One word group: "fox", "a fox", "two foxes", "something to eat"."""
+    if count > 1:
+        return f"{COUNT_WORDS[count]} {plural(term)}"
+    if term in OPEN_WORDS:
+        return OPEN_WORDS[term]
+    return f"{article(term)} {term}" if articles or term in KINDS else term
+
+
+def background_phrase(request: Request, preposition: str = "on") -> str:
+    """What a caption says of the background, with the space before it; nothing if it says nothing."""
+    if request.colour is None and request.texture is None:
+        return ""
+    confetti = request.texture == "confetti"
+    if confetti and request.colour is None:
+        return " with confetti"
+    adjective = TEXTURES[request.texture] if request.texture and not confetti else None
+    words = " ".join(word for word in (adjective, request.colour) if word)
+    return f" {preposition} {article(words)} {words} background" + (" with confetti" if confetti else "")
+
+
+def article(text: str) -> str:
+    """The indefinite article before a text."""
+    return "an" if text[0] in "aeio" or text.startswith("umbrella") else "a"
+
+
+def plural(term: str) -> str:
+    """ "fox" -> "foxes": the last word in the plural."""
+    *before, word = term.split()
+    if word in _IRREGULAR:
+        word = _IRREGULAR[word]
+    elif word.endswith(("x", "s", "sh", "ch", "to")):
+        word += "es"
+    elif word.endswith("y") and word[-2] not in "aeiou":
+        word = word[:-1] + "ies"
+    else:
+        word += "s"
+    return " ".join((*before, word))
+
+
+_PLURALS = {plural(term): term for term in (*OBJECTS, *KINDS)}
+_OPEN = {text: term for term, text in OPEN_WORDS.items()}
+_BACKGROUND = re.compile(
+    r"(?P<objects>.+?)"
+    rf"(?: (?:on|with) an? (?P<texture>plain|striped|dotted|shaded)? ?(?P<colour>{'|'.join(COLOURS)})? ?background)?"
+    r"(?P<confetti> with confetti)?"
+)
+
+
+def parse(text: str) -> Request | None:
+    """What a caption asks for, or None where it is no caption of a scene."""
+    found = _BACKGROUND.fullmatch(" ".join(text.lower().strip(" .").split()))
+    if found is None:
+        return None
+    terms: list[str] = []
+    for part in re.split(r", and |, | and ", found["objects"].removeprefix("a picture of ")):
+        read = _parse_phrase(part)
+        if read is None:
+            return None
+        terms += read
+    if len(terms) > 3 or (found["texture"] and found["confetti"]):
+        return None
+    textures = {word: texture for texture, word in TEXTURES.items()}
+    texture = "confetti" if found["confetti"] else textures[found["texture"]] if found["texture"] else None
+    return Request(tuple(sorted(terms)), found["colour"], texture)
+
+
+def _parse_phrase(text: str) -> list[str] | None:
+    if text in _OPEN:
+        return [_OPEN[text]]
+    word, _, rest = text.partition(" ")
+    for count, name in COUNT_WORDS.items():
+        if word == name:
+            return [_PLURALS[rest]] * count if rest in _PLURALS else None
+    name = rest if word in ("a", "an", "the", "one") else text
+    return [name] if name in OBJECTS or name in KINDS else None
+
+
+def caption_words() -> list[str]:
+    """All words that captions are made of, sorted."""
+    texts = [*OBJECTS, *KINDS, *_PLURALS, *COLOURS, *TEXTURES.values(), *OPEN_WORDS.values(), *COUNT_WORDS.values()]
+    texts.append("a an the one picture of on with and background")
+    return sorted({word for text in texts for word in text.split()})
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def render(scene: Scene, sprites: Mapping[str, Image.Image]) -> Image.Image:
+    """The picture of a scene: RGB, SIZE a side. `sprites` are the objects' square RGBA pictures."""
+    picture = render_background(scene.background)
+    for thing in scene.things:
+        sprite, left, top = placed(thing, sprites[thing.name])
+        picture.paste(sprite, (left, top), sprite)
+    return picture
+
+
+def placed(thing: Thing, sprite: Image.Image) -> tuple[Image.Image, int, int]:
+    """An object's picture as it stands in a scene, and where its upper left corner is."""
+    side = round(thing.side)
+    sprite = sprite.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    if thing.mirrored:
+        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return sprite, round(thing.left), round(thing.top)
+
+
+def accent(colour: str, strength: float = 0.18) -> np.ndarray:
+    """The second tone of a background: darker, of black lighter. RGB [3] in 0..255."""
+    rgb = np.array(COLOURS[colour], dtype=np.float32)
+    return rgb + strength * (255 - rgb) if colour == "black" else rgb * (1 - strength)
+
+
+def render_background(background: Background) -> Image.Image:
+    """The picture of a background: RGB, SIZE a side."""
+    rng = np.random.default_rng(background.seed)
+    base = np.array(COLOURS[background.colour], dtype=np.float32)
+    if background.texture == "plain":
+        return Image.new("RGB", (SIZE, SIZE), COLOURS[background.colour])
+    if background.texture == "confetti":
+        return render_confetti(background.colour, rng)
+    strength = 0.34 if background.texture == "gradient" else 0.18
+    mask = {"stripes": stripes, "dots": dots, "gradient": ramp}[background.texture](rng)  # [H, W] in 0..1
+    rgb = base + mask[..., None] * (accent(background.colour, strength) - base)
+    return Image.fromarray((rgb + 0.5).astype(np.uint8))
+
+
+_ROW, _COLUMN = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
+
+
+def stripes(rng: np.random.Generator) -> np.ndarray:
+    """Stripes in one of eight directions at a random phase: [SIZE, SIZE] in 0..1, smooth over a pixel."""
+    angle, period, phase = rng.integers(8) * math.pi / 8, rng.uniform(24, 48), rng.random()
+    along = (_COLUMN * math.cos(angle) + _ROW * math.sin(angle)) / period + phase
+    return np.clip((0.25 - np.abs(along % 1 - 0.5)) * period + 0.5, 0, 1)
+
+
+def dots(rng: np.random.Generator) -> np.ndarray:
+    """Dots in rows, every second of them moved by half a step, at a random phase: [SIZE, SIZE] in 0..1."""
+    step = rng.uniform(28, 44)
+    left, top = rng.random(2) * 2 * step
+    distance = np.full((SIZE, SIZE), np.inf, dtype=np.float32)
+    for shift in (0.0, step):  # two rectangular lattices
+        across = np.abs((_COLUMN - left + shift) % (2 * step) - step)
+        down = np.abs((_ROW - top + shift) % (2 * step) - step)
+        distance = np.minimum(distance, np.hypot(across, down))
+    return np.clip(0.4 * step - distance + 0.5, 0, 1)
+
+
+def ramp(rng: np.random.Generator) -> np.ndarray:
+    """A ramp from 0 to 1 across the picture in a random direction: [SIZE, SIZE]."""
+    angle = rng.uniform(0, 2 * math.pi)
+    along = _COLUMN * math.cos(angle) + _ROW * math.sin(angle)
+    return (along - along.min()) / (along.max() - along.min())
+
+
+def render_confetti(colour: str, rng: np.random.Generator) -> Image.Image:
+    """Rectangles in the other colours, one in each field of a 6 x 6 grid, at random places and angles."""
+    scale, fields = 2, 6
+    picture = Image.new("RGB", (scale * SIZE, scale * SIZE), COLOURS[colour])
+    draw = ImageDraw.Draw(picture)
+    others = [rgb for name, rgb in COLOURS.items() if name != colour]
+    pitch = SIZE / fields
+    for index in range(fields * fields):
+        row, column = divmod(index, fields)
+        x, y = (column + rng.random()) * pitch, (row + rng.random()) * pitch
+        angle, long, wide = rng.uniform(0, math.pi), rng.uniform(13, 17) / 2, rng.uniform(8, 10) / 2
+        u, v = np.array([math.cos(angle), math.sin(angle)]) * long, np.array([-math.sin(angle), math.cos(angle)]) * wide
+        corners = [np.array([x, y]) + a * u + b * v for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+        draw.polygon([tuple(scale * corner) for corner in corners], fill=others[int(rng.integers(len(others)))])
+    return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
