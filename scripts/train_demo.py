@@ -160,7 +160,7 @@ class Stage:
 
 JIT_RATIOS = (0.32, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.62, 0.65)
 STAGES = (
-    Stage("coarse", 240_000, pixels=128, uses=2),
+    Stage("coarse", 240_000, pixels=128),
     Stage("subsets", 75_000, whole=0.05, ratios=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5)),
     Stage("grids", 28_000, whole=0.6, ratios=JIT_RATIOS),
     Stage("guidance", 12_000, whole=0.5, ratios=JIT_RATIOS, distil=True),
@@ -176,7 +176,7 @@ class Sizes:
     encoded: int
 
 
-SIZES = {"cpu": Sizes(6144, 1536, 8), "cuda": Sizes(131072, 16384, 256)}
+SIZES = {"cpu": Sizes(6144, 384, 8), "cuda": Sizes(131072, 16384, 256)}
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def with_words(models: Models, words: Sequence[str]) -> Models:
 
     def grow(encoder: nn.Module) -> None:
         rows = encoder.get_input_embeddings().weight.detach()[sources].clone()
-        encoder.resize_token_embeddings(len(old) + len(new))
+        encoder.resize_token_embeddings(len(old) + len(new), mean_resizing=False)
         with torch.no_grad():
             encoder.get_input_embeddings().weight[len(old) :] = rows
 
@@ -811,7 +811,7 @@ class Training:
         if getattr(self, "_evaluated", (0, {}))[0] != pixels:
             shards = {}
             for kind, from_held_out in (("seen", False), ("held out", True)):
-                keys = [(EVALUATION_SEED, from_held_out, i) for i in range(EVALUATED_SCENES * IMAGE_SIZE // pixels)]
+                keys = [(EVALUATION_SEED, from_held_out, i) for i in range(EVALUATED_SCENES)]
                 drawn = [scene_and_captions(key, 1, from_held_out) for key in keys]
                 made = [(make_picture(scene, self.sprites, pixels), captions) for scene, captions in drawn]
                 shards[kind] = self.make_shard._encoded(made)
@@ -837,7 +837,7 @@ class Training:
 
 
 EVALUATION_SEED = 10**6
-EVALUATED_SCENES = 16  # whole grids of either kind; twice as many coarse ones
+EVALUATED_SCENES = 16  # of either kind
 EVALUATED_AT_ONCE = 16
 EVALUATED_SIGMAS = (0.3, 0.5, 0.7, 0.85, 0.95)
 
@@ -1048,8 +1048,8 @@ def main() -> None:
     verb.add_argument("--compile", action="store_true", help="compile the blocks on a CPU too")
     verb.add_argument("--workers", type=int, help="processes that make scenes ahead; 0 on a CPU, 8 for cuda")
     verb.add_argument("--checkpoint-minutes", type=float, default=5)
-    verb.add_argument("--evaluation-minutes", type=float, default=20)
-    verb.add_argument("--sample-minutes", type=float, default=40)
+    verb.add_argument("--evaluation-minutes", type=float, default=30)
+    verb.add_argument("--sample-minutes", type=float, default=60)
     verb.add_argument("--seed", type=int, default=0)
 
     verb = add_verb("sheet", sheet)
