@@ -69,15 +69,22 @@ class DemoData:
         return json.loads((self.folder / "captions.json").read_text(encoding="utf-8"))
 
     @cached_property
-    def pictures(self) -> dict[tuple[str, str], Image.Image]:
-        """The 1000 pictures, 128 x 128 RGB, by (name, colour)."""
+    def sprites(self) -> dict[str, Image.Image]:
+        """The objects, 128 x 128 RGBA, by name."""
         layout = self.captions["reference"]
         size, columns = layout["size"], layout["columns"]
         atlas = Image.open(self.folder / layout["file"])
-        pictures = {}
+        sprites = {}
         for index, name in enumerate(self.captions["names"]):
             row, column = divmod(index, columns)
-            item = atlas.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
+            sprites[name] = atlas.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
+        return sprites
+
+    @cached_property
+    def pictures(self) -> dict[tuple[str, str], Image.Image]:
+        """The 1000 pictures, 128 x 128 RGB, by (name, colour)."""
+        pictures = {}
+        for name, item in self.sprites.items():
             for colour, rgb in self.captions["colours"].items():
                 background = Image.new("RGBA", item.size, (*rgb, 255))
                 pictures[name, colour] = Image.alpha_composite(background, item).convert("RGB")
