@@ -32,7 +32,7 @@ COARSE_SIDES = tuple(np.geomspace(SIDES[2][0], SIDES[0][1], 9))  # of canvases, 
 LEAST_CORRELATION = 0.7
 LEAST_EXPLAINED = 0.5
 PEAK_CORRELATION = 0.5
-PEAKS = 60
+PEAKS, PEAKS_AN_OBJECT = 120, 4
 OVERLAP = 0.08  # share of the smaller outline that may lie over another, widened by a pixel
 TOLERANCE = 24.0  # how far from a background's tones its pixels may be, in 0..255 of RGB
 
@@ -155,7 +155,8 @@ class Finder:
             which[better] = v
         peak = (best == ndimage.maximum_filter(best, size=(1, 5, 5))) & (best > 0)
         order = np.argwhere(peak)
-        order = order[np.argsort(-best[peak])][:PEAKS]
+        order = order[np.argsort(-best[peak])]
+        order = [one for rank, one in enumerate(order) if (order[:rank, 0] == one[0]).sum() < PEAKS_AN_OBJECT][:PEAKS]
         peaks = []
         for o, row, column in order:
             side, mirrored = self.variants[which[o, row, column]]
@@ -208,12 +209,21 @@ class Finder:
 
     def outline(self, thing: Thing, side: int) -> np.ndarray:
         """Where in a picture an object is opaque: [side, side]."""
+        return self._whole(thing, side)[1]
+
+    def drawn(self, thing: Thing, side: int) -> np.ndarray:
+        """An object in its place, on black: RGB in 0..1, [side, side, 3]."""
+        return self._whole(thing, side)[0]
+
+    def _whole(self, thing: Thing, side: int) -> tuple[np.ndarray, np.ndarray]:
         n = max(1, round(thing.side * side / SIZE))
-        mask = self.template(thing.name, thing.mirrored, n)[1]
-        top, left = round(thing.top * side / SIZE), round(thing.left * side / SIZE)
-        whole = np.zeros((3 * side, 3 * side), dtype=bool)
-        whole[side + top : side + top + n, side + left : side + left + n] = mask
-        return whole[side : 2 * side, side : 2 * side]
+        colours, mask = self.template(thing.name, thing.mirrored, n)
+        top, left = side + round(thing.top * side / SIZE), side + round(thing.left * side / SIZE)
+        picture = np.zeros((3 * side, 3 * side, 4), dtype=np.float32)  # objects may stand out of the picture
+        picture[top : top + n, left : left + n, :3] = colours * mask[..., None]
+        picture[top : top + n, left : left + n, 3] = mask
+        inner = picture[side : 2 * side, side : 2 * side]
+        return inner[..., :3], inner[..., 3] > 0
 
     def _choose(self, candidates: list[Found]) -> list[Found]:
         """The best of those that lie over each other: correlation counts, and the part of the picture explained."""

@@ -210,14 +210,26 @@ def draw_scene(rng: np.random.Generator, *, from_held_out: bool = False, count: 
         names, colour = draw_names(rng, count), str(rng.choice(list(COLOURS)))
         if held_out(names, colour) == from_held_out:
             break
-    texture = str(rng.choice(list(TEXTURES), p=TEXTURE_SHARES))
+    return _arranged(names, colour, None, rng)
+
+
+def _arranged(names: Sequence[str], colour: str, texture: str | None, rng: np.random.Generator) -> Scene:
+    """Objects at drawn places, on a background of which the rest is drawn."""
+    texture = texture or str(rng.choice(list(TEXTURES), p=TEXTURE_SHARES))
     background = Background(colour, texture, int(rng.integers(2**31)))
-    places = draw_places(rng, count)
+    places = draw_places(rng, len(names))
     things = [
         Thing(name, *(float(x) for x in place), bool(rng.random() < 0.5))
         for name, place in zip(names, places, strict=True)
     ]
     return Scene(tuple(things), background)
+
+
+def draw_scene_for(request: Request, rng: np.random.Generator) -> Scene:
+    """A true scene of a request, held-out combinations included: what the request leaves open is drawn."""
+    names = [str(rng.choice(KINDS[term])) if term in KINDS else term for term in request.terms]
+    colour = request.colour or str(rng.choice(list(COLOURS)))
+    return _arranged(names, colour, request.texture, rng)
 
 
 def draw_names(rng: np.random.Generator, count: int) -> list[str]:
