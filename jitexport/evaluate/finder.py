@@ -171,24 +171,27 @@ class Finder:
         """The best size and place around a peak, or None if the object is not there."""
         best: tuple[float, int, int, int] | None = None
         padded = np.pad(rgb, ((FINE, FINE), (FINE, FINE), (0, 0)), mode="edge")
+        shift_rows, shift_columns = (shift.ravel() for shift in np.mgrid[: 2 * reach + 1, : 2 * reach + 1])
         sizes = sorted({round(side * FINE * factor) for factor in (0.92, 0.96, 1.0, 1.04, 1.08)})
         for n in sizes:
             colours, mask = self.template(name, mirrored, n)
             if mask.sum() < 12:
                 continue
             top, left = round(row * FINE - n / 2) + FINE - reach, round(column * FINE - n / 2) + FINE - reach
-            window = padded[top : top + n + 2 * reach, left : left + n + 2 * reach]
-            views = np.lib.stride_tricks.sliding_window_view(window, (n, n), axis=(0, 1))  # [R, R, 3, n, n]
-            inside = views[..., mask]  # [R, R, 3, m]
-            error = np.square(inside - colours[mask].T).mean((2, 3))  # [R, R]
-            i, j = np.unravel_index(error.argmin(), error.shape)
-            if best is None or error[i, j] < best[0]:
-                best = float(error[i, j]), n, int(top + i), int(left + j)
+            rows, columns = np.nonzero(mask)
+            part = slice(None, None, max(1, len(rows) // 200))  # a part of the pixels is enough to tell places apart
+            rows, columns = rows[part, None], columns[part, None]
+            inside = padded[top + rows + shift_rows, left + columns + shift_columns]  # [m, R * R, 3]
+            errors = np.square(inside - colours[rows, columns]).mean((0, 2))  # [R * R]
+            k = int(errors.argmin())
+            if best is None or errors[k] < best[0]:
+                best = float(errors[k]), n, int(top + shift_rows[k]), int(left + shift_columns[k])
         if best is None:
             return None
-        error, n, top, left = best
+        _, n, top, left = best
         colours, mask = self.template(name, mirrored, n)
         inside = padded[top : top + n, left : left + n][mask]  # [m, 3]
+        error = float(np.square(inside - colours[mask]).mean())
         a, b = inside - inside.mean(), colours[mask] - colours[mask].mean()
         correlation = float((a * b).sum() / math.sqrt(max(float(np.square(a).sum() * np.square(b).sum()), 1e-9)))
         wide = np.pad(mask, 4)
@@ -282,7 +285,7 @@ def _allowed(mask: np.ndarray) -> np.ndarray:
 
 
 def tone(rgb: np.ndarray, colour: str) -> tuple[np.ndarray, np.ndarray]:
-    """How pixels lie to a background's tones: along from its base, 0, to the end of its gradient, 1, and how far off."""
+    """Where pixels lie between a background's base, 0, and the end of its gradient, 1; and how far off that line."""
     base, end = np.array(COLOURS[colour], dtype=np.float32), accent(colour, 0.34)
     along = np.clip((rgb - base) @ (end - base) / np.square(end - base).sum(), 0, 1)
     return along, np.linalg.norm(rgb - base - along[..., None] * (end - base), axis=-1)

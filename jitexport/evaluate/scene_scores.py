@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +109,7 @@ def band_energies(picture: Image.Image) -> np.ndarray:
     """Decimal logarithm of the mean squared luminance in four bands of scale, finest first: [4]."""
     luminance = to_array(picture, FULL) @ LUMINANCE
     levels = [ndimage.gaussian_filter(luminance, sigma) if sigma else luminance for sigma in BAND_SIGMAS]
-    energies = [float(np.square(fine - coarse).mean()) for fine, coarse in zip(levels[:-1], levels[1:], strict=True)]
+    energies = [float(np.square(fine - coarse).mean()) for fine, coarse in pairwise(levels)]
     return np.log10(np.array(energies) + 1e-9)
 
 

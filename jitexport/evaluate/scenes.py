@@ -103,7 +103,7 @@ MARGIN = 0.06  # share of its canvas that every object leaves free at each side
 COUNT_WORDS = {2: "two", 3: "three"}
 OPEN_WORDS = {"thing": "something", "food": "something to eat"}  # besides "a thing", "a food", which nobody says
 _IRREGULAR = {
-    **{word: word for word in ("fish", "sushi", "broccoli", "grapes", "cherries", "fries", "fruit", "jellyfish")},
+    **{word: word for word in ("fish", "sushi", "broccoli", "grapes", "cherries", "fries", "jellyfish")},
     "leaf": "leaves",
     "bread": "breads",
 }
