@@ -20,7 +20,7 @@ from PIL import Image
 
 from jitexport.evaluate.demo import DemoData
 from jitexport.evaluate.finder import Finder
-from jitexport.evaluate.scene_scores import MOST_UNEXPLAINED, score
+from jitexport.evaluate.scene_scores import MOST_UNEXPLAINED, score_seen
 from jitexport.evaluate.scenes import Request, Scene, draw_scene, render
 from jitexport.models.sources import DEMO_FOLDER
 
@@ -56,7 +56,7 @@ class Counts:
         self.textures += seen.texture == scene.background.texture
         self.clean += seen.unexplained <= MOST_UNEXPLAINED
         request = Request(scene.names, scene.background.colour, scene.background.texture)
-        self.all += score(finder, request, picture).right
+        self.all += score_seen(finder, request, picture, seen).right
         self.confused.update(f"false {name}" for name in (found - true).elements())
         self.confused.update(f"missed {name}" for name in (true - found).elements())
         if seen.texture != scene.background.texture:

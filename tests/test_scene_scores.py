@@ -96,7 +96,7 @@ def test_blur_lowers_sharpness_and_fine_structure(finder, sprites):
     soft = picture.filter(ImageFilter.GaussianBlur(3))
     assert score(finder, parse(TWO), soft).sharpness < 0.85
     assert band_energies(soft)[0] < band_energies(picture)[0] - 0.5
-    assert band_energies(soft)[3] == pytest.approx(band_energies(picture)[3], abs=0.1)
+    assert band_energies(soft)[3] == pytest.approx(band_energies(picture)[3], abs=0.15)
 
 
 def test_narrow_terms_come_before_wide_ones():

@@ -2,13 +2,14 @@
 
 Objects are known pictures at unknown places, sizes and mirrorings, so they are found by matching:
 
-1. At 48 x 48 pixels, every object in nine sizes and both mirrorings is correlated with the picture in all places at
-   once (by FFT): the normalised correlation of all three channels, inside the object's outline only.
+1. At 48 x 48 pixels, every object in nine sizes and both mirrorings is compared with the picture in all places at once
+   (by FFT): how much better than the background's colour does it explain what is inside its outline? A peak is where
+   the logarithm of the ratio of the squared deviations, times the root of the number of pixels, is largest.
 2. The peaks are placed more exactly at 64 x 64 pixels, over sizes and places around each.
-3. A peak is an object if its correlation is at least LEAST_CORRELATION and the object explains at least LEAST_EXPLAINED
-   of the squared deviation, inside its outline, from the mean colour just outside of it: a part of a smooth background
-   that looks like an egg is explained by its surroundings as well as by the egg. What explains most comes first, and
-   what lies over an object that was found before is dropped.
+3. A peak is an object if its normalised correlation (all channels together) is at least LEAST_CORRELATION and the
+   object explains at least LEAST_EXPLAINED of the squared deviation, inside its outline, from the median colour just
+   outside of it: a part of a smooth background that looks like an egg is explained by its surroundings as well as by
+   the egg. What explains most comes first, and what lies over an object that was found before is dropped.
 
 The background's colour is that of whose tones most pixels outside the objects are. Its texture is read from how these
 lie between base and second tone.
@@ -31,7 +32,8 @@ COARSE, FINE, FULL = 48, 64, 128  # pixels a side at which objects are looked fo
 COARSE_SIDES = tuple(np.geomspace(SIDES[2][0], SIDES[0][1], 9))  # of canvases, in pixels of SIZE
 LEAST_CORRELATION = 0.7
 LEAST_EXPLAINED = 0.5
-PEAK_CORRELATION = 0.5
+COARSE_NOISE = 0.05  # in 0..1, of a channel: what a known picture that lies half a pixel off is wrong by
+LEAST_PEAK = 2.0
 PEAKS, PEAKS_AN_OBJECT = 120, 4
 OVERLAP = 0.08  # share of the smaller outline that may lie over another, widened by a pixel
 TOLERANCE = 24.0  # how far from a background's tones its pixels may be, in 0..255 of RGB
@@ -98,15 +100,16 @@ class Finder:
         pictures, masks, allowed = [], [], []
         self.pixels = np.ones((len(variants), len(self.names)), dtype=np.float32)
         self.power = np.ones_like(self.pixels)
+        self.colour_sums = np.zeros((*self.pixels.shape, 3), dtype=np.float32)
         for v, (side, mirrored) in enumerate(variants):
             for o, name in enumerate(self.names):
                 rgb, mask = self.template(name, mirrored, max(1, round(side * COARSE / SIZE)))
                 centred = np.zeros((COARSE, COARSE, 4), dtype=np.float32)
-                self.pixels[v, o] = 3 * max(1, mask.sum())
-                zero_mean = (rgb - rgb[mask].mean()) * mask[..., None] if mask.any() else rgb * 0
-                self.power[v, o] = max(float(np.square(zero_mean).sum()), 1e-6)
+                inside = rgb * mask[..., None]
+                self.pixels[v, o] = mask.sum()
+                self.power[v, o], self.colour_sums[v, o] = np.square(inside).sum(), inside.sum((0, 1))
                 n = len(mask)
-                centred[:n, :n, :3], centred[:n, :n, 3] = zero_mean, mask
+                centred[:n, :n, :3], centred[:n, :n, 3] = inside, mask
                 spectrum = fft.rfft2(np.roll(centred, (-(n // 2), -(n // 2)), (0, 1)), axes=(0, 1)).conj()
                 pictures.append(spectrum[..., :3].transpose(2, 0, 1).astype(np.complex64))
                 masks.append(spectrum[..., 3].astype(np.complex64))
@@ -134,26 +137,29 @@ class Finder:
 
     def _peaks(self, rgb: np.ndarray) -> list[tuple[str, bool, float, float, float]]:
         """Where objects may be: name, mirrored, canvas side, and its centre's row and column; in shares of a side."""
-        spectrum = fft.rfft2(rgb - 0.5, axes=(0, 1)).astype(np.complex64)  # [H, W', 3]
-        sums = fft.rfft2((rgb - 0.5).sum(2)).astype(np.complex64)
-        squares = fft.rfft2(np.square(rgb - 0.5).sum(2)).astype(np.complex64)
+        border = np.concatenate([rgb[:2].reshape(-1, 3), rgb[-2:].reshape(-1, 3), rgb[:, :2].reshape(-1, 3)])
+        background = np.median(np.concatenate([border, rgb[:, -2:].reshape(-1, 3)]), axis=0)
+        rgb = rgb - background  # what the background explains is what is left of the picture's power
+        spectrum = fft.rfft2(rgb, axes=(0, 1)).astype(np.complex64)  # [H, W', 3]
+        squares = fft.rfft2(np.square(rgb).sum(2)).astype(np.complex64)
+        offset = float(background @ background)
         best = np.zeros((len(self.names), COARSE, COARSE), dtype=np.float32)
         which = np.zeros(best.shape, dtype=np.int16)
+        weighted = (spectrum @ background).astype(np.complex64)
         for v in range(len(self.variants)):
             product = sum(self.picture_spectra[v, :, c] * spectrum[..., c] for c in range(3))
-            stacked = np.stack([product, self.mask_spectra[v] * sums, self.mask_spectra[v] * squares])
-            both, total, square = fft.irfft2(stacked, s=(COARSE, COARSE))  # [O, H, W] each
-            spread = square - np.square(total) / self.pixels[v][:, None, None]
-            # Where the picture is flat, its correlation with anything is noise.
-            spread = np.maximum(spread, 2e-4 * self.pixels[v][:, None, None])
-            correlation = both / np.sqrt(spread * self.power[v][:, None, None])
-            # Small parts of anything correlate well with something, so what counts is how little of a chance it is.
-            weight = significance(correlation, self.pixels[v][:, None, None])
-            weight[~self.allowed[v] | (correlation < PEAK_CORRELATION)] = 0
+            product -= self.mask_spectra[v] * weighted
+            both, square = fft.irfft2(np.stack([product, self.mask_spectra[v] * squares]), s=(COARSE, COARSE))
+            # Squared deviation from the object's picture, whose colours are seen from the background's: T - b.
+            power = self.power[v] - 2 * self.colour_sums[v] @ background + self.pixels[v] * offset
+            noise = COARSE_NOISE**2 * self.pixels[v][:, None, None]
+            error = np.maximum(square - 2 * both + power[:, None, None], 0) + 3 * noise
+            weight = np.log((np.maximum(square, 0) + 3 * noise) / error) * np.sqrt(self.pixels[v])[:, None, None]
+            weight[~self.allowed[v]] = 0
             better = weight > best
             best[better] = weight[better]
             which[better] = v
-        peak = (best == ndimage.maximum_filter(best, size=(1, 5, 5))) & (best > 0)
+        peak = (best == ndimage.maximum_filter(best, size=(1, 5, 5))) & (best > LEAST_PEAK)
         order = np.argwhere(peak)
         order = order[np.argsort(-best[peak])]
         order = [one for rank, one in enumerate(order) if (order[:rank, 0] == one[0]).sum() < PEAKS_AN_OBJECT][:PEAKS]

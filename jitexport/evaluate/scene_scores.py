@@ -66,7 +66,11 @@ class SceneScore:
 
 def score(finder: Finder, request: Request, picture: Image.Image) -> SceneScore:
     """Scores of a picture that was made for a request."""
-    seen = finder(picture)
+    return score_seen(finder, request, picture, finder(picture))
+
+
+def score_seen(finder: Finder, request: Request, picture: Image.Image, seen: Seen) -> SceneScore:
+    """The same, where what the finder sees is known already."""
     there = most_matched(seen.names, request.terms)
     return SceneScore(
         objects=there / len(request.terms),
