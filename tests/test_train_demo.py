@@ -1,0 +1,137 @@
+"""The demo model's training: a run goes on where it stopped, and its data is what its captions say."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jitexport.evaluate.demo import DemoData
+from jitexport.evaluate.scenes import caption_words, held_out, parse
+from jitexport.models.sources import DEMO_FOLDER
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+TINY = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def train_demo():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        import train_demo
+
+        yield train_demo
+
+
+@pytest.fixture(scope="module")
+def vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(DEMO_FOLDER / "vae").float().eval()
+
+
+@pytest.fixture
+def start(train_demo, vae, tmp_path):
+    """Starts, or goes on with, a tiny run of four stages in a folder."""
+
+    def start(folder: str = "run"):
+        torch.manual_seed(0)
+        models = train_demo.make_models(caption_words(), vae, **TINY, axes_dims_rope=(4, 6, 6))
+        stages = [replace(stage, pictures=4, uses=2) for stage in train_demo.STAGES]
+        sizes = train_demo.Sizes(tokens=512, shard=4, encoded=4)
+        return train_demo.Training(models, DemoData().sprites, tmp_path / folder, stages=stages, sizes=sizes)
+
+    return start
+
+
+def run(training, steps: int | None = None) -> list[float]:
+    losses = []
+    while training.stage < len(training.stages) and (steps is None or len(losses) < steps):
+        losses.append(training.step())
+    return losses
+
+
+def test_a_run_that_was_killed_has_the_losses_of_one_that_was_not(start):
+    whole = start("whole")
+    losses = run(whole)
+    assert whole.elapsed == 1 and all(pictures >= 4 for pictures in whole.progress.pictures)
+    halves = []
+    for steps in (3, len(losses) - 5, None):  # the second time within the last stage, where there is a teacher
+        part = start("parts")
+        halves += run(part, steps)
+        part.save()
+        run(part, 1)  # what is done after a checkpoint is lost, and done again
+    assert halves == losses
+    again = start("parts")
+    assert again.stage == len(again.stages) and again.progress.steps == len(losses)
+    for a, b in zip(whole.average.trained.parameters(), part.average.trained.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_held_out_losses_are_the_same_each_time_and_change_with_the_weights(start):
+    training = start()
+    first = training.evaluate()
+    assert len(first) == 10 and all(value > 0 for value in first.values())
+    assert training.evaluate() == first
+    with torch.no_grad():
+        training.average.transformer.proj_out.bias += 1
+    assert all(abs(value - first[name]) > 0.1 for name, value in training.evaluate().items())
+
+
+def test_scenes_of_the_run_are_trained_combinations_with_true_captions(train_demo):
+    for index in range(50):
+        scene, captions = train_demo.scene_and_captions((0, 1, index))
+        assert not held_out(scene.names, scene.background.colour)
+        assert len(captions) == train_demo.CAPTIONS_A_SCENE
+        assert all(parse(caption).accepts(scene) for caption in captions)
+    scene, _ = train_demo.scene_and_captions((0, 1, 0), 1, from_held_out=True)
+    assert held_out(scene.names, scene.background.colour)
+
+
+def test_new_words_take_their_embeddings_from_old_ones(train_demo):
+    old = train_demo.load_models(DEMO_FOLDER)
+    encoders = {"t5": old.t5, "clip": old.clip}
+    before = {name: encoder.get_input_embeddings().weight.detach().clone() for name, encoder in encoders.items()}
+    numbers = old.t5_tokenizer.get_vocab()
+    new = train_demo.with_words(old, caption_words())
+    vocabulary = new.t5_tokenizer.get_vocab()
+    assert vocabulary == new.clip_tokenizer.get_vocab()
+    assert {word: vocabulary[word] for word in numbers} == numbers
+    assert set(caption_words()) <= set(vocabulary)
+    for name, encoder in (("t5", new.t5), ("clip", new.clip)):
+        weight = encoder.get_input_embeddings().weight
+        assert torch.equal(weight[: len(numbers)], before[name])
+        assert torch.equal(weight[vocabulary["owls"]], before[name][numbers["owl"]])
+        assert torch.equal(weight[vocabulary["something"]], before[name][numbers["<unk>"]])
+    assert new.t5_tokenizer("two owls").input_ids == [vocabulary["two"], vocabulary["owls"], vocabulary["<eos>"]]
+
+
+def test_true_guidance_of_one_is_the_caption_and_of_none_is_the_empty_one(train_demo, start):
+    training = start()
+    shard = training.make_shard(0, 0, 128)
+    torch.manual_seed(1)
+    batch = train_demo.draw_batch(shard, 256, 2, training.empty, 0.0)
+    with torch.no_grad():
+        for parameter in training.models.transformer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)  # modulation starts at zero, and with it the caption's part
+        plain = train_demo.velocity(training.models, training.tables, batch, torch.ones(2))
+        guided = [
+            train_demo.guided_velocity(training.models, training.tables, batch, torch.full((2,), scale), training.empty)
+            for scale in (0.0, 1.0, 3.0)
+        ]
+    assert torch.allclose(guided[1], plain, atol=1e-4) and not torch.allclose(guided[0], plain, atol=1e-3)
+    assert torch.allclose(guided[2], guided[0] + 3 * (plain - guided[0]), atol=1e-3)
+
+
+def test_coarse_tokens_stand_at_every_second_position(train_demo):
+    positions = train_demo.grid_positions(16, torch.device("cpu"))
+    assert positions.shape == (256,) and positions[:3].tolist() == [0, 2, 4] and positions[16] == 64
+    assert train_demo.grid_positions(32, torch.device("cpu")).tolist() == list(range(1024))
+
+
+def test_pictures_are_drawn(train_demo, start):
+    training = start()
+    pictures = train_demo.draw_pictures(training.average, training.tables, ["fox", "two owls"], side=16, steps=2)
+    assert [picture.size for picture in pictures] == [(128, 128)] * 2
+    assert (np.array(pictures[0]) != np.array(pictures[1])).any()
