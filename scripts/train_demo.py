@@ -379,7 +379,7 @@ class ShardMaker:
             drawn = self._drawn(key)
             if self.pool:
                 self._order((stage, number + 1, pixels))
-            self.made = key, self._encoded(drawn)
+            self.made = key, self.encode(drawn)
         return self.made[1]
 
     def _tasks(self, key: tuple[int, int, int]) -> list[tuple[tuple[int, ...], int]]:
@@ -398,7 +398,8 @@ class ShardMaker:
             self._order(key)
         return self.ahead.pop(key).get()
 
-    def _encoded(self, drawn: list[tuple[np.ndarray, list[str]]]) -> Shard:
+    def encode(self, drawn: list[tuple[np.ndarray, list[str]]]) -> Shard:
+        """The shard of pictures and their captions."""
         latents = encode_pictures(self.models.vae, [picture for picture, _ in drawn], self.sizes.encoded)
         captions = [captions for _, captions in drawn]
         device = latents.device
@@ -689,6 +690,7 @@ class Training:
         models.transformer.set_attn_processor(PerSamplePositions())
         self.average = averaged_copy(models)
         self.teacher: Models | None = None
+        self.evaluated: tuple[int, dict[str, Shard]] | None = None  # by pixels
         self.tables = tuple(table.float().to(self.device) for table in rotary_tables(models.transformer))
         self.empty = empty_ids(models, self.device)
         self.make_shard = ShardMaker(models, sprites, seed, self.sizes, workers)
@@ -808,15 +810,15 @@ class Training:
 
     def _evaluation_shards(self, pixels: int) -> dict[str, Shard]:
         """Fixed scenes, by whether they hold a combination that is held out of training."""
-        if getattr(self, "_evaluated", (0, {}))[0] != pixels:
+        if self.evaluated is None or self.evaluated[0] != pixels:
             shards = {}
             for kind, from_held_out in (("seen", False), ("held out", True)):
                 keys = [(EVALUATION_SEED, from_held_out, i) for i in range(EVALUATED_SCENES)]
                 drawn = [scene_and_captions(key, 1, from_held_out) for key in keys]
                 made = [(make_picture(scene, self.sprites, pixels), captions) for scene, captions in drawn]
-                shards[kind] = self.make_shard._encoded(made)
-            self._evaluated = pixels, shards
-        return self._evaluated[1]
+                shards[kind] = self.make_shard.encode(made)
+            self.evaluated = pixels, shards
+        return self.evaluated[1]
 
     def log_evaluation(self) -> None:
         """Add a line to WORK/losses.jsonl."""

@@ -3,6 +3,7 @@
 - `prompts`: prompts, seeds and image folders; GenEval's and T2I-CompBench's formats
 - `sources`: bundles and the reference, their images and latencies
 - `metrics`, `statistics`, `demo`: scores and their intervals
+- `scenes`, `finder`, `scene_scores`: pictures of known objects, what is in them, and whether that was asked for
 - `evaluation`: all of it together
 - `report`: tables, curves, contact sheets, one HTML file
 """
