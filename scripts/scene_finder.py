@@ -1,6 +1,6 @@
 """Precision and recall of the finder of objects on true scenes, as they are and after the model's autoencoder.
 
-    python scripts/scene_finder.py --scenes 250 --json finder.json
+    python scripts/scene_finder.py --scenes 225 --json finder.json
 
 Scenes are made from the full-size pictures of the objects (from npm, see `demo_data.py`), the finder has the small ones
 of the model's folder. An object counts as found if one of its name was found; places are not compared.
@@ -76,7 +76,7 @@ class Counts:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=250)
+    parser.add_argument("--scenes", type=int, default=225)
     parser.add_argument("--data", type=Path, default=PICTURES, help="folder for the npm packages")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     args = parser.parse_args()
