@@ -3,8 +3,9 @@
     python scripts/kernels.py                          # about two minutes on two cores
     python scripts/kernels.py --json --tokens 1040
 
-Attention over 4 heads of 64 channels; linear layers of the shapes of the demo model. Ways are timed in turns and
-compared by their medians; errors are relative, against fp32 on the same bf16 numbers.
+Attention over 4 heads of 64 channels; linear layers of the shapes of the demo model, in the dtype that the kernels are
+for on this machine. Ways are timed in turns and compared by their medians; errors are relative, against fp32 on the same
+numbers.
 """
 
 import argparse
@@ -25,12 +26,12 @@ from torch import Tensor, nn
 from jitexport.backends.inductor import compiled as compile_module
 from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear, quantize
-from jitexport.kernels.native import missing, native_kernels
+from jitexport.kernels.native import instructions, native_kernels
 from jitexport.profile.measure import conditions, matmul_rate
+from jitexport.specs import DTYPE_NAMES, DTYPES
 
 HEADS, CHANNELS = 4, 64
 LAYERS = {"q": (256, 256, False), "mlp up, GELU": (256, 1024, True), "mlp down": (1024, 256, False)}
-BF16 = torch.bfloat16
 
 
 def compiled(function: Callable[..., Tensor], kernels: bool, *inputs: Tensor) -> Callable[[], Tensor]:
@@ -47,9 +48,9 @@ def compiled(function: Callable[..., Tensor], kernels: bool, *inputs: Tensor) ->
     return lambda: run(inputs)[0]
 
 
-def attentions(tokens: int) -> Iterator[tuple[str, int, Tensor, dict[str, Callable[[], Tensor]]]]:
+def attentions(tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, int, Tensor, dict[str, Callable[[], Tensor]]]]:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, tokens, HEADS, CHANNELS).to(BF16) for _ in range(3))
+    q, k, v = (torch.randn(1, tokens, HEADS, CHANNELS).to(dtype) for _ in range(3))
 
     def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
@@ -57,19 +58,20 @@ def attentions(tokens: int) -> Iterator[tuple[str, int, Tensor, dict[str, Callab
     def ours(int8: bool) -> Callable[..., Tensor]:
         return lambda q, k, v: attention([Stream(q, k, v)], int8=int8)
 
+    name = DTYPE_NAMES[dtype]
     ways = {
-        "PyTorch's fused kernel, bf16": lambda: fused(q, k, v),
-        "by parts, bf16": compiled(ours(False), False, q, k, v),
-        "kernel, bf16": compiled(ours(False), True, q, k, v),
+        f"PyTorch's fused kernel, {name}": lambda: fused(q, k, v),
+        f"compiled, {name}": compiled(ours(False), False, q, k, v),
+        f"kernel, {name}": compiled(ours(False), True, q, k, v),
         "kernel, int8": compiled(ours(True), True, q, k, v),
     }
     yield "attention", 4 * tokens**2 * HEADS * CHANNELS, fused(q.float(), k.float(), v.float()), ways
 
 
-def layers(tokens: int) -> Iterator[tuple[str, int, Tensor, dict[str, Callable[[], Tensor]]]]:
+def layers(tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, int, Tensor, dict[str, Callable[[], Tensor]]]]:
     for name, (inputs, outputs, gelu) in LAYERS.items():
         torch.manual_seed(0)
-        x, w, b = (torch.randn(s).to(BF16) for s in ((tokens, inputs), (outputs, inputs), (outputs,)))
+        x, w, b = (torch.randn(s).to(dtype) for s in ((tokens, inputs), (outputs, inputs), (outputs,)))
         w = w / inputs**0.5
         weight, scale = quantize(w, "int8")
 
@@ -78,9 +80,9 @@ def layers(tokens: int) -> Iterator[tuple[str, int, Tensor, dict[str, Callable[[
 
         small = (x, weight, b, scale[:, 0].contiguous())
         ways = {
-            "by parts, bf16": compiled(layer, False, x, w, b),
-            "kernel, bf16": compiled(layer, True, x, w, b),
-            "by parts, int8": compiled(layer, False, *small),
+            f"compiled, {DTYPE_NAMES[dtype]}": compiled(layer, False, x, w, b),
+            f"kernel, {DTYPE_NAMES[dtype]}": compiled(layer, True, x, w, b),
+            "compiled, int8": compiled(layer, False, *small),
             "kernel, int8": compiled(layer, True, *small),
         }
         exact = layer(x.float(), w.float(), b.float())
@@ -102,18 +104,21 @@ def measure(ways: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, action="append", help="repeatable; default 374, 650, 1040 and 4112")
+    parser.add_argument("--dtype", choices=sorted(DTYPES.keys() & {"fp32", "bf16"}))
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     err = Console(stderr=True, highlight=False)
-    if reason := missing():
+    chosen, reason = instructions()
+    if chosen is None:
         err.print(f"the kernels are not used on this machine: {reason}")
         sys.exit(4)
+    dtype = chosen.dtypes[0] if options.dtype is None else DTYPES[options.dtype]
     rows = []
     with torch.no_grad():
         for tokens in options.tokens or (374, 650, 1040, 4112):
             err.print(f"{tokens} tokens")
-            for group in (attentions(tokens), layers(tokens)):
+            for group in (attentions(tokens, dtype), layers(tokens, dtype)):
                 for what, operations, exact, ways in group:
                     seconds = measure(ways, options.repeats)
                     for name, run in ways.items():
@@ -122,13 +127,14 @@ def main() -> None:
                             "what": what, "tokens": tokens, "way": name, "ms": seconds[name] * 1e3,
                             "gops": operations / seconds[name] / 1e9, "error": error,
                         })  # fmt: skip
-    facts = conditions() | {"bf16 products, GFLOP/s": f"{matmul_rate(BF16, torch.device('cpu')) / 1e9:.0f}"}
+    rate = matmul_rate(dtype, torch.device("cpu"))
+    facts = conditions() | {f"{DTYPE_NAMES[dtype]} products, GFLOP/s": f"{rate / 1e9:.0f}"}
     if options.json:
         print(json.dumps({"conditions": facts, "rows": rows}, indent=1))
         return
     table = Table("what", "tokens", "way", "median ms", "Gop/s", "error")
     for r in rows:
-        table.add_row(r["what"], str(r["tokens"]), r["way"], f"{r['ms']:.2f}", f"{r['gops']:.0f}", f"{r['error']:.4f}")
+        table.add_row(r["what"], str(r["tokens"]), r["way"], f"{r['ms']:.2f}", f"{r['gops']:.0f}", f"{r['error']:.1e}")
     console = Console(width=110)
     console.print(table)
     console.print(", ".join(f"{k} {v}" for k, v in facts.items()), highlight=False)

@@ -297,6 +297,7 @@ def test_impossible_settings_are_named(tiny_flux, settings):
 
 def test_slow_tokenizers_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("jitexport.models.flux.AutoTokenizer.from_pretrained", lambda *a, **k: object())
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UnsupportedModelError, match="no fast implementation"):
         read_tokenizer(tmp_path, 8)
 
