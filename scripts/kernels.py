@@ -3,9 +3,9 @@
     python scripts/kernels.py                          # about two minutes on two cores
     python scripts/kernels.py --json --tokens 1040
 
-Attention over 4 heads of 64 channels; linear layers of the shapes of the demo model, in the dtype that the kernels are
-for on this machine. Ways are timed in turns and compared by their medians; errors are relative, against fp32 on the same
-numbers.
+Attention over 4 heads of 64 channels; linear layers of the shapes of the demo model, in the first dtype that the kernels
+are for on this machine. Ways are timed in turns and compared by their medians; errors are relative, against fp32 on the
+same numbers.
 """
 
 import argparse
