@@ -3,7 +3,7 @@
     python scripts/kernels.py                          # about two minutes on two cores
     python scripts/kernels.py --json --tokens 1040
 
-Attention over 4 heads of 64 channels; linear layers of the shapes of the demo model, in the first dtype that the kernels
+Attention over 4 heads of 64 channels; linear layers of the shapes of the demo model, in the first dtype that kernels
 are for on this machine. Ways are timed in turns and compared by their medians; errors are relative, against fp32 on the
 same numbers.
 """

@@ -468,10 +468,14 @@ def refuse_quantized(folder: Path) -> None:
     """Refuse weights that another library has quantized: engines have 8-bit layers of their own.
 
     Raises:
+        ModelNotFoundError: a config.json that cannot be read.
         UnsupportedModelError: such weights.
     """
     path = folder / "config.json"
-    settings = read_json(path).get("quantization_config") if path.is_file() else None
+    try:
+        settings = read_json(path).get("quantization_config") if path.is_file() else None
+    except UnsupportedModelError as error:
+        raise ModelNotFoundError(f"cannot read {folder}", found=error) from error
     if settings is not None:
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise UnsupportedModelError(

@@ -273,7 +273,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def test_damaged_components_are_named(tiny_flux, tmp_path, part, damage):
     copy = shutil.copytree(tiny_flux, tmp_path / "model")
     damage(copy / part)
-    with pytest.raises(ModelNotFoundError, match=f"(cannot read|weights are missing in) .*{part}"):
+    with pytest.raises(ModelNotFoundError, match=f"(cannot read|weights are missing in) .*{part}|{part} has no vocab"):
         FluxAdapter.from_folder(copy, torch.float32)
 
 
