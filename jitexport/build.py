@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
-from jitexport import machine, registry
+from jitexport import causes, machine, registry
 from jitexport._version import __version__
 from jitexport.backends.base import Backend, Engine
 from jitexport.backends.eager import as_engine
@@ -38,9 +38,11 @@ from jitexport.bundle.manifest import (
     WeightsEntry,
 )
 from jitexport.bundle.references import find_references
+from jitexport.bundle.staging import check_text
 from jitexport.choice import AUTO, choose
 from jitexport.compiling import Compilers, Recipe, Task, check_jobs, default_jobs
 from jitexport.errors import BackendUnavailableError, InputError, VerificationError
+from jitexport.files import temporary_folder
 from jitexport.kernels.native import read_record
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import ModelSource, download, find_source, load_adapter
@@ -209,6 +211,7 @@ def config_digest(configs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()
 
 
+@causes.explained("building the bundle")
 def build(
     model: str | ModelSource = "demo",
     *,
@@ -267,6 +270,8 @@ def build(
     if weights not in ("store", "reference"):
         raise InputError("unknown weights", found=weights, expected="store or reference")
     source = model if isinstance(model, ModelSource) else find_source(str(model), base)
+    if source.folder is not None:
+        check_text(source.folder, "the model")
     label = f"{speedup:g}x" if custom is None else "custom"
     label = label if method == "jit" else f"{method}-{label}"
     if quantization is not None:
@@ -311,7 +316,7 @@ def build(
             size = sum(t.nbytes for t in tensors.values())
             jobs = default_jobs(engine_backend, target_device, len(reference.engines), size)
         recipe = Recipe(source, dtype, settings, backend, str(module_device), target, torch.get_num_threads())
-        with Compilers(jobs, recipe, engine_backend, adapter) as compilers:
+        with temporary_folder(writer.path), Compilers(jobs, recipe, engine_backend, adapter) as compilers:
             engines = build_engines(
                 writer, engine_backend, adapter, reference, tensors, target_device, compilers, progress,
                 verify=target is None,
@@ -323,7 +328,7 @@ def build(
                 format_version=FORMAT_VERSION,
                 jitexport_version=__version__,
                 created=started.isoformat(timespec="seconds"),
-                command=shlex.join(command),
+                command=shlex.join(command).encode(errors="backslashreplace").decode(),
                 model=ModelEntry(
                     name=source.name,
                     source=source.hub_id or source.name,

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import (
+
+from jitexport import causes, interrupts, registry
+from jitexport._version import __version__
+from jitexport.console import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
-    TextColumn,
+    Table,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    echo,
+    err,
+    out,
+    prepare_streams,
+    text_column,
 )
-from rich.table import Table
-
-from jitexport import registry
-from jitexport._version import __version__
-from jitexport.errors import InputError, JitExportError
+from jitexport.errors import InputError, JitExportError, OutputError
+from jitexport.files import DISK_ERRORS, check_writable, write_file
 from jitexport.png import encode_png
 
 app = typer.Typer(
@@ -40,18 +45,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-
-class _Stderr(Console):
-    """A console that says what can be said: where stderr is closed or broken, a command goes on without it."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        with suppress(OSError, ValueError):
-            super().print(*objects, **options)
-
-
-out = Console()
-err = _Stderr(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory of a built bundle.")]
@@ -80,22 +73,47 @@ TextTokens = Annotated[
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Entry point: runs a command and turns this package's errors into a message and an exit code."""
+    """Runs a command and turns this package's errors and signals into a message and an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    if argv is None:  # a process of its own
+        prepare_streams()
+        interrupts.adopt_orphans()
+    with interrupts.watched():
+        code = _run(argv)
+    sys.exit(code)
+
+
+def _run(argv: Sequence[str] | None) -> int | str | None:
+    """A command's exit code, after its message."""
     try:
-        app(args=list(argv) if argv is not None else None, standalone_mode=True)
+        with causes.explained("the command ran"):
+            app(args=list(argv) if argv is not None else None, standalone_mode=True)
+    except SystemExit as end:
+        code = end.code
     except JitExportError as error:
-        err.print(f"error: {error}", style="red", markup=False, highlight=False)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+        if interrupts.caught() is None:  # else it is what a compiler said when the signal reached it
+            err.print(f"error: {error}", style="red", soft_wrap=True)
+        code = error.exit_code
+    except (interrupts.Interrupted, KeyboardInterrupt):
+        code = 128 + signal.SIGINT
+    except Exception as error:
+        if interrupts.caught() is None:
+            if not isinstance(error, OSError) or error.errno not in DISK_ERRORS:
+                raise
+            what = "  remedy:   free space, or write elsewhere"
+            err.print(f"error: cannot write\n  found:    {error}\n{what}", style="red", soft_wrap=True)
+        code = OutputError.exit_code
+    if (number := interrupts.caught()) is not None:
+        interrupts.ignore()
+        interrupts.end_children()
         err.print("interrupted")
-        sys.exit(130)
-    sys.exit(0)
+        return 128 + number
+    return code
 
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"jitexport {__version__}")
+        echo(f"jitexport {__version__}")
         raise typer.Exit
 
 
@@ -146,7 +164,7 @@ class _BuildProgress:
     def __init__(self) -> None:
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            text_column("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -170,11 +188,12 @@ class _BuildProgress:
         self._bar.update(self._task, total=len(self._steps))
 
     def step(self, name: str) -> None:
+        interrupts.check()
         index = self._steps.index(name)
         left = self._estimate(index)
         self._bar.update(self._task, completed=index, description=f"{name}{left}")
         if not err.is_terminal:
-            err.print(f"[{index + 1}/{len(self._steps)}] {name}{left}", markup=False, highlight=False)
+            err.print(f"[{index + 1}/{len(self._steps)}] {name}{left}")
         self._done[name] = time.monotonic()
 
     def note(self, text: str) -> None:
@@ -255,7 +274,7 @@ def build(
         )
     manifest = result.manifest
     if as_json:
-        typer.echo(
+        echo(
             json.dumps({"bundle": str(result.path), "bytes": manifest.size, "seconds": round(result.seconds, 1)})
         )
         return
@@ -264,12 +283,10 @@ def build(
     out.print(
         f"built {result.path}: {len(manifest.engines)} engines, {manifest.size / 1e6:.1f} MB, "
         f"{result.seconds:.0f} s, predicted speed-up {manifest.schedule.predicted_speedup:.2f}x, {checked}",
-        highlight=False,
         soft_wrap=True,
     )
     out.print(
-        f'next: jitexport generate {result.path} "{_example_prompt(manifest)}" -o image.png',
-        highlight=False,
+        f'next: jitexport generate {shlex.quote(str(result.path))} "{_example_prompt(manifest)}" -o image.png',
         soft_wrap=True,
     )
 
@@ -304,13 +321,12 @@ def plan(
     adapter = config_adapter(find_source(model, base), torch.float32, _settings(height, width, text_tokens))
     made = make_plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset)
     if as_json:
-        typer.echo(schedule_entry(made).model_dump_json())
+        echo(schedule_entry(made).model_dump_json())
         return
     geometry = adapter.geometry
     err.print(
         f"{model}: {geometry.height} x {geometry.width} pixels, {made.grid_tokens} image tokens, "
         f"{geometry.rotary.text_tokens} text tokens; full step {_tera(made.cost(made.grid_tokens) / 1e12)} TFLOP",
-        highlight=False,
         soft_wrap=True,
     )
     table = Table("stage", "steps", "tokens", "share", "TFLOP/step", "TFLOP", "sigma from", "to")
@@ -336,7 +352,6 @@ def plan(
     out.print(
         f"predicted speed-up {made.predicted_speedup:.2f}x over {made.reference_steps} full steps "
         f"({_tera(made.reference_tflops)} TFLOP)",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -364,10 +379,11 @@ def generate(
 
     import jitexport
 
-    if not output.parent.is_dir():
-        raise InputError("no such folder", found=output.parent, remedy="create it, or choose another -o")
     if output.suffix.lower() != ".png":
         raise InputError("images are written as PNG", found=output.name, expected="a name that ends with .png")
+    paths = [output if num_images == 1 else output.with_name(f"{output.stem}-{i}.png") for i in range(num_images)]
+    for path in paths:
+        check_writable(path)
     if seed is None:
         seed = torch.Generator().seed() % 2**32
     pipe = jitexport.load(bundle, trust=trust)
@@ -378,16 +394,15 @@ def generate(
         guidance_scale=guidance,
         generator=[torch.Generator().manual_seed((seed + i) % 2**64) for i in range(num_images)],
     ).images
-    paths = [output if num_images == 1 else output.with_name(f"{output.stem}-{i}.png") for i in range(num_images)]
     for image, path in zip(images, paths, strict=True):
-        path.write_bytes(encode_png(image))
+        write_file(path, encode_png(image))
     seconds = time.perf_counter() - started
     if as_json:
-        typer.echo(json.dumps({"images": [str(p) for p in paths], "seed": seed, "seconds": round(seconds, 3)}))
+        echo(json.dumps({"images": [str(p) for p in paths], "seed": seed, "seconds": round(seconds, 3)}))
         return
     for path in paths:
-        typer.echo(path)
-    err.print(f"{num_images} image(s) in {seconds:.2f} s, seed {seed}", highlight=False)
+        echo(path)
+    err.print(f"{num_images} image(s) in {seconds:.2f} s, seed {seed}")
 
 
 @app.command()
@@ -397,7 +412,7 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
 
     manifest = read_manifest(bundle)
     if as_json:
-        typer.echo(manifest.to_json())
+        echo(manifest.to_json())
         return
     schedule = manifest.schedule
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -416,7 +431,7 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
         "built": f"{manifest.created} with jitexport {manifest.jitexport_version}: {manifest.command or 'from Python'}",
     }.items():
         facts.add_row(name, value)
-    out.print(facts, highlight=False)
+    out.print(facts)
     stages = {f"stage{s.index}": s for s in schedule.stages}
     steps = {name: sum(s.steps for s in schedule.stages if s.index == stage.index) for name, stage in stages.items()}
     sizes = {
@@ -428,10 +443,10 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
         cells = (str(steps[engine.name]), str(stage.tokens), _tera(stage.step_tflops)) if stage else ("", "", "")
         error = "not run" if engine.relative_error is None else f"{engine.relative_error:.1g}"
         table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", error)
-    out.print(table, highlight=False)
+    out.print(table)
     for engine in manifest.engines:
         takes, gives = (", ".join(map(str, specs)) for specs in (engine.spec().inputs, engine.spec().outputs))
-        out.print(f"{engine.name}({takes}) -> {gives}", highlight=False, soft_wrap=True, markup=False)
+        out.print(f"{engine.name}({takes}) -> {gives}", soft_wrap=True)
 
 
 @app.command()
@@ -450,8 +465,8 @@ def profile(
 ) -> None:
     """Measure where the time of an image goes, and compare with the ordinary pipeline."""
     for path in (timeline, trace):
-        if path is not None and not path.parent.is_dir():
-            raise InputError("no such folder", found=path.parent, remedy="create it, or choose another file")
+        if path is not None:
+            check_writable(path)
 
     from jitexport import profile as profiling
     from jitexport import runtime
@@ -489,14 +504,14 @@ def profile(
         draw_timeline(profiles, conditions, timeline)
     if as_json:
         report = {"conditions": conditions, "bundle": str(bundle), "profiles": [asdict(p) for p in profiles]}
-        typer.echo(json.dumps(report))
+        echo(json.dumps(report))
     else:
         _print_profiles(profiles)
         facts = ", ".join(f"{k} {v}" for k, v in conditions.items() if v is not None)
-        err.print(facts, highlight=False, soft_wrap=True)
+        err.print(facts, soft_wrap=True)
     for path in (timeline, trace):
         if path is not None:
-            err.print(f"wrote {path}", highlight=False, soft_wrap=True)
+            err.print(f"wrote {path}", soft_wrap=True)
 
 
 def _milliseconds(timing: Any) -> tuple[str, str]:
@@ -511,7 +526,7 @@ def _print_profiles(profiles: Sequence[Any]) -> None:
         for p in profiles:
             faster = first.total.median / p.total.median
             table.add_row(p.label, f"{p.total.median:.3f}", f"{p.total.p90:.3f}", f"{faster:.2f}")
-        out.print(table, highlight=False)
+        out.print(table)
 
     table = Table(last.label, "median ms", "p90 ms", "share", title=f"phases, {last.repeats} images")
     for name, timing in last.phases.items():
@@ -519,7 +534,7 @@ def _print_profiles(profiles: Sequence[Any]) -> None:
             table.add_row(name, *_milliseconds(timing), f"{timing.median / last.total.median:.1%}")
     table.add_section()
     table.add_row("total", *_milliseconds(last.total), "")
-    out.print(table, highlight=False)
+    out.print(table)
 
     table = Table("engine", "tokens", "runs", "median ms", "p90 ms", "GFLOP", "GFLOP/s", "of ceiling", title="engines")
     for e in last.engines:
@@ -527,32 +542,31 @@ def _print_profiles(profiles: Sequence[Any]) -> None:
         if e.flops is not None:
             work = (f"{e.flops / 1e9:.2f}", f"{e.flops_per_second / 1e9:.0f}", f"{e.ceiling_share:.0%}")
         table.add_row(e.name, str(e.tokens or ""), str(e.runs), *_milliseconds(e.run), *work)
-    out.print(table, highlight=False)
+    out.print(table)
 
     table = Table("step", "stage", "sigma", "engine ms", "p90 ms", "loop ms", "p90 ms", title="steps")
     for s in last.steps:
         table.add_row(str(s.step), s.stage, f"{s.sigma:.3f}", *_milliseconds(s.engine), *_milliseconds(s.loop))
-    out.print(table, highlight=False)
+    out.print(table)
 
-    out.print(f"ceiling: {last.ceiling / 1e9:.0f} GFLOP/s, the best large matrix product in this run", highlight=False)
-    out.print(f"the loop around the engines takes {last.overhead:.2%} of denoising", highlight=False)
+    out.print(f"ceiling: {last.ceiling / 1e9:.0f} GFLOP/s, the best large matrix product in this run")
+    out.print(f"the loop around the engines takes {last.overhead:.2%} of denoising")
     out.print(
         f"denoising speed-up {last.speedup.realised:.2f}x over the reference steps on the full stage's engine, "
         f"{last.speedup.predicted:.2f}x predicted: {last.speedup.share:.0%} realised",
-        highlight=False,
         soft_wrap=True,
     )
     memory = {"process": "of memory in the process", "gpu": "on the GPU"}
     peaks = [f"{last.peak_memory[k] / 1e6:.0f} MB {text}" for k, text in memory.items() if last.peak_memory.get(k)]
-    out.print(f"at most {', '.join(peaks)}", highlight=False)
+    out.print(f"at most {', '.join(peaks)}")
 
 
 class _EvaluationProgress:
     """Progress of an evaluation on stderr: a bar on a terminal, a line per source elsewhere."""
 
     def __init__(self) -> None:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err)
+        columns = (SpinnerColumn(), text_column("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, text_column("left"), TimeRemainingColumn(), console=err)
         self._task = self._bar.add_task("evaluate")
         self._work = self._done = 0.0
         self._since = time.monotonic()
@@ -570,12 +584,13 @@ class _EvaluationProgress:
         self._bar.update(self._task, total=work)
 
     def step(self, name: str) -> None:
+        interrupts.check()
         self._bar.update(self._task, description=name)
         if not err.is_terminal:
             seconds = time.monotonic() - self._since
             left = seconds / self._done * (self._work - self._done) if self._done else 0
             estimate = f", about {left:.0f} s left" if left else ""
-            err.print(f"{name}{estimate}", markup=False, highlight=False)
+            err.print(f"{name}{estimate}")
 
     def advance(self, work: float) -> None:
         self._done += work
@@ -620,14 +635,14 @@ def evaluate(
             progress=progress,
         )
     report = write_report(result, output / "report.html")
-    (output / "results.json").write_text(result.to_json() + "\n", encoding="utf-8")
+    write_file(output / "results.json", f"{result.to_json()}\n".encode())
     if as_json:
-        typer.echo(result.to_json())
+        echo(result.to_json())
         return
     _print_scores(result)
     for name, reason in result.missing.items():
-        err.print(f"not measured: {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
-    typer.echo(report)
+        err.print(f"not measured: {name}: {reason}", soft_wrap=True)
+    echo(report)
 
 
 def _print_scores(result: Any) -> None:
@@ -650,7 +665,7 @@ def _print_scores(result: Any) -> None:
             limits = interval(name, score) if score else ""
             cells.append(cell(name, score) + (f"\n{limits}" if limits else ""))
         table.add_row(MEASURES[name].title, *cells)
-    out.print(table, highlight=False)
+    out.print(table)
 
 
 @app.command()
@@ -666,18 +681,18 @@ def verify(bundle: Bundle, as_json: Json = False) -> None:
         engines = [
             {k: None if v != v else v for k, v in asdict(r).items()} | {"passed": r.passed} for r in result.engines
         ]
-        typer.echo(
+        echo(
             json.dumps({"passed": result.passed, "files": result.files, "bytes": result.bytes, "engines": engines})
         )
     else:
-        out.print(f"{result.files} files, {result.bytes / 1e6:.1f} MB: all digests as declared", highlight=False)
+        out.print(f"{result.files} files, {result.bytes / 1e6:.1f} MB: all digests as declared")
         table = Table("engine", "result", "relative error", "largest", "tolerance", "seconds")
         for r in result.engines:
             word = "same bits" if r.exact else "close" if r.passed else r.problem or "differs"
             table.add_row(
                 r.name, word, f"{r.relative_error:.2g}", f"{r.max_error:.2g}", f"{r.tolerance:g}", f"{r.seconds:.2f}"
             )
-        out.print(table, highlight=False)
+        out.print(table)
     if not result.passed:
         raise typer.Exit(BundleError.exit_code)
 
@@ -697,7 +712,7 @@ def pack(
     target = output or Path(bundle.resolve().name + archive.SUFFIX)
     with err.status("packing"):
         size = archive.pack(bundle, target, replace=force)
-    typer.echo(json.dumps({"archive": str(target), "bytes": size}) if as_json else target)
+    echo(json.dumps({"archive": str(target), "bytes": size}) if as_json else target)
 
 
 @app.command()
@@ -714,7 +729,7 @@ def unpack(
 
     with err.status("unpacking"):
         target = unpack_archive(archive, output, replace=force)
-    typer.echo(json.dumps({"bundle": str(target)}) if as_json else target)
+    echo(json.dumps({"bundle": str(target)}) if as_json else target)
 
 
 @app.command()
@@ -726,7 +741,7 @@ def push(
     """Upload a bundle to a Hugging Face hub."""
     from jitexport import hub
 
-    typer.echo(hub.push(bundle, repo, private=not public))
+    echo(hub.push(bundle, repo, private=not public))
 
 
 @app.command()
@@ -742,7 +757,7 @@ def pull(
     """Download a bundle from a Hugging Face hub, checking every byte before it is put in place."""
     from jitexport import hub
 
-    typer.echo(hub.pull(repo, output, trust=trust, revision=revision, replace=force))
+    echo(hub.pull(repo, output, trust=trust, revision=revision, replace=force))
 
 
 @app.command()
@@ -752,14 +767,16 @@ def doctor(as_json: Json = False) -> None:
 
     report = examine()
     if as_json:
-        typer.echo(json.dumps(report))
+        echo(json.dumps(report))
         return
     for section, rows in report.items():
         table = Table(title=section, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in rows.items():
             table.add_row(name, str(value))
-        out.print(table, highlight=False)
+        out.print(table)
 
 
 if __name__ == "__main__":
-    main()
+    from jitexport.__main__ import run
+
+    run()

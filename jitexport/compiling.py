@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,9 +23,9 @@ from typing import IO, Any, Self
 import torch
 from torch import Tensor
 
-from jitexport import machine, registry
+from jitexport import causes, machine, processes, registry
 from jitexport.backends.base import Backend, Source
-from jitexport.errors import CompileError, InputError, JitExportError
+from jitexport.errors import CompileError, InputError, JitExportError, ResourceError
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import ModelSource, load_adapter
 from jitexport.specs import DTYPES, EngineSpec
@@ -150,14 +151,11 @@ class _Worker:
 
     def __init__(self, recipe: Recipe) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `kill`
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-            # Two processes whose threads spin while they wait take the cores from each other.
-            "OMP_WAIT_POLICY": "PASSIVE",
-        }
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from jitexport.compiling import main; main()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment,
+            processes.python("from jitexport.compiling import main; main()"),
+            # Two processes whose threads spin while they wait take the cores from each other.
+            env=processes.environment(OMP_WAIT_POLICY="PASSIVE"),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
             start_new_session=True,  # Ctrl-C is for the caller, who ends this process
         )
         with suppress(OSError):  # it ended already: the first task tells
@@ -175,16 +173,14 @@ class _Worker:
             _send(self._process.stdin, task)
             error: BaseException | None = pickle.load(self._process.stdout)
         except (EOFError, OSError, ValueError, pickle.UnpicklingError) as broken:
-            raise CompileError(
-                f"the process that compiled {task.specs[0].name} ended", found=self._last_words(),
-                remedy="if memory ran out, build with fewer --jobs",
-            ) from broken
+            raise self._ending(task.specs[0].name) from broken
         if error is not None:
             raise error
 
     def kill(self) -> None:
-        """End the process, whatever it does."""
-        self._process.kill()
+        """End the process, whatever it does, and the compilers that it runs."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # its session is its own, see above
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
@@ -192,12 +188,23 @@ class _Worker:
                 stream.close()
         self._log.close()
 
-    def _last_words(self) -> str:
+    def _ending(self, engine: str) -> JitExportError:
+        """Why the process ended, as far as its status and its last words tell."""
         with suppress(subprocess.TimeoutExpired):  # its pipe breaks a moment before it has ended
             self._process.wait(10)
+        status = self._process.poll()
         self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").split("\n")
-        return "\n".join([f"exit status {self._process.poll()}", *(line for line in lines if line)][-8:])
+        lines = [line for line in self._log.read().decode(errors="replace").split("\n") if line]
+        words = "\n".join([f"exit status {status}", *lines[-7:]])
+        if status == -signal.SIGKILL:  # nobody else does that than the kernel when memory is short
+            return ResourceError(
+                f"memory ran out: the system killed the process that compiled {engine}", found=f"exit status {status}",
+                expected=f"memory for {MODEL_COPIES} copies of the model and about {COMPILER_BYTES >> 30} GiB "
+                "for each of the --jobs",
+                remedy="build with --jobs 1; if that is killed too, give the machine or the container more memory",
+            )
+        ended = CompileError(f"the process that compiled {engine} ended", found=words)
+        return causes.resource_error(ended, f"compiling engine {engine}") or ended
 
 
 def _send(stream: IO[bytes] | None, value: object) -> None:
@@ -219,6 +226,8 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
             while True:
                 inbox.put(pickle.load(requests))
         except (EOFError, OSError, pickle.UnpicklingError):
+            if os.getpgrp() == os.getpid():  # with the compilers that it runs
+                os.killpg(os.getpid(), signal.SIGKILL)
             os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()

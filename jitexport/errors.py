@@ -13,6 +13,8 @@
     │   ├── BackendUnavailableError this machine cannot run or build with the backend
     │   ├── CompileError            exporting or compiling an engine failed
     │   └── VerificationError       an engine disagrees with the eager module
+    ├── OutputError                 a file, or standard output, that cannot be written
+    ├── ResourceError               memory, threads or a temporary folder that the machine refused
     └── BundleError
         ├── BundleNotFoundError     no bundle at the path
         ├── BundleExistsError       the target of a build is in use
@@ -52,12 +54,17 @@ class JitExportError(Exception):
         self.remedy = remedy
         lines = [message]
         if found is not None:
-            lines.append(f"  found:    {found}")
+            lines.append(f"  found:    {_shown(found)}")
         if expected is not None:
             lines.append(f"  expected: {expected}")
         if remedy is not None:
             lines.append(f"  remedy:   {remedy}")
         super().__init__("\n".join(lines))
+
+
+def _shown(found: object) -> str:
+    """Never nothing: some exceptions, as MemoryError, have no text, and an empty text is seen by its quotes."""
+    return str(found) or (type(found).__name__ if isinstance(found, BaseException) else repr(found))
 
 
 class ScheduleError(JitExportError, ValueError):
@@ -118,6 +125,18 @@ class CompileError(BackendError):
 
 class VerificationError(BackendError):
     """An engine's output disagrees with the eager module's."""
+
+
+class OutputError(JitExportError):
+    """A file, or standard output, that cannot be written."""
+
+    exit_code = 6
+
+
+class ResourceError(JitExportError):
+    """Memory, threads or a temporary folder that the machine or a limit refused. Nothing else is wrong."""
+
+    exit_code = 7
 
 
 class BundleError(JitExportError):

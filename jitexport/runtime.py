@@ -19,12 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
-from jitexport import machine, registry
+from jitexport import causes, machine, registry
 from jitexport.ambient import plain
 from jitexport.arguments import (
     OUTPUT_TYPES,
@@ -42,8 +40,10 @@ from jitexport.arguments import (
 )
 from jitexport.backends.base import Engine
 from jitexport.calls import Call, Calls
+from jitexport.console import PlainConsole, Progress
 from jitexport.crowding import watch
 from jitexport.errors import (
+    BackendError,
     BackendUnavailableError,
     InputError,
     JitExportError,
@@ -51,6 +51,7 @@ from jitexport.errors import (
     MissingDependencyError,
     NumericalError,
 )
+from jitexport.forks import survives_fork
 from jitexport.graphs import CUDARecorder, LoopGraph, Recorder
 from jitexport.grid import pack
 from jitexport.lora import Change, read_lora
@@ -146,6 +147,7 @@ class Pipeline:
         naming: Naming | None = None,
         cuda_graphs: bool = True,
         threads: int | None = None,
+        forkable: bool = True,
     ) -> None:
         self.engines = engines
         self.schedule = schedule
@@ -163,6 +165,8 @@ class Pipeline:
         self._adapters: list[tuple[dict[str, Change], float]] = []  # changed in place: copies of a pipeline share it
         self._calls = Calls()
         self._show_progress = _is_terminal(sys.stderr)
+        self._process = os.getpid()
+        self._forkable = forkable and device.type == "cpu"
         self.graph = self.loop_graph(CUDARecorder(device)) if cuda_graphs and device.type == "cuda" else None
 
     @property
@@ -187,6 +191,7 @@ class Pipeline:
 
     # --- weights that change ---
 
+    @survives_fork
     def load_lora(self, adapter: str | Path | Mapping[str, Tensor], scale: float = 1.0) -> None:
         """Merge an adapter into the weights, beside those already merged; no engine is built again.
 
@@ -215,6 +220,7 @@ class Pipeline:
                         weights.set(changed, value)
                 self._adapters[:] = adapters
 
+    @survives_fork
     def unload_lora(self) -> None:
         """Take all adapters out again: the weights are what they were, bit by bit."""
         weights = self._changeable()
@@ -222,6 +228,7 @@ class Pipeline:
             weights.restore()
             self._adapters.clear()
 
+    @survives_fork
     def load_checkpoint(self, path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> None:
         """Replace the weights by those of another checkpoint of the same model; adapters are taken out.
 
@@ -252,7 +259,21 @@ class Pipeline:
                 weights.replace(values)
                 self._adapters.clear()
 
+    def _check_process(self) -> None:
+        """Refuse to run in a forked process what would wait there for threads or a device of the other process.
+
+        Raises:
+            BackendError: the pipeline was loaded in another process, and its engines do not survive a fork.
+        """
+        if os.getpid() != self._process and not self._forkable:
+            raise BackendError(
+                "this pipeline was loaded before the process was forked", found=f"engines on {self.device} whose "
+                "threads or device belong to the other process", expected="a pipeline of this process",
+                remedy="call jitexport.load in each worker, after the fork; or start workers with `spawn`",
+            )
+
     def _changeable(self) -> SharedWeights:
+        self._check_process()
         if self.weights is None:
             raise InputError(
                 "this bundle's engines hold copies of the weights, which cannot be changed",
@@ -413,6 +434,7 @@ class Pipeline:
 
     # --- the call ---
 
+    @survives_fork
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -459,6 +481,7 @@ class Pipeline:
             InputError: an argument that does not fit the bundle.
             NumericalError: an image that would not be finite numbers.
         """
+        self._check_process()
         if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
             raise InputError("unknown output_type", found=shown(output_type), expected="pil, np, pt or latent")
         if not isinstance(return_dict, bool | np.bool_):
@@ -487,8 +510,9 @@ class Pipeline:
     ) -> list[Tensor]:
         """The images of a call, or its latents, `batch_size` at a time; the last chunk repeats its last image."""
         results, size = [], self.batch_size
+        console = PlainConsole(stderr=True)  # of this call's own: a console has one bar at a time
         show = self._show_progress and _is_open(sys.stderr)
-        with Progress(console=Console(stderr=True), transient=True, disable=not show) as progress:
+        with Progress(console=console, transient=True, disable=not show) as progress:
             task = progress.add_task("denoising", total=-(-texts.count // size) * self.schedule.nfe)
             if self.device.type == "cpu":
                 watch.begin()
@@ -757,6 +781,8 @@ def _from_names(named: Mapping[str, Tensor]) -> tuple[Condition, Draws]:
     return Condition(named["modulation"], starting("condition ")), Draws(**starting("draws "))
 
 
+@survives_fork
+@causes.explained("loading the bundle")
 @plain()
 def load(
     path: str | os.PathLike[str],
@@ -811,7 +837,7 @@ def load(
         tokenizers = [FastTokenizer.from_file(str(bundle.path / t.path)) for t in manifest.tokenizers]
     with machine.threads(threads or machine.default_threads()):  # some backends' engines keep the number
         opened = {entry.name: engines.open(entry) for entry in manifest.engines}
-    return Pipeline(
+    pipeline = Pipeline(
         engines=opened,
         method=method,
         schedule=manifest.schedule.schedule(),
@@ -826,7 +852,10 @@ def load(
         naming=registry.naming(manifest.model.family),
         cuda_graphs=cuda_graphs and engines.backend.capturable,
         threads=threads,
+        forkable=engines.backend.forkable,
     )
+    bundle.check_unchanged()
+    return pipeline
 
 
 class EngineOpener:

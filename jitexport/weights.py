@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,16 @@ import torch
 from torch import Tensor
 
 from jitexport.errors import InputError
+
+_entering = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _entering
+    _entering = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it
 
 
 class SharedWeights:
@@ -32,10 +43,33 @@ class SharedWeights:
         self._changing = False
         self._own = threading.local()  # how many calls of the current thread are reading
         self._undo: dict[str, Tensor] = {}  # values from before the change that is being made
+        self._process = os.getpid()
+
+    def enter_process(self) -> None:
+        """After a fork: nobody reads here, whoever read or waited in the other process.
+
+        Raises:
+            InputError: the process was forked in the middle of a change.
+        """
+        if self._process == os.getpid():
+            return
+        with _entering:
+            if self._process == os.getpid():
+                return
+            if self._changing:
+                raise InputError(
+                    "this process was forked while weights were being changed, and has a mixture of both",
+                    remedy="load the bundle here, or fork between changes",
+                )
+            self._gate = threading.Condition()
+            self._readers = self._waiting = 0
+            self._own = threading.local()
+            self._process = os.getpid()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Hold the weights still for the length of a call."""
+        self.enter_process()
         depth = getattr(self._own, "depth", 0)
         with self._gate:
             # A call inside a call (from a callback) must not wait for a change that waits for it.
@@ -60,6 +94,7 @@ class SharedWeights:
         Raises:
             InputError: from inside a call (a callback), which would wait for itself.
         """
+        self.enter_process()
         if getattr(self._own, "depth", 0):
             raise InputError("weights cannot change during a call", remedy="change them after the call has returned")
         with self._gate:

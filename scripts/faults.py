@@ -81,17 +81,37 @@ def counting_loads(backend: str) -> Iterator[list[str]]:
         yield opened
 
 
-def expect_refusal(outcome: Outcome, bundle: Path, backend: str, what: str) -> None:
+def expect_refusal(outcome: Outcome, bundle: Path, backend: str, what: str, verify: str = "full") -> None:
     """Load a damaged bundle: one of the package's errors, and no engine opened."""
     with counting_loads(backend) as opened:
         try:
-            jitexport.load(bundle)
+            jitexport.load(bundle, verify=verify)
             ending = "loaded"
         except JitExportError as error:
             ending = "" if str(error) and error.remedy else f"{type(error).__name__} without a remedy"
         except Exception as error:
             ending = f"{type(error).__name__}: {error}"
     outcome.record(not ending and not opened, f"{what}: {ending or 'refused'}, {len(opened)} engines opened")
+
+
+def expect_only_full(outcome: Outcome, bundle: Path, backend: str, path: Path) -> None:
+    """A bundle with a link to the right bytes: loads with all digests; not with sizes only, the manifest's aside."""
+    try:
+        jitexport.load(bundle)
+    except JitExportError as error:
+        outcome.record(False, f"{path.name} a link to its own bytes: {error}")
+    if path.name not in (FILE_NAME, DIGEST_NAME):
+        expect_refusal(outcome, bundle, backend, f"{path.name} a link, sizes only", verify="size")
+
+
+def flipped(path: Path, rng: random.Random) -> Path:
+    """A copy of a file beside it, with one bit changed."""
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    other = path.with_name(path.name + ".flipped")
+    other.unlink(missing_ok=True)
+    other.write_bytes(content)
+    return other
 
 
 def bundle_files(bundle: Path) -> list[Path]:
@@ -132,7 +152,11 @@ def truncations(bundle: Path, count: int, rng: random.Random) -> Outcome:
 
 
 def replacements(bundle: Path, count: int, rng: random.Random) -> list[Outcome]:
-    """Deletions, swaps, extra files, and links, `count` of each; a link leads to the very bytes that were there."""
+    """Deletions, swaps, extra files, and links, `count` of each.
+
+    Links lead to the very bytes that were there, with which the bundle must load where digests are compared, and must
+    be refused where they are not; then to bytes of which one bit is another.
+    """
     backend = read_manifest(bundle).backend
     aside = bundle.with_name(bundle.name + ".aside")
     outcomes = [Outcome(n) for n in ("deletions", "swaps", "extra files", "symlinks", "hard links")]
@@ -141,12 +165,13 @@ def replacements(bundle: Path, count: int, rng: random.Random) -> list[Outcome]:
         path = rng.choice(bundle_files(bundle))
         path.rename(aside)
         expect_refusal(deletions, bundle, backend, f"{path.name} deleted")
-        path.symlink_to(aside)
-        expect_refusal(symlinks, bundle, backend, f"{path.name} a symlink")
-        path.unlink()
-        path.hardlink_to(aside)
-        expect_refusal(hard_links, bundle, backend, f"{path.name} a hard link")
-        path.unlink()
+        for outcome, link in ((symlinks, path.symlink_to), (hard_links, path.hardlink_to)):
+            link(aside)
+            expect_only_full(outcome, bundle, backend, path)
+            path.unlink()
+            link(flipped(aside, rng))
+            expect_refusal(outcome, bundle, backend, f"{path.name} a link to other bytes")
+            path.unlink()
         aside.rename(path)
 
         other = rng.choice([p for p in bundle_files(bundle) if p.read_bytes() != path.read_bytes()])

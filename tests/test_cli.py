@@ -188,14 +188,14 @@ def test_plan_of_another_size(run, tiny_flux):
 
 
 def test_build_tells_what_was_built_and_what_to_type_next(run, tiny_flux, tmp_path):
-    target = tmp_path / "b"
+    target = tmp_path / "b [bf16] [/x]"
     code, out, err = run(
         "build", "--model", tiny_flux, "--backend", "eager", "--dtype", "fp32", "--steps", "2,1", "--ratios", "0.5,1",
         "--batch", "2", "-o", target,
     )  # fmt: skip
     assert code == 0
     assert f"built {target}: 5 engines" in out and "predicted speed-up" in out
-    assert f"next: jitexport generate {target}" in out
+    assert f"next: jitexport generate '{target}'" in out
     assert "[1/" in err and "engine stage1" in err and "engine stage0" in err
     manifest = EngineBundle.open(target).manifest
     assert (manifest.batch, manifest.dtype, manifest.command.split()[0]) == (2, "fp32", "jitexport")
@@ -349,6 +349,14 @@ def test_doctor_names_the_extra_that_brings_what_is_missing(run, monkeypatch):
 
     monkeypatch.setattr("importlib.metadata.version", absent)
     assert "missing: pip install 'jitexport[build]'" in json.loads(run("doctor", "--json")[1])["versions"]["diffusers"]
+    assert "missing: pip install 'jitexport[build]'" in run("doctor")[1]  # brackets are no markup
+
+
+def test_a_target_that_could_not_be_written_is_refused_before_the_build(run, tiny_flux, tmp_path):
+    (tmp_path / "file").touch()
+    for target, code in ((tmp_path / "caf\udce9", 2), (tmp_path / ("n" * 300), 5), (tmp_path / "file" / "b", 5)):
+        found, out, err = run("build", "--model", tiny_flux, "--backend", "eager", "--steps", "1", "-o", target)
+        assert (found, out) == (code, "") and "[1/" not in err and "Traceback" not in err
 
 
 # --- real processes ---

@@ -14,7 +14,7 @@ from jitexport import compiling, machine, registry
 from jitexport.backends.base import Engine
 from jitexport.build import build, eager_pipeline, probe_inputs, verify_engine
 from jitexport.compiling import Compilers, Recipe, Task, _Worker, check_jobs, default_jobs
-from jitexport.errors import BackendUnavailableError, CompileError, InputError, UnsupportedModelError
+from jitexport.errors import BackendUnavailableError, CompileError, InputError, ResourceError, UnsupportedModelError
 from jitexport.models.flux import FluxAdapter
 from jitexport.models.sources import find_source
 from jitexport.plan import CustomSchedule, plan
@@ -133,9 +133,45 @@ def test_a_process_that_dies_is_an_error_and_not_a_wait(recipe, task):
     worker = _Worker(recipe)
     worker.run(task)
     os.kill(worker._process.pid, signal.SIGKILL)
-    with pytest.raises(CompileError, match=r"stage0 ended[\s\S]*exit status -9[\s\S]*--jobs"):
+    with pytest.raises(ResourceError) as caught:
+        worker.run(task)
+    assert str(caught.value).splitlines()[0].startswith("memory ran out: the system killed the process")
+    assert "exit status -9" in caught.value.found and "--jobs 1" in caught.value.remedy
+    worker.kill()
+
+
+def test_a_process_that_ends_by_itself_says_its_last_words(recipe, task):
+    worker = _Worker(recipe)
+    worker.run(task)
+    os.kill(worker._process.pid, signal.SIGTERM)
+    with pytest.raises(CompileError, match=r"stage0 ended[\s\S]*exit status -15"):
         worker.run(task)
     worker.kill()
+
+
+def test_nothing_from_the_working_directory_is_run(recipe, task, tmp_path, monkeypatch):
+    """Names of modules of Python's own and of libraries; also where PYTHONPATH has the folder or an empty part."""
+    for name in ("random", "tokenizers", "sitecustomize", "jitexport"):
+        code = f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')\nraise SystemExit(9)"
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
+    worker = _Worker(recipe)
+    try:
+        worker.run(task)
+    finally:
+        worker.kill()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_command_line_runs_nothing_from_there_either(tmp_path):
+    for name in ("torch", "typer", "rich"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
+    environment = os.environ | {"PYTHONPATH": str(Path(compiling.__file__).parent.parent)}
+    command = [sys.executable, "-m", "jitexport", "doctor", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_processes_end_with_a_caller_that_is_killed(tiny_flux):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from jitexport.backends.aoti_runtime import shared_runtime
 from jitexport.backends.base import Backend, RawEngine
+from jitexport.backends.commands import quoted_paths
 from jitexport.errors import BackendError, CompileError, JitExportError
 from jitexport.kernels.native import compile_with_kernels, write_record
 from jitexport.regions import Outline, Program, Run, check, open_program, outline
@@ -127,7 +128,7 @@ class AOTInductorBackend(Backend):
                     aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
 
             try:
-                with torch.no_grad():
+                with torch.no_grad(), quoted_paths():
                     _, kernels = compile_with_kernels(compiler, what)
             except Exception as error:  # see above
                 raise CompileError(f"AOTInductor cannot compile engine {what}", found=error) from error

@@ -43,6 +43,8 @@ class Backend(ABC):
     live_weights: bool = True
     #: Whether engines on CUDA run on PyTorch's current stream without waiting for it, so that a graph can record them.
     capturable: bool = False
+    #: Whether engines on a CPU that were opened before a fork run after it: they have no threads of their own.
+    forkable: bool = True
     #: Whether engines can run 8-bit linear layers: see `jitexport.quant`.
     quantizes: bool = False
     #: Whether engines for CPUs may have our own kernels: see `jitexport.kernels`.

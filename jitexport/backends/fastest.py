@@ -61,6 +61,7 @@ class FastestBackend(Backend):
     """Builds each engine with every candidate that this machine has, and keeps the fastest."""
 
     name = "fastest"
+    forkable = False  # ONNX Runtime has threads of its own
     summary = f"the fastest of {', '.join(CANDIDATES)} for each engine"
     host_fields = AOTInductorBackend.host_fields
     capturable = True

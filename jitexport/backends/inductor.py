@@ -31,7 +31,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +40,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from jitexport import processes
 from jitexport.backends.base import Backend, RawEngine, assign_weights
+from jitexport.backends.commands import quoted_paths
 from jitexport.backends.eager import as_engine
 from jitexport.errors import BackendError, CompileError
 from jitexport.kernels.native import compile_with_kernels, native_kernels, write_record
@@ -78,7 +79,7 @@ class InductorBackend(Backend):
         device, threads = example[0].device, torch.get_num_threads()
         # Beside the engine and not in TMPDIR: what a killed build leaves is then removed with the rest of it.
         scratch = tempfile.mkdtemp(prefix=".scratch-", dir=directory.parent)
-        with private_cache(Path(scratch)) as cache:
+        with private_cache(Path(scratch)) as cache, quoted_paths():
             try:
                 if device.type == "cpu":
                     write_libraries(vector_trials(), cache)
@@ -106,7 +107,7 @@ class InductorBackend(Backend):
         device: torch.device,
     ) -> RawEngine:
         made = assign_weights(module(), weights)
-        with private_cache(own_folder(os.getpid())) as cache, ExitStack() as stack:
+        with private_cache(own_folder(os.getpid())) as cache, quoted_paths(), ExitStack() as stack:
             try:
                 info = json.loads((directory / INFO).read_text(encoding="utf-8"))
                 threads = info["threads"]
@@ -230,11 +231,10 @@ def vector_trials() -> dict[str, bytes]:
 
     From a process of its own: in this one they may have been tried before, and their names depend on what was found.
     """
-    trial = "from torch._inductor.cpu_vec_isa import valid_vec_isa_list; valid_vec_isa_list()"
+    trial = processes.python("from jitexport.backends.commands import vector_extensions; vector_extensions()")
     with tempfile.TemporaryDirectory(prefix="jitexport-") as folder:
         subprocess.run(
-            [sys.executable, "-c", trial], check=True, capture_output=True,
-            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder},
+            trial, check=True, capture_output=True, env=processes.environment(TORCHINDUCTOR_CACHE_DIR=folder)
         )
         return read_libraries(Path(folder))
 

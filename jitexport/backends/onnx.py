@@ -40,6 +40,7 @@ class ONNXBackend(Backend):
     """Needs onnx and onnxscript where a bundle is built, and only onnxruntime where it is loaded."""
 
     name = "onnx"
+    forkable = False  # ONNX Runtime has threads of its own
     summary = "ONNX Runtime, its CPU or CUDA execution provider, shared weights"
     native = False
     providers: Mapping[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

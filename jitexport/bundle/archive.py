@@ -7,7 +7,6 @@ decompressed than the manifest promises and the disk has room for.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 
 from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, parse_manifest
 from jitexport.bundle.reading import MAX_MANIFEST, EngineBundle, check_manifest_digest
-from jitexport.bundle.staging import Staging
+from jitexport.bundle.staging import Staging, lock
 from jitexport.errors import (
     ArchiveError,
     BundleError,
@@ -32,6 +31,7 @@ from jitexport.errors import (
     SizeError,
     UndeclaredFileError,
 )
+from jitexport.files import sync
 
 SUFFIX = ".tar.zst"
 _FETCH = "get the archive again, or pack the bundle again"
@@ -73,7 +73,7 @@ def pack(bundle: str | os.PathLike[str], output: str | os.PathLike[str], *, repl
     locked = False
     try:
         with part.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), wait=False)
             locked = True
             file.truncate(0)
             with zstandard.ZstdCompressor(threads=-1, write_checksum=True).stream_writer(file, closefd=False) as stream:
@@ -81,7 +81,7 @@ def pack(bundle: str | os.PathLike[str], output: str | os.PathLike[str], *, repl
                     _add(stream, opened.path / name, name)
                 stream.write(bytes(2 * _BLOCK))
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
             size = file.tell()
             part.rename(target)
             locked = False
@@ -209,7 +209,7 @@ def _new(path: Path) -> Iterator[BinaryIO]:
     with path.open("xb") as file:
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 class _TarReader:

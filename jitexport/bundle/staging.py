@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
+import logging
 import os
 import secrets
 import shutil
@@ -15,10 +17,17 @@ from types import TracebackType
 from typing import Self
 
 from jitexport.bundle.manifest import FILE_NAME
-from jitexport.errors import BundleError, BundleExistsError
+from jitexport.errors import BundleError, BundleExistsError, InputError
+from jitexport.files import DISK_ERRORS, sync
+from jitexport.interrupts import finishing
 
-#: Errors that a disk gives when it cannot be written, whatever the file.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+logger = logging.getLogger(__name__)
+
+#: What file systems answer that cannot lock folders, as NFS, or anything.
+_NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+#: Of a folder whose file system locks files only; it stays there, empty.
+LOCK_NAME = ".jitexport.lock"
+_NAME_BYTES = 200  # of a target's name in names beside it; file systems take 255 in all
 #: renameat2 where the kernel or the file system does not know how to exchange.
 _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
 _AT_FDCWD = -100
@@ -45,27 +54,30 @@ class Staging:
         self.replace = replace
 
     def __enter__(self) -> Self:
-        self._refuse_existing()
+        check_text(self.target, "-o")
         parent = self.target.parent
-        self._new_parents = [p for p in (parent, *parent.parents) if not p.exists()]
+        self.path = parent / f"{self._prefix}{secrets.token_hex(4)}"
+        self._lock = None
+        self._new_parents: list[Path] = []
         try:
+            self._refuse_existing()
+            self._new_parents = [p for p in (parent, *parent.parents) if not p.exists()]
             parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                os.lstat(self.target)  # a name that is too long is found out now, and not when all is done
             with _locked(parent):
                 self._recover()
                 self._remove_leftovers()
-                self.path = parent / f"{self._prefix}{secrets.token_hex(4)}"
                 self.path.mkdir()
-                self._lock = os.open(self.path, os.O_RDONLY)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self._lock = hold(self.path, self._lock_file(self.path))
+            self._refuse_existing()  # again: an interrupted replacement may have been restored
         except OSError as error:
-            self._remove_parents()
+            self._leave(failed=True)
             raise BundleError(
                 f"cannot write to {parent}", found=error, expected="a writable folder with room",
                 remedy="choose another -o",
             ) from error
-        try:
-            self._refuse_existing()  # again: an interrupted replacement may have been restored
-        except BundleExistsError:
+        except BaseException:
             self._leave(failed=True)
             raise
         return self
@@ -87,21 +99,31 @@ class Staging:
             BundleExistsError: another process put a bundle there meanwhile.
         """
         parent = self.target.parent
-        with _locked(parent):
+        with _locked(parent), finishing():
             self._refuse_existing()
             if not self.target.exists():
                 self.path.rename(self.target)
             elif not exchange(self.path, self.target):  # after an exchange, `path` is the old one
                 self._replace_in_two_steps()
-            _sync(parent)
+            sync_folder(parent)
+
+    @property
+    def _name(self) -> str:
+        """The target's name, or what stands for it where names made from it would be too long."""
+        name = self.target.name
+        return name if len(os.fsencode(name)) <= _NAME_BYTES else hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
 
     @property
     def _prefix(self) -> str:
-        return f".{self.target.name}.build-"
+        return f".{self._name}.build-"
 
     @property
     def _replaced(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.replaced")
+        return self.target.with_name(f".{self._name}.replaced")
+
+    @staticmethod
+    def _lock_file(path: Path) -> Path:
+        return path.with_name(path.name + ".lock")
 
     def _refuse_existing(self) -> None:
         if not os.path.lexists(self.target):
@@ -135,25 +157,29 @@ class Staging:
 
     def _remove_leftovers(self) -> None:
         for path in self.target.parent.iterdir():
-            if not path.name.startswith(self._prefix):
+            if not path.name.startswith(self._prefix) or path.suffix == ".lock":
                 continue
             try:
-                lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                lock = hold(path, self._lock_file(path), wait=False)
             except OSError:
-                continue  # removed meanwhile by the one who made it, or not ours
+                continue  # another build is at work there, or its maker removed it meanwhile, or it is not ours
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
-            except BlockingIOError:
-                pass  # another build is at work there
+                self._lock_file(path).unlink(missing_ok=True)
             finally:
                 os.close(lock)
 
     def _leave(self, *, failed: bool) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)  # what failed, or the bundle that was replaced
-        os.close(self._lock)
-        if failed:
-            self._remove_parents()
+        with finishing():
+            if self._lock is not None:
+                self._lock_file(self.path).unlink(missing_ok=True)
+            if self._lock is not None or failed:
+                shutil.rmtree(self.path, ignore_errors=True)  # what failed, or the bundle that was replaced
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+            if failed:
+                self._remove_parents()
 
     def _remove_parents(self) -> None:
         for folder in self._new_parents:
@@ -168,7 +194,7 @@ class Staging:
             seen.append(link)
             if isinstance(link, OSError):
                 ours = str(link.filename or "").startswith(str(self.target.parent))
-                if link.errno in _DISK or ours:
+                if link.errno in DISK_ERRORS or ours:
                     return link
             if any(os.strerror(code) in str(link) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
                 return link
@@ -194,21 +220,82 @@ def exchange(a: Path, b: Path) -> bool:
     raise OSError(code, os.strerror(code), str(b))
 
 
+def check_text(path: Path, what: str) -> None:
+    """Refuse a path whose bytes are no text in UTF-8: manifests, compilers and native libraries cannot have it.
+
+    Raises:
+        InputError: it is such a path.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the path of {what} is not UTF-8", found=ascii(str(path)), expected="a path that is text in UTF-8",
+            remedy="choose another path, or rename the folder (convmv -f latin1 -t utf8)",
+        ) from error
+
+
+def hold(folder: Path, file: Path, *, wait: bool = True) -> int:
+    """Lock a folder, or, where the file system locks files only, a file that stands for it; else nothing.
+
+    Returns:
+        A handle; closing it, or the end of the process, gives the lock up.
+
+    Raises:
+        BlockingIOError: another process has the lock, and `wait` is not set.
+        OSError: there is no such folder, or it is a link.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if lock(handle, wait=wait):
+            return handle
+        substitute = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except BaseException:
+        os.close(handle)
+        raise
+    os.close(handle)
+    try:
+        lock(substitute, wait=wait)
+    except BaseException:
+        os.close(substitute)
+        raise
+    return substitute
+
+
+def lock(handle: int, *, wait: bool = True) -> bool:
+    """Lock an open file or folder; False where the file system cannot.
+
+    Raises:
+        BlockingIOError: another process has the lock, and `wait` is not set.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder; it ends with the process at the latest."""
-    handle = os.open(folder, os.O_RDONLY)
+    handle = hold(folder, folder / LOCK_NAME)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
 
 
-def _sync(folder: Path) -> None:
-    """Make renames in a folder last through a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power failure, where the file system can; they have happened anyway."""
     try:
-        os.fsync(handle)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # a folder that may be written and not read
+    try:
+        sync(handle)
+    except OSError as error:
+        logger.warning("%s: the file system did not confirm the write: %s", folder, error)
     finally:
         os.close(handle)

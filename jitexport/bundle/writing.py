@@ -17,6 +17,7 @@ from jitexport import machine
 from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, digest_line, parse_manifest
 from jitexport.bundle.staging import Staging
 from jitexport.errors import BundleError
+from jitexport.files import sync
 
 #: Weights are split into files of about this size, so that several cores can digest them at load.
 SHARD_BYTES = 2 * 1024**3
@@ -87,7 +88,7 @@ class BundleWriter(Staging):
             with (self.path / name).open("wb") as stream:
                 stream.write(content)
                 stream.flush()
-                os.fsync(stream.fileno())
+                sync(stream.fileno())
         self.commit()
         return made
 
@@ -108,7 +109,7 @@ class BundleWriter(Staging):
         path = self.path / name
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            os.fsync(stream.fileno())
+            sync(stream.fileno())
         return FileEntry(path=name, size=path.stat().st_size, sha256=digest)
 
 

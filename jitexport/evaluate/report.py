@@ -17,6 +17,7 @@ from jitexport.errors import MissingDependencyError
 from jitexport.evaluate.evaluation import Evaluation, Row
 from jitexport.evaluate.metrics import MEASURES
 from jitexport.evaluate.statistics import Score
+from jitexport.files import write_file
 
 #: Colours by method, the same in every chart and table; others take the spare ones in turn.
 COLOURS = {"reference": "#2b2f36", "dense": "#8a9099", "jit": "#1f6feb"}
@@ -66,7 +67,7 @@ def write_report(
         size=size,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
+    write_file(path, html.encode())
     return path
 
 

@@ -1,8 +1,11 @@
 """Publishing: all or nothing, whatever happens between."""
 
 import errno
+import fcntl
 import os
+import secrets
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from jitexport.bundle import BundleWriter, EngineBundle, staging, writing
 from jitexport.bundle.manifest import FILE_NAME
 from jitexport.bundle.reading import read_manifest
-from jitexport.errors import BundleError, BundleExistsError, CompileError, ManifestError
+from jitexport.errors import BundleError, BundleExistsError, CompileError, InputError, ManifestError
 
 
 @pytest.fixture
@@ -234,3 +237,88 @@ def test_a_failing_second_rename_puts_the_old_bundle_back(publish, tmp_path, mon
     with pytest.raises(BundleError, match="nothing was left"):
         publish(target, "new", replace=True)
     assert created(target) == "old" and names(tmp_path) == ["bundle"]
+
+
+# --- file systems that lack something ---
+
+
+@pytest.fixture
+def no_folder_locks(monkeypatch):
+    """As NFS, which locks files that are open for writing only."""
+    flock = fcntl.flock
+
+    def run(handle, how):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", run)
+
+
+def test_leftovers_and_living_builds_where_folders_cannot_be_locked(publish, tmp_path, no_folder_locks):
+    dead = tmp_path / ".bundle.build-dead"
+    dead.mkdir()
+    with BundleWriter(tmp_path / "bundle") as living:
+        publish(tmp_path / "bundle", "now")
+        assert not dead.exists() and living.path.exists()
+    assert created(tmp_path / "bundle") == "now" and names(tmp_path) == [staging.LOCK_NAME, "bundle"]
+
+
+def test_no_locks_at_all(publish, tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", fail(OSError(errno.ENOLCK, "No locks available")))
+    publish(tmp_path / "bundle", "old")
+    publish(tmp_path / "bundle", "new", replace=True)
+    assert created(tmp_path / "bundle") == "new"
+
+
+@pytest.mark.parametrize(("number", "warns"), [(errno.EINVAL, False), (errno.EACCES, False), (errno.EIO, True)])
+def test_a_folder_that_cannot_be_synced(publish, tmp_path, monkeypatch, caplog, number, warns):
+    """The bundle is in place by then."""
+    fsync = os.fsync
+
+    def run(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", run)
+    publish(tmp_path / "bundle", "now")
+    assert created(tmp_path / "bundle") == "now" and bool(caplog.records) == warns
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "a b 'c' \"d\" [e] $f"])
+def test_any_name_that_the_file_system_takes(publish, tmp_path, name):
+    publish(tmp_path / name, "old")
+    publish(tmp_path / name, "new", replace=True)
+    assert created(tmp_path / name) == "new" and names(tmp_path) == [name]
+
+
+@pytest.mark.parametrize(("name", "error"), [("n" * 256, BundleError), ("caf\udce9", InputError)])
+def test_names_that_cannot_be_are_refused_at_the_start(tmp_path, name, error):
+    with pytest.raises(error), BundleWriter(tmp_path / "deep" / name):
+        pytest.fail("began to work")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_signal_while_the_staging_folder_is_made(tmp_path, monkeypatch, at):
+    """At any call that changes the disk: nothing is left."""
+    calls = iter(range(1, 100))
+
+    def counted(function):
+        def run(*args, **kwargs):
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return run
+
+    for owner, name in ((Path, "mkdir"), (staging, "hold"), (Path, "iterdir"), (secrets, "token_hex")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    try:
+        with BundleWriter(tmp_path / "deep" / "bundle"):
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    monkeypatch.undo()
+    assert names(tmp_path) == []
