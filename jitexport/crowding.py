@@ -112,6 +112,12 @@ class Watch:
         self._crowded = float("-inf")  # when they last were
         self._sleepers: Any = None
 
+    def enter_process(self) -> None:
+        """After a fork: its lock may be held by a thread that is not there, and so are the threads that slept."""
+        self._lock = threading.Lock()
+        self._looked = self._sleepers = None
+        self._crowded = float("-inf")
+
     @property
     def crowded(self) -> bool:
         """Whether waiting threads sleep early now."""
@@ -170,3 +176,4 @@ class _Nothing:
 
 #: The process's own.
 watch = Watch(sleepers=lambda count: Sleepers(count) if _start_region() else _Nothing())
+os.register_at_fork(after_in_child=watch.enter_process)

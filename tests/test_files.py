@@ -135,7 +135,7 @@ def test_a_bundle_on_a_read_only_root_without_a_temporary_folder(make_bundle, tm
     out.mkdir()
     done = in_namespace(
         "for d in /tmp /var/tmp /dev/shm; do mount --bind $d $d; mount -o remount,ro,bind $d; done\n"
-        f"mount -t tmpfs none '{out}'\nmount -o remount,ro /\ncd /\nunset TMPDIR\n! touch /tmp/x 2>/dev/null",
+        f"mount -t tmpfs none '{out}'\nmount -o remount,ro,bind /\ncd /\nunset TMPDIR\n! touch /tmp/x 2>/dev/null",
         generate(make_bundle(), out / "a.png") + f"; ls '{out}'",
     )
     if done.stderr.startswith("mount:"):

@@ -6,6 +6,7 @@ Weights are left out of the library and handed to it by reference, so that all s
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import tempfile
 import threading
@@ -279,6 +280,14 @@ class _Library:
 _idle: list[_Library] = []
 _MOST_IDLE = 64
 _idle_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _idle_lock
+    _idle_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it
 
 
 def _take(directory: Path, device: torch.device) -> _Library:
