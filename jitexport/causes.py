@@ -62,7 +62,7 @@ def resource_error(error: BaseException, doing: str) -> ResourceError | None:
             )
         if isinstance(link, FileNotFoundError) and (line := _line(words, (_NO_TEMPORARY,))):
             return ResourceError(
-                f"there is no temporary folder, which is needed for {doing}", found=line[:_MOST_WORDS],
+                f"there is no temporary folder, which was needed while {doing}", found=line[:_MOST_WORDS],
                 expected="a writable folder",
                 remedy="set TMPDIR to one, or mount one at /tmp (docker run --tmpfs /tmp)",
             )

@@ -34,7 +34,7 @@ from jitexport.console import (
     text_column,
 )
 from jitexport.errors import InputError, JitExportError, OutputError
-from jitexport.files import DISK_ERRORS, check_writable, write_file
+from jitexport.files import DISK_ERRORS, check_writable, nearest_folder, temporary_folder, write_file
 from jitexport.png import encode_png
 
 app = typer.Typer(
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _run(argv: Sequence[str] | None) -> int | str | None:
     """A command's exit code, after its message."""
     try:
-        with causes.explained("the command ran"):
+        with causes.explained("running the command"):
             app(args=list(argv) if argv is not None else None, standalone_mode=True)
     except SystemExit as end:
         code = end.code
@@ -247,10 +247,10 @@ def build(
 ) -> None:
     """Turn a model and a speed-up into an engine bundle."""
     custom = _custom(steps, ratios)
-    _quiet_libraries()
-    from jitexport.build import build as build_bundle
+    with temporary_folder(nearest_folder(output or Path("engines"))), _BuildProgress() as progress:
+        _quiet_libraries()  # imports libraries, some of which look for a temporary folder at once
+        from jitexport.build import build as build_bundle
 
-    with _BuildProgress() as progress:
         result = build_bundle(
             model,
             base=base,

@@ -70,6 +70,11 @@ def sync(handle: int) -> None:
             raise
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder that is there already, on the way to a path."""
+    return next(parent for parent in Path(os.path.realpath(path)).parents if os.path.isdir(parent))
+
+
 @contextmanager
 def temporary_folder(place: Path) -> Iterator[None]:
     """Where the system has no temporary folder to write to, one in `place`, for this process and those it starts.
@@ -85,7 +90,11 @@ def temporary_folder(place: Path) -> Iterator[None]:
         yield
         return
     before = os.environ.get("TMPDIR"), tempfile.tempdir
-    folder = tempfile.mkdtemp(prefix=".tmp-", dir=place)
+    try:
+        folder = tempfile.mkdtemp(prefix=".tmp-", dir=place)
+    except OSError:  # whoever needs to write there says so
+        yield
+        return
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     try:
         yield

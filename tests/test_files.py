@@ -99,6 +99,10 @@ def test_a_temporary_folder_where_the_system_has_none(tmp_path, monkeypatch):
         assert os.environ.get("TMPDIR") == before
 
 
+def test_the_nearest_folder(tmp_path):
+    assert files.nearest_folder(tmp_path / "a" / "b") == tmp_path and files.nearest_folder(tmp_path / "a") == tmp_path
+
+
 def generate(bundle, target) -> str:
     return f"{sys.executable} -m jitexport generate '{bundle}' 'a fox' --seed 1 -o '{target}'"
 
