@@ -90,9 +90,10 @@ def temporary_folder(place: Path) -> Iterator[None]:
         yield
         return
     before = os.environ.get("TMPDIR"), tempfile.tempdir
-    try:
+    folder = ""
+    with suppress(OSError):  # whoever needs to write there says so
         folder = tempfile.mkdtemp(prefix=".tmp-", dir=place)
-    except OSError:  # whoever needs to write there says so
+    if not folder:
         yield
         return
     os.environ["TMPDIR"] = tempfile.tempdir = folder
