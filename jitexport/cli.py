@@ -437,12 +437,12 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
     sizes = {
         e.name: sum(f.size for f in manifest.files if f.path.startswith(e.directory + "/")) for e in manifest.engines
     }
-    table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error")
+    table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error", "kernels")
     for engine in manifest.engines:
         stage = stages.get(engine.name)
         cells = (str(steps[engine.name]), str(stage.tokens), _tera(stage.step_tflops)) if stage else ("", "", "")
         error = "not run" if engine.relative_error is None else f"{engine.relative_error:.1g}"
-        table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", error)
+        table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", error, engine.kernels or "")
     out.print(table)
     for engine in manifest.engines:
         takes, gives = (", ".join(map(str, specs)) for specs in (engine.spec().inputs, engine.spec().outputs))
