@@ -284,7 +284,7 @@ def _build(model: str, output: str, backend: str, speedup: float, replace: bool,
         nonlocal touches
         if event.split(".")[0] in ("open", "os", "shutil", "fcntl", "ctypes"):
             touches += event.startswith(("fcntl", "ctypes")) or any(folder in str(a) for a in arguments[:2])
-            if touches == kill_at:
+            if kill_at and touches == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
