@@ -436,6 +436,7 @@ def build_engines(
     for group, name, directory, finish in begun:
         progress.step(f"engine {group[0].name}")
         finish()
+        kernels = read_record(directory)
         for spec in group:
             engine, inputs = reference.engines[spec.name], probes[spec.name]
             relative = largest = None
@@ -443,7 +444,7 @@ def build_engines(
                 raw = backend.load(spec, directory, weights, partial(adapter.module, spec.name), device)
                 engine = Engine(spec, raw, device)
                 relative, largest = verify_engine(
-                    spec, engine, reference.engines[spec.name], inputs, allowed, read_record(directory)
+                    spec, engine, reference.engines[spec.name], inputs, allowed, kernels
                 )
             entries.append(
                 EngineEntry(
@@ -451,7 +452,7 @@ def build_engines(
                     inputs=tuple(TensorEntry(**asdict(s)) for s in spec.inputs),
                     outputs=tuple(TensorEntry(**asdict(s)) for s in spec.outputs),
                     golden=write_golden(writer, spec, inputs, engine(*inputs)),
-                    relative_error=relative, max_error=largest, kernels=read_record(directory),
+                    relative_error=relative, max_error=largest, kernels=kernels,
                 )
             )
     return tuple(entries)

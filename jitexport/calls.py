@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from jitexport.forks import Lock
 
 
 @dataclass(eq=False)
@@ -25,22 +25,13 @@ class Call:
     cut: set[str] = field(default_factory=set)
 
 
-_all: weakref.WeakSet[Calls] = weakref.WeakSet()
-os.register_at_fork(after_in_child=lambda: [calls.renew_lock() for calls in _all])
-
-
 class Calls:
     """All calls that run, and for each thread the one that it is in."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._running: list[Call] = []
         self._own = threading.local()
-        _all.add(self)
-
-    def renew_lock(self) -> None:
-        """After a fork: another thread may have held it."""
-        self._lock = threading.Lock()
 
     @property
     def current(self) -> Call | None:

@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 
+from jitexport.forks import Lock
+from jitexport.machine import affinity
+
 #: Share of the time that threads spent ready to run and without a core, from which cores count as crowded.
 CROWDED = 0.05
 #: Seconds without that until they count as free again, and between two looks.
@@ -76,13 +79,13 @@ class Sleepers:
 
 
 @cache
-def _start_region() -> Callable[[int], None] | None:
-    """What starts a parallel region of n threads that do nothing, by the OpenMP library that torch uses."""
+def _start_region() -> Callable[[int], None]:
+    """What starts a parallel region of n threads that do nothing, by GNU's OpenMP library where torch uses that."""
     try:
         library = ctypes.CDLL(torch._C.__file__)  # symbols are looked for in what it was linked with, too
         parallel = library.GOMP_parallel
     except (OSError, AttributeError):
-        return None
+        return lambda n: None
     nothing = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
     parallel.argtypes = [type(nothing), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
@@ -107,14 +110,13 @@ class Watch:
         sleepers: Callable[[int], Any] = Sleepers,
     ) -> None:
         self._clock, self._waited, self._others, self._make = clock, waited, others, sleepers
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._looked: tuple[float, float] | None = None  # when, and the time waited until then
         self._crowded = float("-inf")  # when they last were
         self._sleepers: Any = None
 
     def enter_process(self) -> None:
-        """After a fork: its lock may be held by a thread that is not there, and so are the threads that slept."""
-        self._lock = threading.Lock()
+        """After a fork: the threads that slept are not there."""
         self._looked = self._sleepers = None
         self._crowded = float("-inf")
 
@@ -162,18 +164,10 @@ class Watch:
 
 
 def sleepers_needed() -> int:
-    """How many threads have to be added so that there are more than cores to run them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores + 1 - torch.get_num_threads())
-
-
-class _Nothing:
-    """Where OpenMP's library has no such threads."""
-
-    def dismiss(self) -> None:
-        """There are none."""
+    """How many threads have to be added so that there are more than OpenMP counts cores: it knows no quotas."""
+    return max(1, affinity() + 1 - torch.get_num_threads())
 
 
 #: The process's own.
-watch = Watch(sleepers=lambda count: Sleepers(count) if _start_region() else _Nothing())
+watch = Watch()
 os.register_at_fork(after_in_child=watch.enter_process)

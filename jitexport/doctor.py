@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 
 import torch
 
 from jitexport import machine, registry
 from jitexport._version import __version__
+from jitexport.backends.commands import cpp_compiler
 from jitexport.choice import choose
 from jitexport.kernels import native
 from jitexport.specs import DTYPE_NAMES
@@ -90,8 +90,7 @@ def examine() -> dict[str, dict[str, str]]:
             "bf16": _bf16(),
             "kernels": _kernels(),
             "gpu": machine.gpu_problem() or torch.cuda.get_device_name(),
-            "compiler": shutil.which("g++")
-            or shutil.which("clang++")
+            "compiler": cpp_compiler()
             or "none: aoti can load bundles but not build them",
         },
         "what a build chooses": {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -24,6 +25,39 @@ _first = os.getpid()  # the process that imported this, and PyTorch
 def _caller(process: int) -> ThreadPoolExecutor:
     """The thread of a process that makes its calls."""
     return ThreadPoolExecutor(1, f"jitexport-{process}")
+
+
+class Lock:
+    """A lock that is free in a forked process: whoever held it in the other process is not there."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        _locks.add(self)
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """As `threading.Lock` has it."""
+        return self._lock.acquire(blocking)
+
+    def release(self) -> None:
+        """As `threading.Lock` has it."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+_locks: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for lock in _locks:
+        lock._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def forked() -> bool:

@@ -24,13 +24,17 @@ ROOT = Path("/")
 # --- processors and memory -------------------------------------------------------------------------------------------
 
 
+def affinity() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpus(root: Path = ROOT) -> int:
     """Processors that this process may use: of its affinity, or its cgroups' quota where that is less; at least 1.
 
     A quota is rounded: half a processor more is worth a thread, a tenth would keep all the others waiting for it.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([allowed, *(int(quota + 0.5) for quota in _quotas(root))]))
+    return max(1, min([affinity(), *(int(quota + 0.5) for quota in _quotas(root))]))
 
 
 def memory(root: Path = ROOT) -> int:

@@ -7,20 +7,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
+from jitexport.ambient import plain
 from jitexport.errors import InputError
+from jitexport.forks import Lock
 
-_entering = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _entering
-    _entering = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it
+_entering = Lock()
 
 
 class SharedWeights:
@@ -148,7 +141,7 @@ class SharedWeights:
     def set(self, name: str, value: Tensor) -> None:
         """Write a value into a tensor, keeping the original. Inside `changing` only."""
         if name not in self._originals:
-            with _ordinary():
+            with plain():
                 self._originals[name] = self._undo[name] = self.tensors[name].clone()
         self._write(name, value)
 
@@ -165,20 +158,13 @@ class SharedWeights:
             self._write(name, value)
 
     def _write(self, name: str, value: Tensor) -> None:
-        with _ordinary():
+        with plain():
             if name not in self._undo:
                 self._undo[name] = self.tensors[name].to("cpu", copy=True)
             self.tensors[name].copy_(value)
 
     def _take_back(self, originals: dict[str, Tensor]) -> None:
-        with _ordinary():
+        with plain():
             for name, value in self._undo.items():
                 self.tensors[name].copy_(value)
         self._originals = originals
-
-
-@contextmanager
-def _ordinary() -> Iterator[None]:
-    """Neither gradients nor inference mode, whose tensors could not be changed outside of it."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield

@@ -1,4 +1,5 @@
-"""AOTInductor: one native library per engine, compiled ahead of time; loading takes milliseconds and no compiler.
+"""AOTInductor: native libraries, one per engine or per kind of block in it, compiled ahead of time; loading takes
+milliseconds and no compiler.
 
 Weights are left out of the library and handed to it by reference, so that all stages share one copy of them.
 """
@@ -6,8 +7,6 @@ Weights are left out of the library and handed to it by reference, so that all s
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 import tempfile
 import threading
 import warnings
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 
 from jitexport.backends.aoti_runtime import shared_runtime
 from jitexport.backends.base import Backend, RawEngine
-from jitexport.backends.commands import quoted_paths
+from jitexport.backends.commands import INSTALL_COMPILER, cpp_compiler, quoted_paths
 from jitexport.errors import BackendError, CompileError, JitExportError
+from jitexport.forks import Lock
 from jitexport.kernels.native import compile_with_kernels, write_record
 from jitexport.regions import Outline, Program, Run, check, open_program, outline
 from jitexport.specs import EngineSpec
@@ -72,15 +72,15 @@ class AOTInductorBackend(Backend):
             return reason
         if device.type == "cuda" and importlib.util.find_spec("triton") is None:
             return "AOTInductor needs Triton for CUDA: install a CUDA build of torch"
-        if shutil.which("g++") is None and shutil.which("clang++") is None:
-            return "AOTInductor needs a C++ compiler to build: install g++ (Debian, Ubuntu: apt-get install g++)"
+        if cpp_compiler() is None:
+            return f"AOTInductor needs a C++ compiler to build: {INSTALL_COMPILER}"
         return None
 
     def build(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor], directory: Path) -> None:
-        if shutil.which("g++") is None and shutil.which("clang++") is None:
+        if cpp_compiler() is None:
             raise CompileError(
                 "AOTInductor needs a C++ compiler to build", found="neither g++ nor clang++ on PATH",
-                remedy="install g++ (Debian, Ubuntu: apt-get install g++), or build with --backend eager",
+                remedy=f"{INSTALL_COMPILER}, or build with --backend eager",
             )
         made = None if self.regional is False else self.outline(spec, module, example)
         exponentials = fast_exponentials if reduced_precision(module) else nullcontext
@@ -130,7 +130,7 @@ class AOTInductorBackend(Backend):
 
             try:
                 with torch.no_grad(), quoted_paths():
-                    _, kernels = compile_with_kernels(compiler, what)
+                    kernels = compile_with_kernels(compiler, what)
             except Exception as error:  # see above
                 raise CompileError(f"AOTInductor cannot compile engine {what}", found=error) from error
             unpack_package(package, directory)
@@ -279,15 +279,7 @@ class _Library:
 #: Libraries that nobody uses, the oldest first, and how many of them are kept.
 _idle: list[_Library] = []
 _MOST_IDLE = 64
-_idle_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _idle_lock
-    _idle_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)  # another thread may have held it
+_idle_lock = Lock()
 
 
 def _take(directory: Path, device: torch.device) -> _Library:

@@ -1,4 +1,4 @@
-"""Inductor's compile and link commands for paths with spaces, of the cache, of torch or of Python.
+"""Inductor's compilers: which there is, and commands for paths with spaces, of the cache, of torch or of Python.
 
 Torch builds a command as one text and splits it as a shell would. In torch 2.13 it quotes the folders of headers, and
 neither sources nor what is made nor the folders of libraries.
@@ -7,11 +7,19 @@ neither sources nor what is made nor the folders of libraries.
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
+
+INSTALL_COMPILER = "install g++ (Debian, Ubuntu: apt-get install g++)"
+
+
+def cpp_compiler() -> str | None:
+    """Path of the C++ compiler that Inductor finds; None without one."""
+    return shutil.which("g++") or shutil.which("clang++")
 
 
 @contextmanager

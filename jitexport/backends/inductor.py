@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from jitexport import processes
 from jitexport.backends.base import Backend, RawEngine, assign_weights
-from jitexport.backends.commands import quoted_paths
+from jitexport.backends.commands import INSTALL_COMPILER, cpp_compiler, quoted_paths
 from jitexport.backends.eager import as_engine
 from jitexport.errors import BackendError, CompileError
 from jitexport.kernels.native import compile_with_kernels, native_kernels, write_record
@@ -71,8 +71,8 @@ class InductorBackend(Backend):
             return "no CUDA device is visible to torch"
         if device.type == "cuda" and importlib.util.find_spec("triton") is None:
             return "torch.compile needs Triton for CUDA: install a CUDA build of torch"
-        if shutil.which("g++") is None and shutil.which("clang++") is None:
-            return "torch.compile asks for a C++ compiler: install g++ (Debian, Ubuntu: apt-get install g++)"
+        if cpp_compiler() is None:
+            return f"torch.compile asks for a C++ compiler: {INSTALL_COMPILER}"
         return None
 
     def build(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor], directory: Path) -> None:
@@ -83,7 +83,7 @@ class InductorBackend(Backend):
             try:
                 if device.type == "cpu":
                     write_libraries(vector_trials(), cache)
-                _, kernels = compile_with_kernels(lambda: compiled(module, device, threads)(example), spec.name)
+                kernels = compile_with_kernels(lambda: compiled(module, device, threads)(example), spec.name)
                 saved = torch.compiler.save_cache_artifacts()
             except Exception as error:  # torch raises many types here, none of them ours
                 raise CompileError(f"torch.compile cannot compile engine {spec.name}", found=error) from error

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,6 @@ AVX2 = Instructions("AVX2", ("avx2", "fma3"), (torch.float32, torch.bfloat16))
 #: The file beside an engine that names its kernels.
 RECORD = "kernels.json"
 
-Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 _active: Instructions | None = None
@@ -86,17 +85,18 @@ def native_kernels() -> Iterator[set[str]]:
         _active, _used = before
 
 
-def compile_with_kernels(compiler: Callable[[], Result], name: str) -> tuple[Result, set[str]]:
+def compile_with_kernels(compiler: Callable[[], object], name: str) -> set[str]:
     """Run what compiles engine `name`, with the kernels, or without them where they do not compile.
 
     The kernels are templates of Inductor's private kind: another version of torch may take them otherwise.
 
     Returns:
-        The compiler's result, and the kernels in it.
+        The kernels that are in the result.
     """
     with native_kernels() as used:
         try:
-            return compiler(), used
+            compiler()
+            return used
         except Exception as error:
             if not used:
                 raise
@@ -105,7 +105,8 @@ def compile_with_kernels(compiler: Callable[[], Result], name: str) -> tuple[Res
         "engine %s is compiled without the kernels %s, by PyTorch's operators, which may be slower: %s",
         name, ", ".join(sorted(used)), reason.splitlines()[-1],
     )
-    return compiler(), set()
+    compiler()
+    return set()
 
 
 def write_record(directory: Path, used: Set[str]) -> None:

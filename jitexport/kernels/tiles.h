@@ -55,40 +55,45 @@ Floats power_of_two(Floats x) {
 // Number: of the rows. Those of quantized kinds reach from -TOP to TOP, plus OFFSET on the one side of the product
 // that must not have a sign; weights of attention reach up to WEIGHT_TOP, so that no sum of a chunk overflows.
 
-struct F32 {
+struct RealSums {
   using Sum = Floats;
-  using Number = float;
-  static constexpr int PACK = 1, OFFSET = 0;
-  static constexpr bool QUANTIZED = false, EXACT = true;
+  static constexpr int OFFSET = 0;
+  static constexpr bool QUANTIZED = false;
   static Sum start(int32_t) { return all(0.f); }
   static Floats real(Sum sum) { return sum; }
+};
+
+struct WholeSums {
+  using Sum = Ints;
+  static constexpr bool QUANTIZED = true, EXACT = false;
+  static Sum start(int32_t value) { return all(value); }
+  static Floats real(Sum sum) { return to_floats(sum); }
+};
+
+struct F32 : RealSums {
+  using Number = float;
+  static constexpr int PACK = 1;
+  static constexpr bool EXACT = true;
   static void add(Sum& sum, Ints a, Ints b) { asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
   static Ints weights(const float* from) { return load_words(from); }
   static Ints weights(const uint16_t* from) { return as_ints(load(from)); }
 };
 
 #ifdef __AVX512BF16__
-struct BF16 {
-  using Sum = Floats;
+struct BF16 : RealSums {
   using Number = uint16_t;
-  static constexpr int PACK = 2, OFFSET = 0;
-  static constexpr bool QUANTIZED = false, EXACT = false;
-  static Sum start(int32_t) { return all(0.f); }
-  static Floats real(Sum sum) { return sum; }
+  static constexpr int PACK = 2;
+  static constexpr bool EXACT = false;
   static void add(Sum& sum, Ints a, Ints b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
   static Ints weights(const uint16_t* from) { return load_words(from); }
 };
 #endif
 
 #if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && !defined(__AVX512BW__))
-struct Int8 {
-  using Sum = Ints;
+struct Int8 : WholeSums {
   using Number = uint8_t;
   static constexpr int PACK = 4, TOP = 127, OFFSET = 128;
   static constexpr float LOG2_WEIGHT_TOP = 7.9937876f;  // of 254.9: with a threshold of almost 1 it is still under 256
-  static constexpr bool QUANTIZED = true, EXACT = false;
-  static Sum start(int32_t value) { return all(value); }
-  static Floats real(Sum sum) { return to_floats(sum); }
 #ifdef __AVX512VNNI__
   static void add(Sum& sum, Ints u8, Ints s8) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u8), "v"(s8)); }
 #else
@@ -101,14 +106,10 @@ struct Int8 {
 
 // 8-bit weights where nothing sums 8-bit products: as 16-bit numbers, whose sums cannot saturate. The activations then
 // have 10 bits and a sign: 1023 * 127 * 16,384 inputs still fit into 32 bits.
-struct Int16 {
-  using Sum = Ints;
+struct Int16 : WholeSums {
   using Number = int16_t;
   static constexpr int PACK = 2, TOP = 1023, OFFSET = 0;
   static constexpr float LOG2_WEIGHT_TOP = 10.8289298f;  // of 1819: times 1023 and 1152 keys under 2^31
-  static constexpr bool QUANTIZED = true, EXACT = false;
-  static Sum start(int32_t value) { return all(value); }
-  static Floats real(Sum sum) { return to_floats(sum); }
   static void add(Sum& sum, Ints a, Ints b) {
     Ints products;
     asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+v"(sum), "=&v"(products) : "v"(a), "v"(b));
