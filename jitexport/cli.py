@@ -405,6 +405,15 @@ def generate(
     err.print(f"{num_images} image(s) in {seconds:.2f} s, seed {seed}")
 
 
+def _kernels(engines: Sequence[Any]) -> str:
+    """The kernels of jitexport's own that engines have, each set with the engines that have it."""
+    names: dict[str, list[str]] = {}
+    for engine in engines:
+        if engine.kernels is not None:
+            names.setdefault(engine.kernels, []).append(engine.name)
+    return "; ".join(f"{kernels} in {', '.join(of)}" for kernels, of in names.items())
+
+
 @app.command()
 def inspect(bundle: Bundle, as_json: Json = False) -> None:
     """Show what a bundle holds. Reads the manifest only; nothing is checked or opened."""
@@ -425,24 +434,25 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
         f"({_tera(schedule.tflops)} of {_tera(schedule.reference_tflops)} TFLOP)",
         "engines": f"{manifest.backend}, {manifest.precision}, built on {manifest.host.system} {manifest.host.machine} "
         f"{manifest.host.gpu or manifest.host.cpu} with torch {manifest.host.torch}",
-        **({"chosen": "; ".join(f"{field}: {reason}" for field, reason in manifest.chosen.items())}
-           if manifest.chosen else {}),
+        "kernels": _kernels(manifest.engines),
+        "chosen": "; ".join(f"{field}: {reason}" for field, reason in manifest.chosen.items()),
         "size": f"{manifest.size / 1e6:.1f} MB in {len(manifest.files)} files",
         "built": f"{manifest.created} with jitexport {manifest.jitexport_version}: {manifest.command or 'from Python'}",
     }.items():
-        facts.add_row(name, value)
+        if value:
+            facts.add_row(name, value)
     out.print(facts)
     stages = {f"stage{s.index}": s for s in schedule.stages}
     steps = {name: sum(s.steps for s in schedule.stages if s.index == stage.index) for name, stage in stages.items()}
     sizes = {
         e.name: sum(f.size for f in manifest.files if f.path.startswith(e.directory + "/")) for e in manifest.engines
     }
-    table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error", "kernels")
+    table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error")
     for engine in manifest.engines:
         stage = stages.get(engine.name)
         cells = (str(steps[engine.name]), str(stage.tokens), _tera(stage.step_tflops)) if stage else ("", "", "")
         error = "not run" if engine.relative_error is None else f"{engine.relative_error:.1g}"
-        table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", error, engine.kernels or "")
+        table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", error)
     out.print(table)
     for engine in manifest.engines:
         takes, gives = (", ".join(map(str, specs)) for specs in (engine.spec().inputs, engine.spec().outputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -18,7 +19,7 @@ from jitexport.errors import InputError, OutputError
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 #: What fsync answers where there is no such promise.
 _NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM}
-_NAME_BYTES = 200  # of a name that stays in the name of what is not finished; file systems take 255 in all
+_NAME_BYTES = 200  # of a name within the names of what stands beside it; file systems take 255 in all
 
 
 def check_writable(path: Path) -> None:
@@ -70,6 +71,12 @@ def sync(handle: int) -> None:
             raise
 
 
+def short_name(name: str) -> str:
+    """A name, or what stands for it where names that are made of it would be too long."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _NAME_BYTES else hashlib.sha256(encoded).hexdigest()[:32]
+
+
 def nearest_folder(path: Path) -> Path:
     """The folder that is there already, on the way to a path."""
     return next(parent for parent in Path(os.path.realpath(path)).parents if os.path.isdir(parent))
@@ -110,8 +117,7 @@ def temporary_folder(place: Path) -> Iterator[None]:
 @contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
     """A name beside a file, of which nothing is left at the end."""
-    name = os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])
-    part = path.with_name(f".{name}.{secrets.token_hex(4)}.part")
+    part = path.with_name(f".{short_name(path.name)}.{secrets.token_hex(4)}.part")
     try:
         yield part
     finally:

@@ -12,7 +12,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -27,7 +26,7 @@ from jitexport.backends.inductor import compiled as compile_module
 from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear, quantize
 from jitexport.kernels.native import instructions, native_kernels
-from jitexport.profile.measure import conditions, matmul_rate
+from jitexport.profile.measure import conditions, in_turns, matmul_rate
 from jitexport.specs import DTYPE_NAMES, DTYPES
 
 HEADS, CHANNELS = 4, 64
@@ -89,18 +88,6 @@ def layers(tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, int, Tensor, 
         yield f"{name}: {inputs} to {outputs}", 2 * tokens * inputs * outputs, exact, ways
 
 
-def measure(ways: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
-    """Median seconds of each way, in turns, after three runs of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for i in range(repeats + 3):
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            if i >= 3:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, action="append", help="repeatable; default 374, 650, 1040 and 4112")
@@ -120,7 +107,7 @@ def main() -> None:
             err.print(f"{tokens} tokens")
             for group in (attentions(tokens, dtype), layers(tokens, dtype)):
                 for what, operations, exact, ways in group:
-                    seconds = measure(ways, options.repeats)
+                    seconds = {n: statistics.median(s) for n, s in in_turns(ways, options.repeats).items()}
                     for name, run in ways.items():
                         error = ((run().float() - exact).norm() / exact.norm()).item()
                         rows.append({

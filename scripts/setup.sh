@@ -18,8 +18,8 @@ python -c 'import torch' 2>/dev/null || python -m pip install --quiet "torch==$t
 # An environment that is there already keeps its torch, unless another one was asked for by name.
 python - "${TORCH:-}" <<'END'
 import sys
-import torch
-if sys.argv[1] and torch.__version__.split("+")[0] != sys.argv[1]:
-    sys.exit(f"{sys.prefix} has torch {torch.__version__}, not {sys.argv[1]}: name another one by JITEXPORT_VENV")
+from importlib.metadata import version
+if sys.argv[1] and version("torch").split("+")[0] != sys.argv[1]:
+    sys.exit(f"{sys.prefix} has torch {version('torch')}, not {sys.argv[1]}: name another one by JITEXPORT_VENV")
 END
 python -m pip install --quiet --editable ".[$1]"

@@ -12,7 +12,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from jitexport.build import compare, eager_pipeline, probe_inputs
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import find_source, load_adapter
 from jitexport.plan import plan
-from jitexport.profile.measure import conditions, matmul_rate
+from jitexport.profile.measure import conditions, in_turns, matmul_rate
 from jitexport.specs import DTYPES, EngineSpec
 
 CPU = torch.device("cpu")
@@ -85,16 +84,13 @@ def main() -> None:
         runs: dict[str, Run] = {}
         for way in options.ways.split(","):
             err.print(f"building {way}", highlight=False)
-            make = by_openvino(options.stage) if way == "openvino" else None
-            runs[way] = make or by_backend(way, options.stage, options.dtype, Path(folder))
+            runs[way] = (
+                by_openvino(options.stage) if way == "openvino"
+                else by_backend(way, options.stage, options.dtype, Path(folder))
+            )  # fmt: skip
         errors = {way: compare([run()], [exact])[0] for way, run in runs.items()}
-        seconds: dict[str, list[float]] = {way: [] for way in runs}
         rates = [matmul_rate(DTYPES[options.dtype], CPU)]
-        for _ in range(options.rounds):
-            for way, run in runs.items():
-                start = time.perf_counter()
-                run()
-                seconds[way].append(time.perf_counter() - start)
+        seconds = in_turns(runs, options.rounds)
         rates.append(matmul_rate(DTYPES[options.dtype], CPU))
 
     rows = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import secrets
@@ -18,7 +17,7 @@ from typing import Self
 
 from jitexport.bundle.manifest import FILE_NAME
 from jitexport.errors import BundleError, BundleExistsError, InputError
-from jitexport.files import DISK_ERRORS, sync
+from jitexport.files import DISK_ERRORS, short_name, sync
 from jitexport.interrupts import finishing
 
 logger = logging.getLogger(__name__)
@@ -27,7 +26,6 @@ logger = logging.getLogger(__name__)
 _NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 #: Of a folder whose file system locks files only; it stays there, empty.
 LOCK_NAME = ".jitexport.lock"
-_NAME_BYTES = 200  # of a target's name in names beside it; file systems take 255 in all
 #: renameat2 where the kernel or the file system does not know how to exchange.
 _NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
 _AT_FDCWD = -100
@@ -108,18 +106,12 @@ class Staging:
             sync_folder(parent)
 
     @property
-    def _name(self) -> str:
-        """The target's name, or what stands for it where names made from it would be too long."""
-        name = self.target.name
-        return name if len(os.fsencode(name)) <= _NAME_BYTES else hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-
-    @property
     def _prefix(self) -> str:
-        return f".{self._name}.build-"
+        return f".{short_name(self.target.name)}.build-"
 
     @property
     def _replaced(self) -> Path:
-        return self.target.with_name(f".{self._name}.replaced")
+        return self.target.with_name(f".{short_name(self.target.name)}.replaced")
 
     @staticmethod
     def _lock_file(path: Path) -> Path:

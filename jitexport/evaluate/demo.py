@@ -146,6 +146,10 @@ class Judge:
         )
 
 
+#: Weights of red, green and blue in a colour's luminance (ITU-R BT.601).
+LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
 def pixels(image: Image.Image, size: int) -> np.ndarray:
     """RGB in 0..255 at `size`: [size, size, 3]."""
     return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BOX), dtype=np.float32)
@@ -153,7 +157,7 @@ def pixels(image: Image.Image, size: int) -> np.ndarray:
 
 def gradient(rgb: np.ndarray) -> float:
     """Mean gradient magnitude of the luminance: [H, W, 3] -> a number."""
-    luminance = rgb @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # [H, W]
+    luminance = rgb @ LUMINANCE  # [H, W]
     across, down = np.diff(luminance, axis=1)[:-1], np.diff(luminance, axis=0)[:, :-1]
     return float(np.hypot(across, down).mean())
 

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 from scipy import fft, ndimage
 
+from jitexport.evaluate.demo import pixels
 from jitexport.evaluate.scenes import COLOURS, SIDES, SIZE, Thing, accent
 
 COARSE, FINE, FULL = 48, 64, 128  # pixels a side at which objects are looked for, placed, and compared
@@ -78,8 +79,7 @@ class Seen:
 
 def to_array(picture: Image.Image, side: int) -> np.ndarray:
     """RGB in 0..1 at `side`: [side, side, 3]."""
-    small = picture.convert("RGB").resize((side, side), Image.Resampling.BOX)
-    return np.asarray(small, dtype=np.float32) / 255
+    return pixels(picture, side) / 255
 
 
 class Finder:

@@ -230,22 +230,12 @@ class PixelScorer(Scorer):
         }
 
 
-class VaeEncoder(nn.Module):
-    """Features of the model's own VAE encoder: what each block gives for a picture.
+class EncoderMaps(nn.Module):
+    """What each block of a VAE's encoder gives for a picture."""
 
-    Raises:
-        InputError: the model has no such encoder, or the bundle does not hold its weights.
-    """
-
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        vae = described_model(subject.manifest).components.get("vae")
-        encoder = getattr(vae, "encoder", None)
-        if encoder is None or not hasattr(encoder, "down_blocks"):
-            raise InputError("the model has no VAE encoder of blocks", found=type(vae).__name__)
-        state = {name.removeprefix("encoder."): t for name, t in vae_tensors(subject) if name.startswith("encoder.")}
-        encoder.load_state_dict({name: t.float() for name, t in state.items()}, assign=True)
-        self.first, self.blocks = encoder.conv_in.to(device()), encoder.down_blocks.to(device())
+        self.first, self.blocks = encoder.conv_in, encoder.down_blocks
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -256,6 +246,24 @@ class VaeEncoder(nn.Module):
             x = block(x)
             maps.append(x)
         return maps
+
+
+class VaeEncoder(EncoderMaps):
+    """Of the model's own VAE.
+
+    Raises:
+        InputError: the model has no such encoder, or the bundle does not hold its weights.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        vae = described_model(subject.manifest).components.get("vae")
+        encoder = getattr(vae, "encoder", None)
+        if encoder is None or not hasattr(encoder, "down_blocks"):
+            raise InputError("the model has no VAE encoder of blocks", found=type(vae).__name__)
+        state = {name.removeprefix("encoder."): t for name, t in vae_tensors(subject) if name.startswith("encoder.")}
+        encoder.load_state_dict({name: t.float() for name, t in state.items()}, assign=True)
+        super().__init__(encoder)
+        self.to(device())
 
 
 def vae_tensors(subject: Subject) -> Iterator[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ All of it at 128 x 128 pixels, which the reference pictures of the objects have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy import ndimage
-from torch import Tensor
 
+from jitexport.evaluate.demo import LUMINANCE
 from jitexport.evaluate.finder import FULL, Finder, Seen, to_array
+from jitexport.evaluate.metrics import EncoderMaps
 from jitexport.evaluate.scenes import Request, fits
 from jitexport.models.sources import DEMO_FOLDER
 
 MOST_UNEXPLAINED = 0.03  # share of a picture that may be neither object nor background
-LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 BAND_SIGMAS = (0.0, 0.7, 1.4, 2.8, 5.6)  # pixels of FULL
 
 
@@ -127,17 +127,11 @@ class SceneFeatures:
     def __init__(self, folder: Path = DEMO_FOLDER) -> None:
         from diffusers import AutoencoderKL
 
-        vae = AutoencoderKL.from_pretrained(folder / "vae").float().eval()
-        self.first: Callable[[Tensor], Tensor] = vae.encoder.conv_in
-        self.blocks = vae.encoder.down_blocks
+        self.maps = EncoderMaps(AutoencoderKL.from_pretrained(folder / "vae").float().eval().encoder)
 
-    @torch.inference_mode()
     def __call__(self, picture: Image.Image) -> np.ndarray:
         """Features of a picture: [2 C]."""
-        x = torch.from_numpy(to_array(picture, FULL)).permute(2, 0, 1)[None] * 2 - 1  # [1, 3, H, W]
-        x = self.first(x)
-        for block in self.blocks:
-            x = block(x)
+        x = self.maps(torch.from_numpy(to_array(picture, FULL)).permute(2, 0, 1)[None])[-1]  # [1, C, H, W]
         return torch.cat([x.mean((2, 3)), x.std((2, 3))], dim=1)[0].double().numpy()
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from jitexport.arguments import is_tensor
 from jitexport.errors import InputError, ModelNotFoundError
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration in a safetensors file
@@ -114,7 +115,7 @@ def _tensor(key: str, value: object) -> Tensor:
         if array.dtype.kind not in "fiu":
             raise InputError(f"{key[:200]} is no tensor of numbers", found=f"NumPy array of {array.dtype}")
         return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+    if not is_tensor(value):
         found = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"{key[:200]} is no tensor of numbers", found=found)
     return value.detach().clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -84,6 +84,22 @@ def shortest(run: Callable[[], object], device: torch.device, seconds: float) ->
             run()
         best = min(best, (now(device) - start) / together)
     return best
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int, warmups: int = 3) -> dict[str, list[float]]:
+    """Seconds of every run on a CPU, one of each way in turn, so that a machine that slows down slows all of them.
+
+    Args:
+        warmups: rounds that come first and are not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(warmups + rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if i >= warmups:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
