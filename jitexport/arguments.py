@@ -21,11 +21,6 @@ TENSOR_INPUTS = ("latents", "prompt_embeds")
 
 #: Arguments of diffusers' call that no bundle has a use for; their defaults are taken, and nothing else.
 WITHOUT_USE = {
-    "true_cfg_scale": "guidance without distillation runs the transformer twice, which engines are not made for",
-    "negative_prompt": "a guidance-distilled model has no use for it",
-    "negative_prompt_2": "a guidance-distilled model has no use for it",
-    "negative_prompt_embeds": "a guidance-distilled model has no use for them",
-    "negative_pooled_prompt_embeds": "a guidance-distilled model has no use for them",
     "ip_adapter_image": "engines have no image adapters",
     "ip_adapter_image_embeds": "engines have no image adapters",
     "negative_ip_adapter_image": "engines have no image adapters",
@@ -41,8 +36,9 @@ class BuiltIn:
     height: int
     width: int
     num_inference_steps: int
-    max_sequence_length: int
     sigmas: Sequence[float]
+    max_sequence_length: int | None = None
+    num_frames: int | None = None
 
 
 def check_built_in(given: Mapping[str, Any], built: BuiltIn) -> None:
@@ -56,25 +52,20 @@ def check_built_in(given: Mapping[str, Any], built: BuiltIn) -> None:
             _check_without_use(name, value)
         elif name == "sigmas":
             _check_sigmas(value, built.sigmas)
-        elif hasattr(built, name):
-            own = getattr(built, name)
+        elif (own := vars(built).get(name)) is not None:
             if value is not None and (not is_whole(value) or int(value) != own):
                 raise InputError(
                     f"this bundle is built for {name}={own}", found=shown(value), expected=own,
                     remedy=f"leave {name} out, or build a bundle for it",
                 )
         else:
-            known = ", ".join([*vars(built), *WITHOUT_USE])
+            known = ", ".join([*(n for n, own in vars(built).items() if own is not None), *WITHOUT_USE])
             raise InputError(f"no argument of this name: {name[:100]}", expected=f"those of the call, or {known}")
 
 
 def _check_without_use(name: str, value: object) -> None:
-    if name == "true_cfg_scale":
-        fine = value is None or (is_number(value) and float(value) <= 1)
-    else:
-        empty = isinstance(value, Mapping | list | tuple) and all(item in (None, "") for item in value)
-        fine = value is None or (isinstance(value, str) and not value) or empty
-    if not fine:
+    empty = isinstance(value, Mapping | list | tuple) and all(item in (None, "") for item in value)
+    if not (value is None or (isinstance(value, str) and not value) or empty):
         raise InputError(f"{name}: {WITHOUT_USE[name]}", found=shown(value), remedy=f"leave {name} out")
 
 

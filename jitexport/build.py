@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from dataclasses import replace as replaced
 from datetime import UTC, datetime
 from functools import partial
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
 from jitexport import causes, machine, registry
@@ -26,6 +25,7 @@ from jitexport.bundle import BundleWriter, Manifest
 from jitexport.bundle.golden import write_golden
 from jitexport.bundle.host import fingerprint
 from jitexport.bundle.manifest import (
+    CONSTANTS,
     FORMAT_VERSION,
     EngineEntry,
     GeometryEntry,
@@ -47,6 +47,7 @@ from jitexport.kernels.native import read_record
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import ModelSource, download, find_source, load_adapter
 from jitexport.plan import CustomSchedule, Plan, plan
+from jitexport.profile.measure import shortest
 from jitexport.quant import check_kind
 from jitexport.runtime import Pipeline
 from jitexport.schedule import StageSchedule
@@ -107,10 +108,11 @@ def eager_pipeline(
     batch: int,
     dtype: str,
     device: torch.device,
+    passes: int = 1,
 ) -> Pipeline:
     """The adapter's modules as a pipeline, without compiling anything: the reference for every backend."""
     chosen = registry.method(method)(adapter.geometry.grid, options, adapter.geometry.patch)
-    specs = adapter.specs(schedule, batch, dtype, preview=chosen.previews)
+    specs = adapter.specs(schedule, batch, dtype, preview=chosen.previews, passes=passes)
     for component in adapter.components.values():
         component.to(device)
     return Pipeline(
@@ -119,11 +121,37 @@ def eager_pipeline(
         schedule=schedule,
         geometry=adapter.geometry,
         defaults=adapter.defaults,
-        tokenizers=[FastTokenizer.from_str(t.json) for t in adapter.tokenizers()],
+        tokenizers=adapter.tokenizers(),
         batch_size=batch,
+        passes=passes,
+        constants={name: t.to(device) for name, t in adapter.constants(noise_levels(schedule)).items()},
         dtype=DTYPES[dtype],
         device=device,
     )
+
+
+def faster_passes(adapter: ModelAdapter, eager: Callable[..., Pipeline]) -> tuple[int, str | None]:
+    """Whether one run of all tokens at twice the batch is faster than two, measured on the modules before compiling.
+
+    Returns:
+        What to build, and why; 1 and None for models whose ordinary pipeline has no second pass.
+    """
+    scale = adapter.defaults.guidance.true
+    if scale is None or scale <= 1:
+        return 1, None
+    seconds = {}
+    for passes in (1, 2):
+        pipeline = eager(passes=passes)
+        run, inputs = next((pipeline.engines[s.name], i) for s, i in probe_inputs(pipeline) if s.name == "stage0")
+        seconds[passes] = shortest(lambda: run(*inputs), pipeline.device, 1.0) / passes  # noqa: B023 - called at once
+    best = min(seconds, key=seconds.__getitem__)
+    one, two = (seconds[n] * 2e3 for n in (1, 2))
+    return best, f"two passes take {one:.3g} ms one after the other and {two:.3g} ms at once, before compiling"
+
+
+def noise_levels(schedule: StageSchedule) -> Tensor:
+    """The noise levels that a schedule's steps start from, [S], fp32."""
+    return torch.tensor(schedule.sigmas[:-1], dtype=torch.float32)
 
 
 def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]]:
@@ -140,16 +168,14 @@ def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]
 
     ids = pipeline.tokenize([PROBE_PROMPT] * batch)
     yield ready("text", ids)
-    guidance = pipeline.defaults.guidance_scale
+    guidance = pipeline.defaults.guidance.distilled
     yield ready("condition", pipeline.condition_inputs(pipeline.engines["text"](*ids), guidance))
     condition = pipeline.encode([PROBE_PROMPT] * batch, guidance)
     for stage in pipeline.schedule.engines:
-        positions = geometry.grid.coordinates(device)[: stage.tokens].expand(batch, -1, -1)
-        cos, sin = geometry.rotary.tables(positions)
+        where = torch.arange(stage.tokens, device=device).expand(batch, -1)
         step = pipeline.schedule.steps_of(stage)[0]
-        known = {"tokens": noise(stage.tokens).to(pipeline.dtype), "cos": cos, "sin": sin}
-        known |= {"modulation": condition.modulation[step], **condition.static}
-        yield ready(stage.name, [known[s.name] for s in pipeline.engines[stage.name].spec.inputs])
+        run = pipeline.stage_inputs(stage, where, condition)
+        yield ready(stage.name, run(noise(stage.tokens), step))
     if "preview" in pipeline.engines:
         yield ready("preview", [noise(geometry.grid.halved().tokens)])
     yield ready("decode", [noise(geometry.grid.tokens)])
@@ -231,6 +257,7 @@ def build(
     replace: bool = False,
     jobs: int | None = None,
     quantization: str | None = None,
+    passes: int | None = None,
     command: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> BuildResult:
@@ -255,6 +282,9 @@ def build(
         jobs: processes that compile at once, each with the model in memory; by default as many as cores and memory
             allow, where the backend's engines can be compiled apart.
         quantization: "int8" or "fp8", of the transformer blocks' linear layers; see `jitexport.quant`.
+        passes: 1 for stage engines that run a prompt and its negative prompt one after the other, 2 for engines that
+            run both at once, at twice the batch. By default, for models whose ordinary pipeline has a second pass,
+            whichever is faster here (see `faster_passes`), else 1.
         command: what the user typed, for the manifest.
         progress: told about the steps.
 
@@ -267,6 +297,8 @@ def build(
     device, backend, dtype = chosen.device, chosen.backend, chosen.dtype
     engine_backend, target_device = check_request(backend, dtype, batch, device, target, quantization)
     check_jobs(jobs, engine_backend)
+    if passes not in (None, 1, 2):
+        raise InputError("stage engines run one pass or two", found=passes, expected="1 or 2", remedy="leave it out")
     if weights not in ("store", "reference"):
         raise InputError("unknown weights", found=weights, expected="store or reference")
     source = model if isinstance(model, ModelSource) else find_source(str(model), base)
@@ -295,9 +327,15 @@ def build(
         check_quantization(adapter.settings().get("quantization"), engine_backend, target_device)  # the folder's own
         made = plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset, dtype=dtype)
         module_device = target_device if target is None else torch.device("cpu")
-        reference = eager_pipeline(
-            adapter, made.schedule, made.method, made.options, batch=batch, dtype=dtype, device=module_device
+        eager = partial(
+            eager_pipeline, adapter, made.schedule, made.method, made.options, batch=batch, dtype=dtype,
+            device=module_device,
         )
+        reasons = chosen.reasons
+        if passes is None:
+            passes, reason = (1, None) if target is not None else faster_passes(adapter, eager)
+            reasons = reasons if reason is None else {**reasons, "passes": reason}
+        reference = eager(passes=passes)
         progress.begin(["read the model", "weights", *(f"engine {name}" for name in reference.engines), "digests"])
         progress.step("weights")
         tensors = dict(adapter.tensors())
@@ -306,11 +344,12 @@ def build(
         if weights == "reference":
             references, referenced = find_references(folder, outside)
         stored, tied = write_weights(writer, outside, referenced)
+        constants = [
+            WeightsEntry(component=CONSTANTS, path=path)
+            for path in (writer.write_weights(CONSTANTS, reference.constants) if reference.constants else ())
+        ]
         tokenizers = [
-            TokenizerEntry(
-                name=t.name, path=writer.write_text(f"tokenizers/{t.name}.json", t.json), length=t.length
-            )
-            for t in adapter.tokenizers()
+            TokenizerEntry.of(t, writer.write_text(f"tokenizers/{t.name}.json", t.json)) for t in adapter.tokenizers()
         ]
         if jobs is None:
             size = sum(t.nbytes for t in tensors.values())
@@ -336,8 +375,6 @@ def build(
                     configs=configs,
                     settings=adapter.settings(),
                     config_digest=config_digest(configs),
-                    guidance_scale=adapter.defaults.guidance_scale,
-                    num_inference_steps=adapter.defaults.num_inference_steps,
                 ),
                 geometry=GeometryEntry.of(adapter.geometry),
                 method=MethodEntry(name=made.method, preset=made.preset, options=made.options),
@@ -345,11 +382,13 @@ def build(
                 backend=backend,
                 dtype=dtype,
                 batch=batch,
+                passes=reference.passes,
                 host=fingerprint(target_device, target, registry.backend(backend).libraries()),
-                chosen=chosen.reasons,
+                chosen=reasons,
                 engines=engines,
+                constants=tuple(map(TensorEntry.of, adapter.constant_specs(made.schedule.nfe, dtype))),
                 tokenizers=tuple(tokenizers),
-                weights=stored,
+                weights=(*stored, *constants),
                 tied=tied,
                 references=references,
                 reference_folder=str(folder.resolve()) if references else None,
@@ -449,8 +488,8 @@ def build_engines(
             entries.append(
                 EngineEntry(
                     name=spec.name, directory=name,
-                    inputs=tuple(TensorEntry(**asdict(s)) for s in spec.inputs),
-                    outputs=tuple(TensorEntry(**asdict(s)) for s in spec.outputs),
+                    inputs=tuple(map(TensorEntry.of, spec.inputs)),
+                    outputs=tuple(map(TensorEntry.of, spec.outputs)),
                     golden=write_golden(writer, spec, inputs, engine(*inputs)),
                     relative_error=relative, max_error=largest, kernels=kernels,
                 )

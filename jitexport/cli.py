@@ -326,7 +326,7 @@ def plan(
     geometry = adapter.geometry
     err.print(
         f"{model}: {geometry.height} x {geometry.width} pixels, {made.grid_tokens} image tokens, "
-        f"{geometry.rotary.text_tokens} text tokens; full step {_tera(made.cost(made.grid_tokens) / 1e12)} TFLOP",
+        f"{geometry.text_tokens} text tokens; full step {_tera(made.cost(made.grid_tokens) / 1e12)} TFLOP",
         soft_wrap=True,
     )
     table = Table("stage", "steps", "tokens", "share", "TFLOP/step", "TFLOP", "sigma from", "to")

@@ -205,7 +205,17 @@ class LoopGraph:
             return True
 
     def _whole(self) -> Function:
-        return Recording(lambda inputs: self._loop(inputs, self._stages), self._recorder, self._lock)
+        recordings: dict[frozenset[str], Recording] = {}  # with a second pass, and without
+
+        def run(inputs: Mapping[str, Tensor]) -> Tensor:
+            with self._lock:
+                recording = recordings.setdefault(
+                    frozenset(inputs),
+                    Recording(lambda given: self._loop(given, self._stages), self._recorder, self._lock),
+                )
+            return recording(inputs)
+
+        return run
 
     def _by_stage(self) -> Function:
         stages = {name: RecordedEngine(engine, self._recorder, self._lock) for name, engine in self._stages.items()}

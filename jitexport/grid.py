@@ -88,15 +88,16 @@ def _rows(y: Tensor, index: Tensor) -> Tensor:
 
 
 def pack(latents: Tensor, patch: int) -> Tensor:
-    """Patches of latents as tokens, in diffusers' order: [B, C, pH, pW] -> [B, H*W, C*p*p]."""
-    b, c, h, w = latents.shape
-    h, w = h // patch, w // patch
-    return latents.view(b, c, h, patch, w, patch).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, c * patch * patch)
+    """Patches of latents as tokens, in diffusers' order: [B, C, (T,) pH, pW] -> [B, (T*)H*W, C*p*p]."""
+    b, c, *frames, h, w = latents.shape
+    patches = latents.reshape(b, c, -1, h // patch, patch, w // patch, patch)
+    return patches.permute(0, 2, 3, 5, 1, 4, 6).reshape(b, math.prod((*frames, h // patch, w // patch)), -1)
 
 
 def unpack(tokens: Tensor, grid: TokenGrid, patch: int) -> Tensor:
-    """Inverse of `pack`: [B, H*W, C*p*p] -> [B, C, pH, pW]."""
+    """Inverse of `pack`: [B, (T*)H*W, C*p*p] -> [B, C, (T,) pH, pW]."""
     b, _, c = tokens.shape
-    h, w = grid.shape
+    *frames, h, w = grid.shape
     c //= patch * patch
-    return tokens.view(b, h, w, c, patch, patch).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h * patch, w * patch)
+    patches = tokens.reshape(b, -1, h, w, c, patch, patch).permute(0, 4, 1, 2, 5, 3, 6)
+    return patches.reshape(b, c, *frames, h * patch, w * patch)

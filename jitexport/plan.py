@@ -91,7 +91,9 @@ def plan(
     meta = meta_adapter(adapter, dtype)
     cost = step_cost(meta, dtype)
     preview = preview_cost(meta, dtype) if chosen.previews else 0.0
-    target = Target(speedup, custom, cost, reference_steps, adapter.native_sigmas, preview)
+    target = Target(
+        speedup, custom, cost, reference_steps, adapter.native_sigmas, preview, adapter.family, adapter.shift
+    )
     schedule = chosen.schedule(target)
     return Plan(schedule, cost, preview, geometry.grid.tokens, reference_steps, speedup, method, preset, options)
 

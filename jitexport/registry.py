@@ -7,7 +7,7 @@ Adding a model family, a method or a backend means adding one file and one line 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jitexport.errors import UnknownNameError
 
@@ -15,24 +15,22 @@ if TYPE_CHECKING:
     from jitexport.backends.base import Backend
     from jitexport.methods.base import Method
     from jitexport.models.base import ModelAdapter
-    from jitexport.models.naming import Naming
 
-#: Model families, by the diffusers pipeline class that a model folder names in model_index.json.
+
+class Family(NamedTuple):
+    """A model family: its adapter's class, and the names that `--model` takes for its published models."""
+
+    adapter: str
+    models: tuple[str, ...] = ()
+
+
+#: By the diffusers pipeline class that a model folder names in model_index.json.
 FAMILIES = {
-    "FluxPipeline": "jitexport.models.flux:FluxAdapter",
+    "FluxPipeline": Family("jitexport.models.flux:FluxAdapter", ("flux", "flux-schnell")),
 }
 
-#: The names that a family's modules have in adapters and in other checkpoints; see `jitexport.models.naming`.
-NAMINGS = {
-    "FluxPipeline": "jitexport.models.flux_names:NAMING",
-}
-
-#: Model names that `--model` takes, beside folders and hub ids.
-MODELS = {
-    "demo": "jitexport.models.sources:demo",
-    "flux": "jitexport.models.sources:flux_dev",
-    "flux-schnell": "jitexport.models.sources:flux_schnell",
-}
+#: What `--model` takes, beside folders and hub ids.
+MODELS = ("demo", *(name for family in FAMILIES.values() for name in family.models))
 
 #: Spatial acceleration methods.
 METHODS = {
@@ -65,17 +63,15 @@ def _resolve(table: dict[str, str], kind: str, name: str) -> Any:
 
 def family(pipeline_class: str) -> type[ModelAdapter]:
     """The adapter class of a diffusers pipeline class name."""
-    return _resolve(FAMILIES, "model family", pipeline_class)
+    return _resolve({name: entry.adapter for name, entry in FAMILIES.items()}, "model family", pipeline_class)
 
 
-def naming(pipeline_class: str) -> Naming:
-    """The names of a family's modules in adapters, by the family's diffusers pipeline class."""
-    return _resolve(NAMINGS, "model family", pipeline_class)
-
-
-def model_source(name: str) -> Any:
-    """The function that describes a registered model: see `jitexport.models.sources`."""
-    return _resolve(MODELS, "model", name)
+def family_of(model: str) -> str:
+    """The pipeline class of a published model's name."""
+    table = {name: pipeline_class for pipeline_class, entry in FAMILIES.items() for name in entry.models}
+    if model not in table:
+        raise UnknownNameError("unknown model", found=model, expected=f"one of: {', '.join(MODELS)}")
+    return table[model]
 
 
 def method(name: str) -> type[Method]:

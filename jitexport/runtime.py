@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 
 from jitexport import causes, machine, registry
@@ -34,6 +33,7 @@ from jitexport.arguments import (
     check_path,
     check_prompts,
     check_tensor_inputs,
+    is_number,
     is_tensor,
     require_finite,
     shown,
@@ -58,10 +58,11 @@ from jitexport.lora import Change, read_lora
 from jitexport.methods.base import Draws, Method
 from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry
 from jitexport.models.naming import Naming
+from jitexport.prompting import Tokenizer
 from jitexport.quant import kind_of, quantize
 from jitexport.sampler import OnStep, Velocity, draw, sample
 from jitexport.schedule import Stage, StageSchedule
-from jitexport.specs import DTYPES
+from jitexport.specs import DTYPES, EngineSpec
 from jitexport.weights import SharedWeights
 
 if TYPE_CHECKING:  # a pipeline can be made of engines alone; bundles are read in `load`
@@ -71,6 +72,9 @@ if TYPE_CHECKING:  # a pipeline can be made of engines alone; bundles are read i
 
 logger = logging.getLogger(__name__)
 
+#: What the names of a bundle's constants begin with, among its tensors.
+CONSTANTS = "constants"
+
 OutputType = Literal["pil", "np", "pt", "latent"]
 
 #: (pipeline, step index, timestep, {"latents": ...}) -> {"latents": ...} or {}; raising ends the call.
@@ -79,40 +83,91 @@ Callback = Callable[["Pipeline", int, float, dict[str, Tensor]], Mapping[str, Te
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """`images`: PIL images, or an array [n, H, W, 3], or tensors [n, 3, H, W] or latents [n, N, C]."""
+    """`images`: PIL images, or an array [n, H, W, 3], or tensors [n, 3, H, W] or latents [n, N, C].
+
+    Of videos: a list of frames for each, or an array [n, F, H, W, 3], or tensors [n, F, 3, H, W].
+    """
 
     images: Any
+
+    @property
+    def frames(self) -> Any:
+        """Videos, by diffusers' name for them."""
+        return self.images
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What all steps of a batch share.
+    """What the stage engines read beside tokens and positions, by the names of their inputs.
 
     Attributes:
-        modulation: vectors of every step, [S, B, M].
-        static: further inputs of the stage engines, by name.
+        per_step: a value for every step, [S, B, ...] each.
+        static: what all steps share, [B, ...] each.
     """
 
-    modulation: Tensor
+    per_step: Mapping[str, Tensor]
     static: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, spec: EngineSpec, outputs: Sequence[Tensor]) -> Condition:
+        """From what a condition engine gave."""
+        given = list(zip(spec.outputs, outputs, strict=True))
+        return cls(*({s.name: v for s, v in given if s.per_step == wanted} for wanted in (True, False)))
+
+    def beside(self, other: Condition) -> Condition:
+        """Both as that of one batch, of this one's images and then of the other's."""
+
+        def joined(dim: int, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: torch.cat([a[name], b[name]], dim=dim) for name in a}
+
+        return Condition(joined(1, self.per_step, other.per_step), joined(0, self.static, other.static))
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Classifier-free guidance of a batch: see `jitexport.guidance`.
+
+    Attributes:
+        negative: what the second pass reads.
+        scale: of each image, [B], fp32.
+        steps: those that have a second pass.
+    """
+
+    negative: Condition
+    scale: Tensor
+    steps: range
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """What n images show: prompts for the first and the other text encoders, or the encoders' outputs [n, ...]."""
+    """What n images show: a list of prompts for each text encoder, or the encoders' outputs [n, ...]."""
 
     count: int
-    prompts: Sequence[str] = ()
-    prompts_2: Sequence[str] = ()
+    prompts: Sequence[Sequence[str]] = ()
     given: Sequence[Tensor] | None = None
 
     def embeddings(self, pipe: Pipeline, rows: Sequence[int]) -> Sequence[Tensor]:
         """The text engine's outputs for a chunk of images."""
         if self.given is not None:
             return [t[list(rows)] for t in self.given]
-        return pipe.engines["text"](
-            *pipe.tokenize([self.prompts[i] for i in rows], [self.prompts_2[i] for i in rows])
-        )
+        return pipe.engines["text"](*pipe.tokenize(*([prompts[i] for i in rows] for prompts in self.prompts)))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a call asks for, checked.
+
+    Attributes:
+        texts, negative: of the images, and of their second pass; None for none.
+        distilled: the guidance that is an input.
+        scale, steps: of the second pass.
+    """
+
+    texts: _Texts
+    negative: _Texts | None
+    distilled: float | None
+    scale: float
+    steps: range
 
 
 class Pipeline:
@@ -124,6 +179,8 @@ class Pipeline:
         engines: by name: text, condition, stage<k>, decode, and preview where the method looks at pictures between
             stages; each for exactly `batch_size` images.
         batch_size: images per engine run; longer lists are run in chunks, the last one padded.
+        passes: 2 where a stage engine runs a prompt and its negative prompt at once, at twice the batch.
+        constants: what stages read of each step that depends on nothing but its noise level, [S, ...], by name.
         weights: what the engines read, and can be changed between calls; None where they hold copies of their own.
         graph: the denoising loop as a CUDA graph, used where no callback looks at its steps; None without.
         threads: of a call's computations on a CPU; None for torch's own setting, but no more than the processors that
@@ -138,8 +195,10 @@ class Pipeline:
         schedule: StageSchedule,
         geometry: ModelGeometry,
         defaults: ModelDefaults,
-        tokenizers: Sequence[FastTokenizer],
+        tokenizers: Sequence[Tokenizer],
         batch_size: int,
+        passes: int = 1,
+        constants: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype,
         device: torch.device,
         weights: SharedWeights | None = None,
@@ -153,8 +212,10 @@ class Pipeline:
         self.schedule = schedule
         self.geometry = geometry
         self.defaults = defaults
-        self.tokenizers = list(tokenizers)
+        self.readers = [tokenizer.reader() for tokenizer in tokenizers]
         self.batch_size = batch_size
+        self.passes = passes
+        self.constants = dict(constants or {})
         self.dtype = dtype
         self.device = device
         self.method = method
@@ -177,7 +238,7 @@ class Pipeline:
     @method.setter
     def method(self, method: Method) -> None:
         self._method = method
-        self._rotary = self.geometry.rotary.tables(method.places(self.device)[None])
+        self._tables = self.geometry.positions.tables(method.places(self.device))
 
     def set_progress_bar_config(self, *, disable: bool) -> None:
         """Switch the progress bar on stderr off or on; it is on by default on a terminal."""
@@ -312,23 +373,24 @@ class Pipeline:
 
     # --- the phases of a call ---
 
-    def tokenize(self, prompts: Sequence[str], prompts_2: Sequence[str] | None = None) -> list[Tensor]:
-        """Token ids for each tokenizer, [B, L]; a prompt that is too long is cut, with a warning in the log.
+    def tokenize(self, prompts: Sequence[str], *others: Sequence[str]) -> list[Tensor]:
+        """What the text engine takes: token ids of each tokenizer, [B, L], and its mask where it has one.
+
+        A prompt that is too long is cut, with a warning in the log.
 
         Args:
-            prompts_2: other prompts for the tokenizers after the first.
+            prompts: for the first tokenizer.
+            others: for those after it, in order; those that have none read what the first one reads.
         """
-        ids = []
+        inputs = []
         cut: dict[str, list[str]] = {}
-        for i, tokenizer in enumerate(self.tokenizers):
-            texts = list(prompts if i == 0 or prompts_2 is None else prompts_2)
-            encodings = tokenizer.encode_batch(texts)
-            for text, encoding in dict(zip(texts, encodings, strict=True)).items():
-                if encoding.overflowing:
-                    cut.setdefault(text, []).append(str(len(encoding.ids)))
-            ids.append(torch.tensor([e.ids for e in encodings], dtype=torch.int64, device=self.device))
+        for i, reader in enumerate(self.readers):
+            encoded = reader.encode([prompts, *others][i] if i <= len(others) else prompts)
+            for prompt in dict.fromkeys(encoded.cut):
+                cut.setdefault(prompt, []).append(str(reader.tokenizer.length))
+            inputs += [encoded.ids, encoded.mask] if reader.tokenizer.mask else [encoded.ids]
         self._warn_of_cuts(cut)
-        return ids
+        return [t.to(self.device) for t in inputs]
 
     def _warn_of_cuts(self, cut: Mapping[str, Sequence[str]]) -> None:
         """Once for a prompt in a call, and of a long one its beginning."""
@@ -340,8 +402,7 @@ class Pipeline:
 
     def draw(self, generators: Sequence[torch.Generator]) -> Draws:
         """Everything random, for one image per generator."""
-        geometry = self.geometry
-        return draw(self.method, self.schedule, geometry.latent_shape, geometry.patch, generators)
+        return draw(self.method, self.schedule, *self.geometry.drawn, generators)
 
     def encode(self, prompts: Sequence[str], guidance_scale: float | None) -> Condition:
         """Text and condition engines: everything that the loop reads but does not change.
@@ -353,11 +414,8 @@ class Pipeline:
 
     def condition(self, embeddings: Sequence[Tensor], guidance_scale: float | None) -> Condition:
         """What the loop reads, from the text engine's outputs."""
-        condition = self.engines["condition"]
-        modulation, *static = condition(*self.condition_inputs(embeddings, guidance_scale))
-        return Condition(
-            modulation, {s.name: v for s, v in zip(condition.spec.outputs[1:], static, strict=True)}
-        )
+        engine = self.engines["condition"]
+        return Condition.of(engine.spec, engine(*self.condition_inputs(embeddings, guidance_scale)))
 
     def condition_inputs(self, embeddings: Sequence[Tensor], guidance_scale: float | None) -> list[Tensor]:
         """What the condition engine takes, in its order, from the text engine's outputs."""
@@ -369,6 +427,28 @@ class Pipeline:
             )
         return [available[spec.name] for spec in self.engines["condition"].spec.inputs]
 
+    def stage_inputs(
+        self, stage: Stage, where: Tensor, condition: Condition, negative: Condition | None = None
+    ) -> Callable[[Tensor, int], list[Tensor]]:
+        """What a stage's engine takes, as a function of tokens [B, m, C] and the number of a step.
+
+        Args:
+            where: which of the method's places the tokens are at, [B, m].
+            negative: of the second pass, for engines that run both passes at once; without one, both are the first.
+        """
+        if self.passes == 2:
+            condition, where = condition.beside(negative or condition), where.repeat(2, 1)
+        spec = self.engines[stage.name].spec
+        fixed = self.geometry.positions.gather(self._tables, where) | condition.static
+
+        def inputs(tokens: Tensor, step: int) -> list[Tensor]:
+            tokens = tokens.to(self.dtype)
+            own = {name: value[step] for name, value in (*condition.per_step.items(), *self.constants.items())}
+            values = {**fixed, **own, "tokens": tokens if self.passes == 1 else tokens.repeat(2, 1, 1)}
+            return [values[s.name] for s in spec.inputs]
+
+        return inputs
+
     def denoise(
         self,
         condition: Condition,
@@ -376,24 +456,31 @@ class Pipeline:
         on_step: OnStep | None = None,
         stop: Callable[[], bool] = lambda: False,
         healthy: list[Tensor] | None = None,
+        guided: Guided | None = None,
     ) -> Tensor:
-        """The stage loop: clean latents [B, N, C], fp32. As one CUDA graph where there is one and no `on_step`.
+        """The stage loop: clean latents [B, N, C], fp32. As one CUDA graph where `at_once` says so and no `on_step`.
 
         Args:
             on_step, stop: see `sampler.sample`.
             healthy: is given a truth value for each step, on the device: whether its velocity is finite.
+            guided: classifier-free guidance.
         """
-        if self.graph is not None and on_step is None:
-            return self.graph(_by_name(condition, draws))
+        if on_step is None and self.at_once(guided):
+            return self.graph(_by_name(condition, draws, guided))
 
         def begin_stage(stage: Stage, where: Tensor) -> Velocity:
             engine = self.engines[stage.name]
-            cos, sin = self.geometry.rotary.gather(self._rotary, where)
-            fixed = {"cos": cos, "sin": sin, **condition.static}
+            negative = None if guided is None else guided.negative
+            inputs = self.stage_inputs(stage, where, condition, negative)
+            second = None if negative is None or self.passes == 2 else self.stage_inputs(stage, where, negative)
 
             def velocity(tokens: Tensor, step: int) -> Tensor:
-                inputs = {**fixed, "tokens": tokens.to(self.dtype), "modulation": condition.modulation[step]}
-                u = engine(*(inputs[spec.name] for spec in engine.spec.inputs))[0]
+                u = engine(*inputs(tokens, step))[0]
+                if self.passes == 2:
+                    u, v = u.chunk(2)
+                if guided is not None and step in guided.steps:
+                    v = v if second is None else engine(*second(tokens, step))[0]
+                    u = self.defaults.guidance.combine(u, v, guided.scale)
                 if healthy is not None:
                     healthy.append(u.isfinite().all())
                 return u
@@ -401,6 +488,10 @@ class Pipeline:
             return velocity
 
         return sample(self.method, self.schedule, draws, begin_stage, on_step, self.preview, stop)
+
+    def at_once(self, guided: Guided | None) -> bool:
+        """Whether the loop runs as a graph: where there is one, and all steps have a second pass or none has."""
+        return self.graph is not None and (guided is None or len(guided.steps) == self.schedule.nfe)
 
     def preview(self, latents: Tensor) -> Tensor:
         """Latents of half the sides [B, N / 4, C] -> pictures [B, 3, H / 2, W / 2] in [0, 1], fp32."""
@@ -414,7 +505,8 @@ class Pipeline:
         def loop(inputs: Mapping[str, Tensor], stages: Mapping[str, Engine]) -> Tensor:
             pipe = copy.copy(plain)
             pipe.engines = plain.engines | stages
-            return pipe.denoise(*_from_names(inputs))
+            condition, draws, guided = _from_names(inputs, self.schedule.nfe)
+            return pipe.denoise(condition, draws, guided=guided)
 
         return LoopGraph(loop, {s.name: self.engines[s.name] for s in self.schedule.stages}, recorder)
 
@@ -424,13 +516,17 @@ class Pipeline:
 
     @staticmethod
     def to_images(images: Tensor, output_type: OutputType) -> Any:
-        """Pictures [n, 3, H, W] in [0, 1], or latents, in the form that a caller asked for."""
+        """Pictures [n, 3, H, W] in [0, 1], or videos [n, 3, F, H, W], or latents, in the form asked for."""
+        video = images.dim() == 5
         if output_type in ("pt", "latent"):
-            return images
-        array = images.permute(0, 2, 3, 1).float().cpu().numpy()
+            return images.movedim(1, 2) if video else images
+        array = images.movedim(1, -1).float().cpu().numpy()
         if output_type == "np":
             return array
-        return [Image.fromarray(a) for a in (array * 255).round().astype(np.uint8)]
+        pictures = (array * 255).round().astype(np.uint8)
+        if video:
+            return [[Image.fromarray(frame) for frame in frames] for frames in pictures]
+        return [Image.fromarray(a) for a in pictures]
 
     # --- the call ---
 
@@ -440,42 +536,53 @@ class Pipeline:
         prompt: str | Sequence[str] | None = None,
         *,
         prompt_2: str | Sequence[str] | None = None,
+        prompt_3: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_3: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         noise: Tensor | None = None,
         anchors: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
-        **built_in: Any,
+        **further: Any,
     ) -> PipelineOutput | tuple[Any]:
         """Make images.
 
         Args:
             prompt: one or several.
-            prompt_2: others for the second text encoder.
+            prompt_2, prompt_3: others for the second and the third text encoder.
+            negative_prompt, negative_prompt_2, negative_prompt_3: what the second pass of classifier-free guidance
+                reads, one for all images or one for each prompt.
             num_images_per_prompt: images of each prompt, next to each other in the result.
-            guidance_scale: for guidance-distilled models; the model's usual value by default.
+            guidance_scale: of guidance-distilled models, or of classifier-free guidance, whichever the model's own
+                pipeline means by it; the model's usual value by default.
+            true_cfg_scale: of classifier-free guidance, for models whose pipeline names it so; it takes a negative
+                prompt. Up to 1 there is no second pass.
+            guidance_interval: the shares of the steps from and up to which there is a second pass.
             generator: one per image, or one that goes on from image to image; a fresh seed for each call by default.
                 All randomness comes from here: the image of a seed is the same whatever runs beside it.
             latents: initial noise instead of drawn one, packed [n, N, C] or [n, C, H, W].
             noise: noise for later, likewise: of the micro-flow (JiT), or of each change of resolution, one field after
                 the other, [n, F * N, C] (RALU, Bottleneck).
             anchors: first active tokens (JiT), [n, m], int64.
-            prompt_embeds, pooled_prompt_embeds: what the text encoders give, [n, T, E] and [n, P], instead of prompts.
             output_type: "pil", "np" ([n, H, W, 3]), "pt" ([n, 3, H, W]) or "latent" (packed, [n, N, C]).
             return_dict: False returns (images,).
             callback_on_step_end: called after every step of every chunk as callback(pipeline, step, timestep,
                 {"latents": packed latents [B, N, C]}); may return {"latents": others}; raising ends the call, and
                 setting `pipeline._interrupt` skips the steps that are left of it. diffusers' callback objects work.
             callback_on_step_end_tensor_inputs: what the callback is given: "latents", "prompt_embeds" or both.
-            built_in: the other arguments of diffusers' call (height, num_inference_steps, max_sequence_length,
-                negative_prompt, ...): the bundle's own values or the ones that say nothing.
+            further: what the text encoders give instead of prompts, by diffusers' names (prompt_embeds [n, T, E],
+                pooled_prompt_embeds [n, P], ..., and with `negative_` in front), and the other arguments of diffusers'
+                call (height, num_inference_steps, max_sequence_length, ...): the bundle's own values or the ones that
+                say nothing.
 
         Raises:
             InputError: an argument that does not fit the bundle.
@@ -486,15 +593,19 @@ class Pipeline:
             raise InputError("unknown output_type", found=shown(output_type), expected="pil, np, pt or latent")
         if not isinstance(return_dict, bool | np.bool_):
             raise InputError("return_dict must be True or False", found=shown(return_dict))
-        check_built_in(built_in, self._built_in())
+        embeddings = {name: further.pop(name, None) for name in self._embedding_arguments()}
+        check_built_in(further, self._built_in())
         names = check_tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         per_prompt = check_count("num_images_per_prompt", num_images_per_prompt)
-        call = Call(guidance_scale=self._guidance(guidance_scale))
+        request = self._request(
+            [prompt, prompt_2, prompt_3], [negative_prompt, negative_prompt_2, negative_prompt_3], embeddings,
+            guidance_scale, true_cfg_scale, guidance_interval, per_prompt,
+        )
+        call = Call(guidance_scale=request.distilled if request.negative is None else request.scale)
         held = self.weights.reading() if self.weights is not None else nullcontext()
         with held, self.on_threads(), plain(inference=True), self._calls.one(call):
-            texts = self._texts(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds, per_prompt)
-            draws = self._draws(texts.count, generator, latents, noise, anchors)
-            results = self._chunks(call, texts, draws, output_type, callback_on_step_end, names)
+            draws = self._draws(request.texts.count, generator, latents, noise, anchors)
+            results = self._chunks(call, request, draws, output_type, callback_on_step_end, names)
         with plain():  # ordinary tensors go out
             images = self.to_images(torch.cat(results), output_type)
         return PipelineOutput(images) if return_dict else (images,)
@@ -502,14 +613,14 @@ class Pipeline:
     def _chunks(
         self,
         call: Call,
-        texts: _Texts,
+        request: _Request,
         draws: tuple[Tensor | None, ...],
         output_type: OutputType,
         callback: Callback | None,
         names: Sequence[str],
     ) -> list[Tensor]:
         """The images of a call, or its latents, `batch_size` at a time; the last chunk repeats its last image."""
-        results, size = [], self.batch_size
+        results, size, texts = [], self.batch_size, request.texts
         console = PlainConsole(stderr=True)  # of this call's own: a console has one bar at a time
         show = self._show_progress and _is_open(sys.stderr)
         with Progress(console=console, transient=True, disable=not show) as progress:
@@ -521,7 +632,8 @@ class Pipeline:
                 rows = [start + min(i, count - 1) for i in range(size)]
                 chunk = Draws(*(None if t is None else t[rows].to(self.device) for t in draws))
                 embeddings = texts.embeddings(self, rows)
-                condition = self.condition(embeddings, call.guidance_scale)
+                condition = self.condition(embeddings, request.distilled)
+                guided = self._guided(request, rows)
 
                 def on_step(i: int, sigma: float, latents: Callable[[], Tensor]) -> Tensor | None:
                     progress.advance(task)
@@ -530,15 +642,15 @@ class Pipeline:
                         return None
                     return self._callback(callback, names, i, latents, embeddings)  # noqa: B023 - called at once
 
-                at_once = self.graph is not None and callback is None and not call.interrupted
+                at_once = self.at_once(guided) and callback is None and not call.interrupted
                 healthy: list[Tensor] | None = None if at_once else []
                 y = self.denoise(
-                    condition, chunk, None if at_once else on_step, lambda: call.interrupted, healthy
+                    condition, chunk, None if at_once else on_step, lambda: call.interrupted, healthy, guided
                 )
                 progress.advance(task, self.schedule.nfe if at_once else 0)
                 pictures = y if output_type == "latent" else self.decode(y)
                 if not all(torch.stack([t.isfinite().all() for t in (y, pictures)]).tolist()):  # waits once a chunk
-                    raise self._not_finite(embeddings, condition, chunk, healthy, y)
+                    raise self._not_finite(embeddings, condition, chunk, healthy, y, guided)
                 results.append(pictures[:count])
         return results
 
@@ -549,19 +661,21 @@ class Pipeline:
         draws: Draws,
         healthy: list[Tensor] | None,
         latents: Tensor,
+        guided: Guided | None,
     ) -> NumericalError:
         """Where the numbers of a chunk ceased to be finite. A graph's steps are run once more, one after the other."""
 
         def fine(*tensors: Tensor) -> bool:
             return all(bool(t.isfinite().all()) for t in tensors)
 
+        conditions = [condition] if guided is None else [condition, guided.negative]
         if healthy is None:
             healthy = []
-            self.denoise(condition, draws, lambda *_: None, healthy=healthy)
+            self.denoise(condition, draws, lambda *_: None, healthy=healthy, guided=guided)
         first = next((i for i, step in enumerate(healthy) if not step), None)
         if not fine(*embeddings):
             where = "engine text"
-        elif not fine(condition.modulation, *condition.static.values()):
+        elif not all(fine(*c.per_step.values(), *c.static.values()) for c in conditions):
             where = "engine condition"
         elif first is not None:
             stage = next(stage for stage, steps in self.schedule if first in [step.index for step in steps])
@@ -647,59 +761,148 @@ class Pipeline:
     def guidance_scale(self) -> float | None:
         """That of this thread's call; the model's usual one outside of calls."""
         call = self._calls.current
-        return self.defaults.guidance_scale if call is None else call.guidance_scale
+        return self.defaults.guidance.scale if call is None else call.guidance_scale
 
     # --- its arguments ---
 
     def _built_in(self) -> BuiltIn:
-        geometry = self.geometry
+        geometry, schedule = self.geometry, self.schedule
         return BuiltIn(
-            geometry.height, geometry.width, self.schedule.nfe, geometry.rotary.text_tokens, self.schedule.sigmas[:-1]
+            geometry.height, geometry.width, schedule.nfe, schedule.sigmas[:-1], self.defaults.max_sequence_length,
+            geometry.frames,
         )
 
-    def _guidance(self, guidance_scale: float | None) -> float | None:
-        distilled = any(spec.name == "guidance" for spec in self.engines["condition"].spec.inputs)
-        if guidance_scale is None:
-            return self.defaults.guidance_scale
-        guidance_scale = check_number("guidance_scale", guidance_scale, least=0)
-        if not distilled and guidance_scale:
+    def _embedding_arguments(self) -> list[str]:
+        """The arguments by which a call gives what the text encoders would, for both passes."""
+        own = [self._argument(spec.name) for spec in self.engines["text"].spec.outputs]
+        return [*own, *(f"negative_{name}" for name in own)]
+
+    @staticmethod
+    def _argument(output: str) -> str:
+        return "pooled_prompt_embeds" if output == "pooled" else output
+
+    def _request(
+        self,
+        prompts: Sequence[Any],
+        negative: Sequence[Any],
+        embeddings: Mapping[str, Any],
+        guidance_scale: float | None,
+        true_cfg_scale: float | None,
+        interval: tuple[float, float],
+        per_prompt: int,
+    ) -> _Request:
+        """The arguments of a call, checked."""
+        distilled, scale = self._scales(guidance_scale, true_cfg_scale)
+        own = {name: value for name, value in embeddings.items() if not name.startswith("negative_")}
+        others = {name.removeprefix("negative_"): v for name, v in embeddings.items() if name.startswith("negative_")}
+        texts = self._texts("prompt", prompts, own, per_prompt)
+        second = self._negative(negative, others, scale, texts.count, per_prompt)
+        if second is None and true_cfg_scale is not None and scale > 1:
+            logger.warning("true_cfg_scale=%g without a negative prompt: there is no classifier-free guidance", scale)
+        return _Request(texts, second, distilled, scale, self._guided_steps(interval))
+
+    def _scales(self, guidance_scale: float | None, true_cfg_scale: float | None) -> tuple[float | None, float]:
+        """The distilled guidance, and the scale of the second pass."""
+        guidance = self.defaults.guidance
+        given = {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
+        given = {name: check_number(name, v, least=0) for name, v in given.items() if v is not None}
+        distilled = given.pop("guidance_scale", guidance.distilled) if guidance.distilled is not None else None
+        if guidance.true is None:
+            scale = 1.0
+        else:
+            scale = given.pop(guidance.argument, guidance.true)
+        for name, value in given.items():
+            if value > (name == "true_cfg_scale"):  # a guidance of 0, and a scale of 1, say nothing
+                raise InputError(
+                    f"this model takes no {name}" if name == "true_cfg_scale" else "this model takes no guidance",
+                    found=value, expected=0 if name == "guidance_scale" else "at most 1", remedy=f"leave {name} out",
+                )
+        return distilled, scale
+
+    def _negative(
+        self, prompts: Sequence[Any], embeddings: Mapping[str, Any], scale: float, count: int, per_prompt: int
+    ) -> _Texts | None:
+        """What the second pass reads; None where there is none."""
+        guidance = self.defaults.guidance
+        given = [p for p in prompts if not _says_nothing(p)] or [v for v in embeddings.values() if v is not None]
+        if guidance.true is None or scale <= 1:
+            if given:
+                raise InputError(
+                    "a negative prompt needs classifier-free guidance", found=f"a scale of {scale:g}",
+                    expected="a model that can be guided so" if guidance.true is None else "a scale above 1",
+                    remedy=f"{guidance.argument}=4.0, say; or leave the negative prompt out",
+                )
+            return None
+        if all(v is None for v in (*prompts, *embeddings.values())):
+            if guidance.negative is None:
+                return None
+            prompts = [guidance.negative, None, None]
+        if not any(v is not None for v in embeddings.values()):
+            n = count // per_prompt
+            first, *others = prompts
+            prompts = [[p] * n if isinstance(p, str) else p for p in ("" if first is None else first, *others)]
+        texts = self._texts("negative_prompt", prompts, embeddings, per_prompt)
+        if texts.count != count:
+            raise InputError("one negative prompt per prompt is needed", found=texts.count, expected=count)
+        return texts
+
+    def _guided_steps(self, interval: tuple[float, float]) -> range:
+        """The steps that have a second pass."""
+        fine = isinstance(interval, tuple | list) and len(interval) == 2 and all(map(is_number, interval))
+        if not fine or not 0 <= interval[0] <= interval[1] <= 1:
             raise InputError(
-                "this model takes no guidance", found=guidance_scale, expected=0, remedy="leave guidance_scale out"
+                "guidance_interval must be two shares of the steps", found=shown(interval),
+                expected="(from, up to), with 0 <= from <= up to <= 1",
             )
-        return guidance_scale if distilled else None
+        return range(*(round(share * self.schedule.nfe) for share in interval))
+
+    def _guided(self, request: _Request, rows: Sequence[int]) -> Guided | None:
+        """Guidance of a chunk of images."""
+        if request.negative is None or not request.steps:
+            return None
+        negative = self.condition(request.negative.embeddings(self, rows), request.distilled)
+        scale = torch.full((self.batch_size,), request.scale, dtype=torch.float32, device=self.device)
+        return Guided(negative, scale, request.steps)
 
     def _texts(
-        self,
-        prompt: str | Sequence[str] | None,
-        prompt_2: str | Sequence[str] | None,
-        prompt_embeds: Tensor | None,
-        pooled: Tensor | None,
-        per_prompt: int,
+        self, name: str, prompts: Sequence[Any], embeddings: Mapping[str, Any], per_prompt: int
     ) -> _Texts:
-        """What the images show, one after the other."""
-        if prompt_embeds is None and pooled is None:
-            prompts = check_prompts("prompt", prompt)
-            others = prompts if prompt_2 is None else check_prompts("prompt_2", prompt_2)
-            if len(others) != len(prompts):
-                raise InputError("one prompt_2 per prompt is needed", found=len(others), expected=len(prompts))
-            rows = [i for i in range(len(prompts)) for _ in range(per_prompt)]
-            return _Texts(len(rows), prompts=[prompts[i] for i in rows], prompts_2=[others[i] for i in rows])
-        if prompt is not None or prompt_2 is not None:
-            raise InputError("give prompts or prompt_embeds, not both")
-        given = {"prompt_embeds": prompt_embeds, "pooled": pooled}
+        """What the images show, one after the other.
+
+        Args:
+            name: of the first prompt's argument; the others have _2 and _3 behind it.
+            embeddings: what the text encoders give, by argument.
+        """
+        prefix = name.removesuffix("prompt")
+        first, *others = prompts
+        if all(value is None for value in embeddings.values()):
+            lists = [check_prompts(name, first)]
+            for i, other in enumerate(others, start=2):
+                if other is not None and i > len(self.readers):
+                    raise InputError(f"this model has no text encoder for {name}_{i}", remedy=f"leave {name}_{i} out")
+                lists.append(lists[0] if other is None else check_prompts(f"{name}_{i}", other))
+                if len(lists[-1]) != len(lists[0]):
+                    raise InputError(
+                        f"one {name}_{i} per {name} is needed", found=len(lists[-1]), expected=len(lists[0])
+                    )
+            rows = [i for i in range(len(lists[0])) for _ in range(per_prompt)]
+            return _Texts(len(rows), prompts=[[texts[i] for i in rows] for texts in lists])
+        if any(prompt is not None for prompt in prompts):
+            raise InputError(f"give {name}s or {prefix}prompt_embeds, not both")
         embeds = []
+        main = embeddings.get("prompt_embeds")
+        n = len(main) if is_tensor(main) and main.ndim else 0
         for spec in self.engines["text"].spec.outputs:
-            value = given.get(spec.name)
-            n = len(prompt_embeds) if is_tensor(prompt_embeds) and prompt_embeds.ndim else 0
+            value, argument = embeddings.get(self._argument(spec.name)), f"{prefix}{self._argument(spec.name)}"
             if not is_tensor(value) or tuple(value.shape) != (n, *spec.shape[1:]) or not n:
                 found = tuple(value.shape) if is_tensor(value) else type(value).__name__
                 raise InputError(
-                    f"{'pooled_prompt_embeds' if spec.name == 'pooled' else spec.name} do not fit", found=found,
+                    f"{argument} do not fit", found=found,
                     expected=f"a tensor {('n', *spec.shape[1:])}, and as many of the other",
                 )
             if not value.is_floating_point():
-                raise InputError(f"{spec.name} do not fit", found=value.dtype, expected="floating-point numbers")
-            require_finite(spec.name, value.float())
+                raise InputError(f"{argument} do not fit", found=value.dtype, expected="floating-point numbers")
+            require_finite(argument, value.float())
             embeds.append(value.detach().to(self.device, DTYPES[spec.dtype]).repeat_interleave(per_prompt, dim=0))
         return _Texts(len(embeds[0]), given=embeds)
 
@@ -765,20 +968,30 @@ def _is_open(stream: object) -> bool:
     return hasattr(stream, "write") and not getattr(stream, "closed", False)
 
 
-def _by_name(condition: Condition, draws: Draws) -> dict[str, Tensor]:
+def _says_nothing(prompt: object) -> bool:
+    """Whether a negative prompt is as good as none."""
+    return prompt is None or prompt == "" or (isinstance(prompt, list | tuple) and all(p in (None, "") for p in prompt))
+
+
+def _by_name(condition: Condition, draws: Draws, guided: Guided | None) -> dict[str, Tensor]:
     """Everything that the loop reads."""
-    named = {f"condition {name}": value for name, value in condition.static.items()}
-    named |= {f"draws {name}": value for name, value in vars(draws).items() if value is not None}
-    return {"modulation": condition.modulation, **named}
+    named = {f"draws {name}": value for name, value in vars(draws).items() if value is not None}
+    for kind, one in {"condition": condition, "negative": guided and guided.negative}.items():
+        if one is not None:
+            named |= {f"{kind} step {name}": value for name, value in one.per_step.items()}
+            named |= {f"{kind} all {name}": value for name, value in one.static.items()}
+    return named if guided is None else named | {"scale": guided.scale}
 
 
-def _from_names(named: Mapping[str, Tensor]) -> tuple[Condition, Draws]:
-    """The inverse of `_by_name`."""
+def _from_names(named: Mapping[str, Tensor], steps: int) -> tuple[Condition, Draws, Guided | None]:
+    """The inverse of `_by_name`, for guidance at all of the steps or none."""
 
     def starting(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
 
-    return Condition(named["modulation"], starting("condition ")), Draws(**starting("draws "))
+    condition, negative = (Condition(starting(f"{k} step "), starting(f"{k} all ")) for k in ("condition", "negative"))
+    guided = Guided(negative, named["scale"], range(steps)) if "scale" in named else None
+    return condition, Draws(**starting("draws ")), guided
 
 
 @survives_fork
@@ -825,7 +1038,7 @@ def load(
     bundle = EngineBundle.open(path, verify, model)
     manifest = bundle.manifest
     engines = EngineOpener(bundle, device)
-    geometry = manifest.geometry.geometry()
+    geometry = manifest.model_geometry
     with _declared("acceleration method"):
         method = registry.method(manifest.method.name)(geometry.grid, manifest.method.options, geometry.patch)
     if method.previews and not any(entry.name == "preview" for entry in manifest.engines):
@@ -834,7 +1047,9 @@ def load(
             remedy="build the bundle again",
         )
     with _declared("tokenizers"):
-        tokenizers = [FastTokenizer.from_file(str(bundle.path / t.path)) for t in manifest.tokenizers]
+        tokenizers = [t.tokenizer((bundle.path / t.path).read_text(encoding="utf-8")) for t in manifest.tokenizers]
+        for tokenizer in tokenizers:
+            tokenizer.reader()
     with machine.threads(threads or machine.default_threads()):  # some backends' engines keep the number
         opened = {entry.name: engines.open(entry) for entry in manifest.engines}
     pipeline = Pipeline(
@@ -845,11 +1060,13 @@ def load(
         defaults=manifest.defaults,
         tokenizers=tokenizers,
         batch_size=manifest.batch,
+        passes=manifest.passes,
+        constants=engines.constants(),
         dtype=DTYPES[manifest.dtype],
         device=engines.device,
         weights=engines.weights if engines.backend.live_weights else None,
         read_checkpoint=engines.read_checkpoint,
-        naming=registry.naming(manifest.model.family),
+        naming=manifest.model.adapter().naming,
         cuda_graphs=cuda_graphs and engines.backend.capturable,
         threads=threads,
         forkable=engines.backend.forkable,
@@ -904,6 +1121,23 @@ class EngineOpener:
         raw = self.backend.load(spec, directory, self.weights.tensors, partial(self._module, entry.name), self.device)
         return Engine(spec, raw, self.device)
 
+    def constants(self) -> dict[str, Tensor]:
+        """What stages read that depends on the noise levels only, [S, ...], among the bundle's tensors.
+
+        Raises:
+            ManifestError: one is missing, or is another one than was declared.
+        """
+        found = {}
+        for entry in self.bundle.manifest.constants:
+            value = self.weights.tensors.get(f"{CONSTANTS}.{entry.name}")
+            if value is None or (tuple(value.shape), value.dtype) != (entry.shape, DTYPES[entry.dtype]):
+                raise ManifestError(
+                    f"the constant {entry.name} is not as declared", found="nothing" if value is None else value.shape,
+                    expected=entry.spec(), remedy="build the bundle again",
+                )
+            found[entry.name] = value
+        return found
+
     def read_checkpoint(self, path: Path, base: Path | None = None) -> dict[str, Tensor]:
         """All tensors of another checkpoint of the bundle's model, by full name, in the bundle's dtype.
 
@@ -916,11 +1150,13 @@ class EngineOpener:
         """
         from jitexport.checkpoints import check_same_model, read_model
 
+        manifest = self.bundle.manifest
         with _declared("model family"):
-            adapter_class = registry.family(self.bundle.manifest.model.family)
-        adapter = read_model(adapter_class, path, base, self.bundle.manifest)
+            adapter = read_model(manifest.model.adapter(), path, base, manifest)
         check_same_model(self.bundle, adapter)
-        return dict(adapter.tensors())
+        sigmas = torch.tensor(manifest.schedule.sigmas[:-1], dtype=torch.float32)
+        constants = {f"{CONSTANTS}.{name}": value for name, value in adapter.constants(sigmas).items()}
+        return dict(adapter.tensors()) | constants
 
     def _module(self, name: str) -> torch.nn.Module:
         """An engine's module without weights; imports the model's code at the first need."""
@@ -928,7 +1164,7 @@ class EngineOpener:
             manifest = self.bundle.manifest
             model = manifest.model
             with _declared("model configuration"):
-                self._adapter = registry.family(model.family).from_configs(
+                self._adapter = model.adapter().from_configs(
                     model.configs, model.settings, DTYPES[manifest.dtype]
                 )
         return self._adapter.module(name)

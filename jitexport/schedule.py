@@ -166,6 +166,8 @@ class Target:
         reference_steps: steps of the ordinary pipeline.
         native_sigmas: noise levels of the ordinary pipeline with n steps, n + 1 values.
         preview: FLOPs of decoding one image at half its sides.
+        family: the model's, as `jitexport.registry.FAMILIES` names it, for settings that were published for it.
+        shift: of the noise levels of n steps, as `spaced_sigmas` has it; by `middle_shift` where it is left out.
     """
 
     speedup: float | None
@@ -174,6 +176,12 @@ class Target:
     reference_steps: int
     native_sigmas: Callable[[int], tuple[float, ...]]
     preview: float = 0.0
+    family: str = ""
+    shift: Callable[[int], float] | None = None
+
+    def own_shift(self, n: int) -> float:
+        """The shift of the model's noise levels of n steps."""
+        return middle_shift(self.native_sigmas) if self.shift is None else self.shift(n)
 
     def budget(self, tokens: int) -> float:
         """FLOPs that the asked speed-up leaves for all steps.
@@ -212,8 +220,8 @@ def spaced_sigmas(first: float, last: float, n: int, shift: float) -> tuple[floa
     return (first, *(shift * inner / (1 + (shift - 1) * inner)).tolist(), last)
 
 
-def own_shift(native: Callable[[int], tuple[float, ...]]) -> float:
-    """The shift of a model's own noise levels, from the middle one of two steps, which is h / (1 + h)."""
+def middle_shift(native: Callable[[int], tuple[float, ...]]) -> float:
+    """The shift of noise levels that are even ones shifted: of two steps, the middle one is h / (1 + h)."""
     middle = native(2)[1]
     return middle / (1 - middle)
 

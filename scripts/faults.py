@@ -536,7 +536,7 @@ def load_cycles(bundle: Path, cycles: int, growth: float = 0.01) -> Outcome:
     memory, files = [], []
     for _ in range(cycles):
         pipe = jitexport.load(bundle)
-        pipe.encode([PROMPTS[0]] * pipe.batch_size, pipe.defaults.guidance_scale)
+        pipe.encode([PROMPTS[0]] * pipe.batch_size, pipe.defaults.guidance.distilled)
         del pipe
         gc.collect()
         memory.append(resident())

@@ -35,10 +35,10 @@ from jitexport.backends.base import Engine
 from jitexport.backends.eager import as_engine
 from jitexport.graphs import CUDARecorder
 from jitexport.methods.base import Draws
-from jitexport.models.flux import quantize_blocks
 from jitexport.models.sources import ModelSource, config_adapter, find_source
 from jitexport.plan import Plan, plan
 from jitexport.profile.measure import Timing, conditions, copy_rate, matmul_rate, now
+from jitexport.quant import quantize_linears
 from jitexport.runtime import Condition, Pipeline
 
 err = Console(stderr=True, highlight=False)
@@ -157,7 +157,7 @@ class Bench:
         """The ordinary denoising loop, 50 steps on diffusers' own transformer."""
         adapter, transformer, device = self.adapter, self.transformer, self.device
         config, geometry = transformer.config, adapter.geometry
-        text = geometry.rotary.text_tokens
+        text = geometry.text_tokens
         rows, columns = geometry.grid.shape
         ids = torch.zeros(rows, columns, 3, device=device, dtype=self.dtype)
         ids[..., 1] += torch.arange(rows, device=device)[:, None]
@@ -192,7 +192,7 @@ class Bench:
     def ours(self, speedup: float, graphs: bool, fp8: bool = False) -> dict[str, Any]:
         """This package's denoising loop, and its engines alone, each run as often as the loop runs it."""
         if fp8 and not any(isinstance(m, quant.QuantizedLinear) for m in self.transformer.modules()):
-            quantize_blocks(self.transformer, "fp8")
+            quantize_linears(self.transformer, "fp8", self.adapter.quantized)
         made = plan(self.adapter, speedup=speedup)
         pipe = self.pipeline(made, graphs)
         with torch.inference_mode():
@@ -240,13 +240,12 @@ class Bench:
         engine = pipe.engines["condition"]
         known = {"sigmas": torch.tensor(pipe.schedule.sigmas[:-1]), "guidance": torch.full((1,), 3.5)}
         given = [known.get(s.name, torch.randn(s.shape, dtype=self.dtype)).to(self.device) for s in engine.spec.inputs]
-        modulation, *static = engine(*given)
-        return Condition(modulation, {s.name: v for s, v in zip(engine.spec.outputs[1:], static, strict=True)})
+        return Condition.of(engine.spec, engine(*given))
 
     def engine_seconds(self, pipe: Pipeline, name: str, condition: Condition, graphs: bool) -> float:
         """Seconds of one run of an engine among runs of nothing else."""
         engine = pipe.engines[name]
-        known = {"modulation": condition.modulation[0], **condition.static}
+        known = {**{name: value[0] for name, value in condition.per_step.items()}, **condition.static}
         kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
         given = [
             known[s.name] if s.name in known else torch.randn(s.shape, device=self.device).to(kinds[s.dtype])

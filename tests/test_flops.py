@@ -4,7 +4,7 @@ from torch import nn
 
 from jitexport.flops import StepCost, count_flops, meta_adapter, step_cost
 from jitexport.models.flux import FluxAdapter
-from jitexport.models.sources import config_adapter, flux_dev
+from jitexport.models.sources import config_adapter, published
 from jitexport.schedule import Stage, StageSchedule, solve_stages, stage_cost
 from jitexport.specs import EngineSpec, TensorSpec
 
@@ -23,7 +23,7 @@ def test_cost_is_a_parabola():
 def formula(adapter, tokens):
     """FLOPs of a step counted by hand: every linear layer by its rows, attention by L^2, 2 per multiply-add."""
     model = adapter.components["transformer"]
-    text = adapter.geometry.rotary.text_tokens
+    text = adapter.geometry.text_tokens
     embed = model.time_text_embed
     total = sum(2 * m.weight.numel() for m in embed.modules() if isinstance(m, nn.Linear))
     total += 2 * model.context_embedder.weight.numel() * text
@@ -61,7 +61,7 @@ def test_cost_holds_between_and_beyond_the_counts_that_it_was_measured_at(tiny_f
 
 def test_flux_dev():
     """FLUX.1-dev at 1024 x 1024 and 512 text tokens, in TFLOPs: a step 74.38, 50 steps 3719, 4x 899, 7x 535."""
-    cost = step_cost(config_adapter(flux_dev(), torch.bfloat16), "bf16")
+    cost = step_cost(config_adapter(published("flux"), torch.bfloat16), "bf16")
     assert cost(4096) / 1e12 == pytest.approx(74.38, abs=0.005)
     totals = {s: stage_cost(solve_stages(s, 4096, cost, 50), cost) / 1e12 for s in (1, 4, 7)}
     assert {s: round(t) for s, t in totals.items()} == {1: 3719, 4: 899, 7: 535}

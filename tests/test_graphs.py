@@ -224,13 +224,13 @@ def on_meta(method, custom, batch=2, shape=(12, 8), patch=2):
     schedule = made.schedule(target(custom))
     latent = (4, shape[0] * patch, shape[1] * patch)
     drawn = draw(made, schedule, latent, patch, [torch.Generator().manual_seed(s) for s in range(batch)])
-    rotary = Rotary((4, 6, 6), 10000.0, 10)
+    rotary = Rotary((4, 6, 6), 10000.0, grid_axes=tuple(range(3 - len(shape), 3)), text_tokens=10)
     fake = {name: None if value is None else value.to("meta") for name, value in vars(drawn).items()}
     with OnOneDevice():
-        tables = rotary.tables(made.places("meta")[None])
+        tables = rotary.tables(made.places("meta"))
 
         def begin_stage(stage, where):
-            cos, sin = rotary.gather(tables, where)
+            cos, sin = rotary.gather(tables, where).values()
             return lambda tokens, step: tokens.to(torch.bfloat16) * cos.mean() + sin.mean()
 
         y = sample(made, schedule, Draws(**fake), begin_stage)

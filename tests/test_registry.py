@@ -7,7 +7,7 @@ from jitexport.backends.base import Backend
 from jitexport.errors import UnknownNameError
 from jitexport.methods.base import Method
 from jitexport.models.base import ModelAdapter
-from jitexport.models.sources import ModelSource
+from jitexport.models.sources import ModelSource, published
 
 
 @pytest.mark.parametrize("name", registry.METHODS)
@@ -24,25 +24,26 @@ def test_backends(name):
 
 
 def test_every_registered_name_leads_somewhere():
-    for table in (registry.FAMILIES, registry.MODELS, registry.METHODS):
-        for target in table.values():
-            module, attribute = target.split(":")
-            assert hasattr(importlib.import_module(module), attribute)
+    adapters = [family.adapter for family in registry.FAMILIES.values()]
+    for target in (*adapters, *registry.METHODS.values()):
+        module, attribute = target.split(":")
+        assert hasattr(importlib.import_module(module), attribute)
 
 
 @pytest.mark.parametrize("name", registry.FAMILIES)
 def test_families_serve_the_pipeline_class_they_are_listed_under(name):
     family = registry.family(name)
     assert issubclass(family, ModelAdapter) and family.family == name
+    assert set(family.published) == set(registry.FAMILIES[name].models)
 
 
 @pytest.mark.parametrize("name", registry.MODELS)
 def test_models_describe_themselves_by_the_name_they_are_listed_under(name):
-    source = registry.model_source(name)()
+    source = published(name)
     assert isinstance(source, ModelSource) and source.name == name
 
 
-@pytest.mark.parametrize("find", [registry.method, registry.backend, registry.family, registry.model_source])
+@pytest.mark.parametrize("find", [registry.method, registry.backend, registry.family, registry.family_of])
 def test_unknown_names_are_answered_with_the_known_ones(find):
     with pytest.raises(UnknownNameError, match="unknown") as caught:
         find("nonesuch")

@@ -59,7 +59,8 @@ def different(a, b):
 
 
 def theirs(
-    folder, steps, sigmas=None, prompt="a red fox in the snow", size=(tiny.HEIGHT, tiny.WIDTH), text=10, **options
+    folder, steps, sigmas=None, prompt="a red fox in the snow", size=(tiny.HEIGHT, tiny.WIDTH), text=10, seeds=(3,),
+    **options,
 ):
     pipe = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -72,7 +73,7 @@ def theirs(
         width=size[1],
         num_inference_steps=steps,
         max_sequence_length=text,
-        generator=seeded(3),
+        generator=seeded(*seeds),
         output_type="pt",
         **options,
     ).images
@@ -506,3 +507,58 @@ def test_a_setting_after_loading_counts(make_bundle, monkeypatch):
 def test_numbers_of_threads_that_are_none(make_bundle, threads):
     with pytest.raises(InputError, match="threads"):
         jitexport.load(make_bundle(custom=CustomSchedule((1,), (1.0,))), threads=threads)
+
+
+# --- classifier-free guidance ---
+
+
+def guided_pair(folder, prompts, negative):
+    return theirs(folder, 4, prompt=prompts, negative_prompt=negative, true_cfg_scale=3.0, seeds=(3, 4))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("negative", ["a blue house", ""])
+def test_guidance_by_a_negative_prompt_is_flux_pipelines(tiny_flux, make_bundle, passes, negative):
+    """With the second pass in a run of its own, and beside the first."""
+    bundle = make_bundle(custom=CustomSchedule((4,)), method="dense", batch=2, passes=passes)
+    pipe = jitexport.load(bundle)
+    prompts = ["a red fox", "the green tree near the river"]
+    found = pipe(prompts, negative_prompt=negative, true_cfg_scale=3.0, generator=seeded(3, 4), output_type="pt").images
+    close(found, guided_pair(tiny_flux, prompts, [negative] * 2), atol=1e-4)
+
+
+def test_negative_prompts_may_be_one_for_each_prompt(tiny_flux, make_bundle):
+    pipe = jitexport.load(make_bundle(custom=CustomSchedule((4,)), method="dense", batch=2, passes=1))
+    negative = ["a dog", "snow"]
+    prompts = PROMPTS[:2]
+    found = pipe(prompts, negative_prompt=negative, true_cfg_scale=3.0, generator=seeded(3, 4), output_type="pt").images
+    close(found, guided_pair(tiny_flux, prompts, negative), atol=1e-4)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_an_interval_leaves_out_second_passes(make_bundle, passes):
+    """None of the steps is the image without guidance, all of them the guided one, some of them another."""
+    pipe = jitexport.load(make_bundle(custom=THREE, passes=passes))
+
+    def image(**options):
+        return latents(pipe, **options)
+
+    guided = {"negative_prompt": "a dog", "true_cfg_scale": 3.0}
+    whole, without = image(**guided), image()
+    assert different(whole, without)
+    assert torch.equal(image(**guided, guidance_interval=(0.2, 0.2)), without)
+    assert torch.equal(image(**guided, guidance_interval=(0.0, 1.0)), whole)
+    part = image(**guided, guidance_interval=(0.4, 1.0))
+    assert different(part, whole) and different(part, without)
+
+
+def test_both_ways_of_running_two_passes_give_one_image(make_bundle):
+    guided = {"negative_prompt": "a dog", "true_cfg_scale": 3.0}
+    one, two = (latents(jitexport.load(make_bundle(custom=THREE, passes=n)), **guided) for n in (1, 2))
+    close(one, two)
+
+
+def test_a_scale_without_a_negative_prompt_is_warned_of(pipe, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(latents(pipe, true_cfg_scale=4.0), latents(pipe))
+    assert "without a negative prompt" in caplog.text

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from jitexport import registry
 from jitexport.errors import ManifestError
-from jitexport.grid import TokenGrid
-from jitexport.models.base import ModelDefaults, ModelGeometry
-from jitexport.positions import Rotary
+from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry
+from jitexport.prompting import Tokenizer
 from jitexport.schedule import Stage, StageSchedule
 from jitexport.specs import EngineSpec, TensorSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILE_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
-#: Backends that were called otherwise when bundles of theirs were built.
-FORMER_NAMES = {"auto": "fastest"}
+#: The component that a bundle's constants are stored as.
+CONSTANTS = "constants"
 
 
 class _Entry(BaseModel):
@@ -47,11 +49,21 @@ class FileEntry(_Entry):
 
 
 class TensorEntry(_Entry):
-    """Name, shape and dtype of an engine's input or output."""
+    """Name, shape and dtype of an engine's input or output; see `jitexport.specs.TensorSpec`."""
 
     name: str
     shape: tuple[Annotated[int, Field(ge=1)], ...]
     dtype: Literal["fp32", "bf16", "int64"]
+    per_step: bool
+
+    @classmethod
+    def of(cls, spec: TensorSpec) -> TensorEntry:
+        """The entry of a specification."""
+        return cls(**vars(spec))
+
+    def spec(self) -> TensorSpec:
+        """As a `TensorSpec`."""
+        return TensorSpec(**self.model_dump())
 
 
 class EngineEntry(_Entry):
@@ -77,10 +89,7 @@ class EngineEntry(_Entry):
     def spec(self) -> EngineSpec:
         """As an `EngineSpec`."""
 
-        def specs(entries: tuple[TensorEntry, ...]) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(e.name, e.shape, e.dtype) for e in entries)
-
-        return EngineSpec(self.name, specs(self.inputs), specs(self.outputs))
+        return EngineSpec(self.name, tuple(i.spec() for i in self.inputs), tuple(o.spec() for o in self.outputs))
 
 
 class WeightsEntry(_Entry):
@@ -105,13 +114,26 @@ class ReferenceEntry(_Entry):
 
 
 class TokenizerEntry(_Entry):
-    """A tokenizer's JSON file and the length that prompts are padded to."""
+    """A tokenizer's JSON file, and what it is given: see `jitexport.prompting.Tokenizer`."""
 
     name: str
     path: str
     length: int = Field(ge=1)
+    template: str
+    empty: str
+    quoted: bool
+    mask: bool
 
     _path = field_validator("path")(_safe)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, path: str) -> TokenizerEntry:
+        """The entry of a tokenizer whose JSON is in a file of the bundle."""
+        return cls(path=path, **{name: value for name, value in vars(tokenizer).items() if name != "json"})
+
+    def tokenizer(self, text: str) -> Tokenizer:
+        """As a `Tokenizer`, with the file's JSON."""
+        return Tokenizer(json=text, **self.model_dump(exclude={"path"}))
 
 
 class ModelEntry(_Entry):
@@ -123,37 +145,37 @@ class ModelEntry(_Entry):
     configs: dict[str, dict[str, Any]]
     settings: dict[str, Any]
     config_digest: str
-    guidance_scale: float | None
-    num_inference_steps: int = Field(ge=1)
+
+    def adapter(self) -> type[ModelAdapter]:
+        """The family's adapter class.
+
+        Raises:
+            UnknownNameError: this version knows no such family.
+        """
+        return registry.family(self.family)
 
 
 class GeometryEntry(_Entry):
-    """Sizes: see `jitexport.models.base.ModelGeometry`."""
+    """Sizes, which follow from the model's configuration and settings: see `jitexport.models.base.ModelGeometry`."""
 
     grid: tuple[int, ...]
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     patch: int = Field(ge=1)
     height: int = Field(ge=1)
     width: int = Field(ge=1)
-    rotary_axes: tuple[int, ...]
-    rotary_theta: float
+    frames: int | None
     text_tokens: int = Field(ge=0)
 
     @classmethod
     def of(cls, geometry: ModelGeometry) -> GeometryEntry:
         """The entry of a geometry."""
-        return cls(
-            grid=geometry.grid.shape, latent_shape=geometry.latent_shape, patch=geometry.patch,
-            height=geometry.height, width=geometry.width, rotary_axes=geometry.rotary.axes,
-            rotary_theta=geometry.rotary.theta, text_tokens=geometry.rotary.text_tokens,
-        )
+        sizes = {name: getattr(geometry, name) for name in cls.model_fields if name != "grid"}
+        return cls(grid=geometry.grid.shape, **sizes)
 
-    def geometry(self) -> ModelGeometry:
-        """As a `ModelGeometry`."""
-        return ModelGeometry(
-            TokenGrid(self.grid), self.latent_shape, self.patch, self.height, self.width,
-            Rotary(self.rotary_axes, self.rotary_theta, self.text_tokens),
-        )
+    @property
+    def tokens(self) -> int:
+        """N, the number of tokens of the grid."""
+        return math.prod(self.grid)
 
 
 class StageEntry(_Entry):
@@ -221,9 +243,11 @@ class Manifest(_Entry):
     `chosen` has the reasons for what was left to the machine that built, by field.
     `tied` names tensors that are other names of a stored one: {alias: stored name}. `references` are weights that are
     read from the model's folder, by default `reference_folder`; a bundle that stores all of its weights has none.
+    `constants` are what stages read that depends on the noise levels only, stored as the component "constants".
+    `passes` is 2 where a stage engine runs a prompt and its negative prompt at once, at twice the batch.
     """
 
-    format_version: Literal[2]
+    format_version: Literal[3]
     jitexport_version: str
     created: str
     command: str
@@ -234,20 +258,17 @@ class Manifest(_Entry):
     backend: str
     dtype: Literal["fp32", "bf16"]
     batch: int = Field(ge=1)
+    passes: Literal[1, 2]
     host: HostEntry
-    chosen: dict[Literal["device", "backend", "dtype"], str] = {}
+    chosen: dict[Literal["device", "backend", "dtype", "passes"], str] = {}
     engines: tuple[EngineEntry, ...]
+    constants: tuple[TensorEntry, ...]
     tokenizers: tuple[TokenizerEntry, ...]
     weights: tuple[WeightsEntry, ...]
     tied: dict[str, str]
     references: tuple[ReferenceEntry, ...]
     reference_folder: str | None
     files: tuple[FileEntry, ...]
-
-    @field_validator("backend")
-    @classmethod
-    def _present_name(cls, backend: str) -> str:
-        return FORMER_NAMES.get(backend, backend)
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -267,34 +288,42 @@ class Manifest(_Entry):
 
     def _contradictions(self) -> Iterator[str]:
         """Where engines, schedule, tokenizers and geometry do not fit each other: a call would fail halfway."""
-        geometry = self.geometry.geometry()
+        try:
+            geometry, _ = self.model_geometry, self.defaults
+        except Exception as error:  # whatever a family raises on configurations that are not its own
+            yield f"no {self.model.family} has these configurations and settings ({type(error).__name__}: {error})"
+            return
+        if GeometryEntry.of(geometry) != self.geometry:
+            yield f"the geometry is {self.geometry}, that of the model's configuration {GeometryEntry.of(geometry)}"
+            return
         schedule = self.schedule.schedule()
-        axes, text = geometry.rotary.axes, geometry.rotary.text_tokens
         if geometry.grid.tokens != schedule.stages[-1].tokens:
             yield f"the grid has {geometry.grid.tokens} tokens, the last stage {schedule.stages[-1].tokens}"
-        if len(axes) < len(self.geometry.grid) or any(a < 2 or a % 2 for a in axes):
-            yield f"rotary axes {axes} do not fit a grid of {len(self.geometry.grid)} axes"
 
         specs = {e.name: e.spec() for e in self.engines}
         condition, decode = specs["condition"], specs["decode"]
         found = [(i.shape, i.dtype) for i in specs["text"].inputs]
-        if found != [((self.batch, t.length), "int64") for t in self.tokenizers]:
+        given = [((self.batch, t.length), "int64") for t in self.tokenizers for _ in range(1 + t.mask)]
+        if found != given:
             yield f"the text engine's inputs are {found}, which is not what the tokenizers give"
-        known: dict[str, tuple[tuple[int, ...], str]] = {o.name: (o.shape, o.dtype) for o in specs["text"].outputs}
+        known = {o.name: (o.shape, o.dtype) for o in specs["text"].outputs}
         known |= {"sigmas": ((schedule.nfe,), "fp32"), "guidance": ((self.batch,), "fp32")}
         yield from _unlike(condition, known)
-        if not condition.outputs or condition.outputs[0].shape[:2] != (schedule.nfe, self.batch):
-            yield "the condition engine's first output is not one modulation per step and image"
-            return
-        static = {o.name: (o.shape, o.dtype) for o in condition.outputs[1:]}
-        modulation = (condition.outputs[0].shape[1:], condition.outputs[0].dtype)
+        for output in condition.outputs:
+            begin = (schedule.nfe, self.batch) if output.per_step else (self.batch,)
+            if output.shape[: len(begin)] != begin:
+                yield f"the condition engine's {output} is not one value per {'step and ' * output.per_step}image"
+                return
+        rows = self.batch * self.passes
+        shared = {o.name: ((rows, *o.shape[2 if o.per_step else 1 :]), o.dtype) for o in condition.outputs}
+        shared |= {c.name: (c.shape[1:], c.dtype) for c in self.constants}
+        if any(c.shape[0] != schedule.nfe for c in self.constants):
+            yield f"constants are not one value per step: {[(c.name, c.shape) for c in self.constants]}"
         for stage in schedule.engines:
-            tokens = ((self.batch, stage.tokens, geometry.channels), self.dtype)
-            angles = ((self.batch, text + stage.tokens, sum(axes) // 2), "fp32")
-            spec = specs[stage.name]
-            yield from _unlike(
-                spec, static | {"tokens": tokens, "cos": angles, "sin": angles, "modulation": modulation}
-            )
+            tokens = ((rows, stage.tokens, geometry.channels), self.dtype)
+            places = geometry.positions.specs(rows, stage.tokens, self.dtype)
+            spec, known = specs[stage.name], shared | {p.name: (p.shape, p.dtype) for p in places} | {"tokens": tokens}
+            yield from _unlike(spec, known)
             if [(o.shape, o.dtype) for o in spec.outputs] != [tokens]:
                 yield f"{stage.name} does not give one velocity per token"
         latents = ((self.batch, geometry.grid.tokens, geometry.channels), "fp32")
@@ -305,10 +334,15 @@ class Manifest(_Entry):
             if [(i.shape, i.dtype) for i in preview.inputs] != [latents] or len(preview.outputs) != 1:
                 yield "the preview engine does not take latents of half the sides and give pictures"
 
+    @cached_property
+    def model_geometry(self) -> ModelGeometry:
+        """The sizes by the model's family, with the positions of its tokens."""
+        return self.model.adapter().geometry_of(self.model.configs, self.model.settings)
+
     @property
     def defaults(self) -> ModelDefaults:
         """How the ordinary pipeline is run."""
-        return ModelDefaults(self.model.guidance_scale, self.model.num_inference_steps)
+        return self.model.adapter().defaults_of(self.model.configs, self.model.settings)
 
     @property
     def precision(self) -> str:

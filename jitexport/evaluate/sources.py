@@ -152,7 +152,7 @@ def described_model(manifest: Manifest) -> ModelAdapter:
         MissingDependencyError: the model's code is not installed.
     """
     try:
-        family = registry.family(manifest.model.family)
+        family = manifest.model.adapter()
     except ImportError as error:
         raise MissingDependencyError(
             "evaluating needs the model's own code", found=error, remedy="pip install 'jitexport[eval]'"
@@ -162,7 +162,7 @@ def described_model(manifest: Manifest) -> ModelAdapter:
 
 def full_stage(manifest: Manifest) -> str | None:
     """Name of the bundle's engine that runs all tokens, if there is one."""
-    tokens = manifest.geometry.geometry().grid.tokens
+    tokens = manifest.geometry.tokens
     return next((f"stage{s.index}" for s in manifest.schedule.stages if s.tokens == tokens), None)
 
 
@@ -184,6 +184,12 @@ def reference_source(path: Path, steps: int) -> Source:
             remedy="give a dense bundle: `jitexport build --speedup 1 -o REF`, then --reference REF",
         )
     sigmas = described_model(manifest).native_sigmas(steps)
+    if manifest.constants:
+        raise InputError(
+            f"{path} has what depends on the noise levels built in",
+            found=", ".join(c.name for c in manifest.constants),
+            remedy="give a dense bundle: `jitexport build --speedup 1 -o REF`, then --reference REF",
+        )
     schedule = manifest.schedule
     return Source(
         label=f"reference-{steps}",
@@ -221,14 +227,16 @@ class RepeatedCondition:
         self.size = engine.spec.inputs[self.place].shape[0]
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """As the engine, for any number of noise levels: modulation [S, B, M], then what does not depend on them."""
+        """As the engine, for any number of noise levels."""
         sigmas = inputs[self.place]
-        modulation, static = [], ()
-        for part in sigmas.split(self.size):
-            padded = torch.cat([part, part[-1:].expand(self.size - len(part))])
-            first, *static = self.engine(*inputs[: self.place], padded, *inputs[self.place + 1 :])
-            modulation.append(first[: len(part)].clone())
-        return torch.cat(modulation), *static
+        parts: list[list[Tensor]] = [[] for _ in self.spec.outputs]
+        for some in sigmas.split(self.size):
+            padded = torch.cat([some, some[-1:].expand(self.size - len(some))])
+            outputs = self.engine(*inputs[: self.place], padded, *inputs[self.place + 1 :])
+            for found, spec, value in zip(parts, self.spec.outputs, outputs, strict=True):
+                found.append(value[: len(some)].clone() if spec.per_step else value)
+        joined = zip(parts, self.spec.outputs, strict=True)
+        return tuple(torch.cat(found) if spec.per_step else found[-1] for found, spec in joined)
 
 
 # --- images and timings -----------------------------------------------------------------------------------------------

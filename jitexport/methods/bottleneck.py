@@ -24,7 +24,6 @@ from jitexport.schedule import (
     StageSchedule,
     Target,
     number,
-    own_shift,
     spaced_sigmas,
     split_steps,
     stage_cost,
@@ -170,7 +169,7 @@ class Bottleneck(Method[BottleneckState]):
 
     def _sigmas(self, steps: Sequence[int], target: Target) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The levels at which the stages end are those of one schedule over all steps; noise is added to them."""
-        shift = self.settings.timesteps["shift"] or own_shift(target.native_sigmas)
+        shift = self.settings.timesteps["shift"] or target.own_shift(sum(steps))
         whole = [noisier(u, shift) for u in uniform_sigmas(sum(steps))]
         reached = (whole[steps[0]], whole[steps[0] + steps[1]], 0.0)
         starts = (1.0, *(noisier(s, times) for s, times in zip(reached, self.settings.renoise, strict=False)))

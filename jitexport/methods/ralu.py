@@ -30,7 +30,6 @@ from jitexport.schedule import (
     StageSchedule,
     Target,
     number,
-    own_shift,
     spaced_sigmas,
     split_steps,
     stage_cost,
@@ -336,7 +335,7 @@ class RALU(Method[RALUState]):
                 if (setting.steps, setting.ends) == (tuple(steps), tuple(ends)):
                     return setting.h, setting.c
         own = self.settings.timesteps["shift"]
-        return match_timesteps(steps, ends, own_shift(target.native_sigmas) if own is None else own)
+        return match_timesteps(steps, ends, target.own_shift(sum(steps)) if own is None else own)
 
     def _custom(self, target: Target) -> tuple[tuple[int, ...], int, tuple[float, ...]]:
         steps, ratios = target.custom.steps, target.custom.ratios

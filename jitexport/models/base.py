@@ -2,134 +2,317 @@
 
 A family turns a diffusers pipeline into modules of fixed shape, which backends compile into engines:
 
-    text        token ids of each tokenizer                         -> embeddings
-    condition   embeddings, sigmas [S] and, where used, guidance    -> modulation [S, B, M], then static inputs
-    stage<k>    tokens [B, m, C], rotary tables, modulation [B, M], static inputs -> velocity [B, m, C]
-    preview     tokens [B, N / 4, C]                                -> images [B, 3, H / 2, W / 2] in [0, 1]
-    decode      tokens [B, N, C]                                    -> images [B, 3, H, W] in [0, 1]
+    text        token ids of each tokenizer, and its mask where it has one   -> embeddings
+    condition   embeddings, sigmas [S] and, where used, guidance [B]         -> per step [S, B, ...] or static [B, ...]
+    stage<k>    tokens [B, m, C], positions, what `condition` gave, constants -> velocity [B, m, C]
+    preview     tokens [B, N / 4, C]                                         -> images [B, 3, H / 2, W / 2] in [0, 1]
+    decode      tokens [B, N, C]                                             -> images [B, 3, H, W] in [0, 1]
 
-Whatever does not change inside the denoising loop belongs to `condition`, which runs once per image. `stage<k>` serves
-all stages of as many tokens. `preview` is there for methods that look at pictures between stages.
+Whatever does not change inside the denoising loop belongs to `condition`, which runs once per image and prompt; what
+depends on the noise levels only is a constant of the bundle. Of per-step outputs and of constants, a stage sees the
+row of its step. `stage<k>` serves all stages of as many tokens. `preview` is there for methods that look at pictures
+between stages. Classifier-free guidance is done outside of the engines: see `jitexport.guidance`.
+
+A family's file is read wherever a bundle is loaded: it imports diffusers and transformers only where it needs them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from jitexport.errors import UnsupportedModelError
+from jitexport.errors import InputError, UnsupportedModelError
 from jitexport.grid import TokenGrid
-from jitexport.positions import Rotary
-from jitexport.schedule import StageSchedule
-from jitexport.specs import EngineSpec
+from jitexport.guidance import Guidance
+from jitexport.models.naming import Naming
+from jitexport.positions import Positions
+from jitexport.prompting import Tokenizer
+from jitexport.quant import check_kind, quantize_linears
+from jitexport.schedule import StageSchedule, middle_shift
+from jitexport.specs import EngineSpec, TensorSpec
 
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """A tokenizer as its `tokenizers` JSON, and the length that prompts are padded and cut to."""
-
-    name: str
-    json: str
-    length: int
+#: A component's configuration, or that of the pipeline itself, by name.
+Configs = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class ModelGeometry:
-    """The sizes of one image that a runtime needs to know.
+    """The sizes of one image or video that a runtime needs to know.
 
     Attributes:
         grid: the full token grid.
-        latent_shape: (C, H, W) of one image's latents before packing.
+        latent_shape: (C, H, W) of one image's latents before packing, (C, T, H, W) of a video's.
         patch: side of a token's patch in latent pixels.
         height, width: of the image in pixels.
-        rotary: position tables of the stage engines.
+        positions: what stage engines read about where tokens are.
+        text_tokens: that the transformer sees beside the image's.
+        frames: of a video; None for images.
+        drawn_patch: side of the patches that noise is drawn in, where it is not `patch`: diffusers draws some models'
+            noise in packed form.
     """
 
     grid: TokenGrid
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     patch: int
     height: int
     width: int
-    rotary: Rotary
+    positions: Positions
+    text_tokens: int
+    frames: int | None = None
+    drawn_patch: int | None = None
 
     @property
     def channels(self) -> int:
         """C, channels of a token."""
         return self.latent_shape[0] * self.patch**2
 
+    @property
+    def drawn(self) -> tuple[tuple[int, ...], int]:
+        """Shape of one image's noise as diffusers draws it, and side of its patches."""
+        patch = self.drawn_patch or self.patch
+        *frames, height, width = self.grid.shape
+        return (self.channels // patch**2, *frames, height * patch, width * patch), patch
+
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """How the ordinary pipeline is run: what a call uses where it says nothing, and what speed-ups refer to."""
+    """How the ordinary pipeline is run: what a call uses where it says nothing, and what speed-ups refer to.
 
-    guidance_scale: float | None
+    `max_sequence_length` is what diffusers' call names so; None where it has no such argument.
+    """
+
+    guidance: Guidance
     num_inference_steps: int
+    max_sequence_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model whose configuration is known without a download.
+
+    Attributes:
+        hub_id: where its weights are.
+        configs, settings: see `ModelAdapter.from_configs`.
+    """
+
+    hub_id: str
+    configs: Configs
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ModelAdapter(ABC):
     """One model of a family: its components, and the modules made of them.
 
+    Settings (all optional where a folder is read): height and width in pixels, frames of a video, max_sequence_length
+    (text tokens), guidance_scale, num_inference_steps, quantization (of the blocks' linear layers: "int8", "fp8" or
+    None). A folder may carry them in a file `jitexport.json`.
+
     Attributes:
         family: the diffusers pipeline class that this adapter serves.
+        classes: "library:Class" of each component that engines are made of.
+        optional: components that a folder may lack.
+        tokenizer_folders: in the order of the text engine's inputs.
+        naming: the names that the modules have in adapters and in other checkpoints.
+        published: models with known configurations, by the name that `--model` takes.
         components: torch modules by their name in the pipeline; parameters are known as "<component>.<name>".
-        configs: each component's configuration, from which `from_configs` rebuilds it without weights.
+        configs: each component's configuration, from which `from_configs` rebuilds it without weights, the scheduler's,
+            and under "pipeline" what model_index.json says beside components.
     """
 
-    family: str
+    family: ClassVar[str]
+    classes: ClassVar[Mapping[str, str]]
+    optional: ClassVar[Sequence[str]] = ()
+    tokenizer_folders: ClassVar[Sequence[str]] = ("tokenizer",)
+    naming: ClassVar[Naming]
+    published: ClassVar[Mapping[str, Published]] = {}
     components: dict[str, nn.Module]
     configs: dict[str, dict[str, Any]]
     geometry: ModelGeometry
     defaults: ModelDefaults
 
-    @classmethod
-    @abstractmethod
-    def from_folder(cls, folder: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None) -> ModelAdapter:
-        """Read a diffusers folder with its weights. Settings left out are the folder's, or the family's usual."""
+    def __init__(
+        self,
+        components: Mapping[str, nn.Module],
+        configs: Configs,
+        tokenizers: Sequence[Tokenizer],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.components = dict(components)
+        self.configs = {name: dict(config) for name, config in configs.items()} | {
+            name: full_config(module) for name, module in self.components.items()
+        }
+        self._tokenizers = list(tokenizers)
+        self._settings = dict(settings)
+        self.check(self.configs, self._settings)
+        self.geometry = self.geometry_of(self.configs, self._settings)
+        self.defaults = self.defaults_of(self.configs, self._settings)
+        for module in self.components.values():
+            module.eval().requires_grad_(False)
+        self.arrange()
+        if (kind := self._settings.get("quantization")) is not None:
+            quantize_linears(self.components["transformer"], kind, self.quantized)
 
-    @classmethod
-    def from_file(
-        cls, path: Path, base: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None
-    ) -> ModelAdapter:
-        """Read a transformer in one file, everything else from a diffusers folder.
+    # --- what a family says ---
+
+    @classmethod  # noqa: B027 - there may be none
+    def check(cls, configs: Configs, settings: Mapping[str, Any]) -> None:
+        """Refuse models that only resemble the family's, and settings that they cannot have.
 
         Raises:
-            UnsupportedModelError: the family has no such files.
+            UnsupportedModelError: another model, by name.
+            InputError: settings.
         """
-        raise UnsupportedModelError(f"{cls.family} is not read from one file", found=path, expected="a folder")
 
     @classmethod
     @abstractmethod
-    def from_configs(
-        cls, configs: dict[str, dict[str, Any]], settings: dict[str, Any], dtype: torch.dtype
-    ) -> ModelAdapter:
-        """Build the components on the meta device: shapes and FLOPs without weights."""
+    def usual(cls, configs: Configs) -> dict[str, Any]:
+        """All settings as the ordinary pipeline has them."""
 
+    @classmethod
     @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Plain values that `from_configs` needs beside the configurations: sizes, defaults, and `quantization`."""
+    def geometry_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelGeometry:
+        """Sizes, from plain values: also where a bundle is loaded.
 
+        Raises:
+            InputError: a size that does not fit the token grid.
+        """
+
+    @classmethod
     @abstractmethod
-    def tokenizers(self) -> list[Tokenizer]:
-        """Tokenizers in the order of the text engine's inputs."""
+    def defaults_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelDefaults:
+        """How the ordinary pipeline is run, from plain values."""
+
+    def arrange(self) -> None:  # noqa: B027 - most families have nothing to do
+        """Take out of the components what no engine reads, after they have been made."""
+
+    def quantized(self, name: str) -> bool:
+        """Whether a linear layer of the transformer is one of those that `quantization` is for.
+
+        Modulation runs once per image, embedders and the last layer are small.
+        """
+        return "transformer_blocks." in name and "norm" not in name
+
+    @classmethod
+    @abstractmethod
+    def tokenizer(cls, folder: str, configs: Configs, settings: Mapping[str, Any]) -> Tokenizer:
+        """What is fed to the tokenizer in a folder: length, template, mask; its `json` is put in by the reader."""
 
     @abstractmethod
     def native_sigmas(self, n: int) -> tuple[float, ...]:
         """The noise levels of the ordinary pipeline with n steps, n + 1 values that end with 0."""
 
+    def shift(self, n: int) -> float:
+        """The shift h of those, sigma = h u / (1 + (h - 1) u) of even u."""
+        return middle_shift(self.native_sigmas)
+
     @abstractmethod
-    def specs(self, schedule: StageSchedule, batch: int, dtype: str, *, preview: bool = False) -> list[EngineSpec]:
-        """Engines that a bundle needs: text, condition, one per token count, preview where asked for, decode."""
+    def text_spec(self, batch: int, dtype: str) -> EngineSpec:
+        """The text engine."""
+
+    @abstractmethod
+    def condition_spec(self, batch: int, steps: int, dtype: str) -> EngineSpec:
+        """The condition engine, its outputs marked where they are per step."""
+
+    def constants(self, sigmas: Tensor) -> dict[str, Tensor]:
+        """What stages read that depends on the noise levels [S] only: by name, [S, ...], in the model's dtype."""
+        return {}
+
+    def constant_specs(self, steps: int, dtype: str) -> tuple[TensorSpec, ...]:
+        """Name and shape [S, ...] of each of `constants`, per step."""
+        return ()
 
     @abstractmethod
     def module(self, name: str) -> nn.Module:
         """The module of an engine, its parameters named "<component>.<diffusers' name>"."""
+
+    # --- what follows from it ---
+
+    @classmethod
+    def from_folder(cls, folder: Path, dtype: torch.dtype, settings: Mapping[str, Any] | None = None) -> ModelAdapter:
+        """Read a diffusers folder with its weights. Settings left out are the folder's, or the family's usual.
+
+        Raises:
+            ModelNotFoundError: files that are missing or damaged.
+            UnsupportedModelError: a model that is not of the family.
+            InputError: settings that it cannot have.
+        """
+        from jitexport.models.folders import read_model
+
+        return read_model(cls, folder, dtype, settings)
+
+    @classmethod
+    def from_file(
+        cls, path: Path, base: Path, dtype: torch.dtype, settings: Mapping[str, Any] | None = None
+    ) -> ModelAdapter:
+        """Read a transformer in one file, in its authors' names or diffusers', everything else from a folder."""
+        from jitexport.models.folders import read_model
+
+        return read_model(cls, base, dtype, settings, transformer=path)
+
+    @classmethod
+    def from_configs(cls, configs: Configs, settings: Mapping[str, Any], dtype: torch.dtype) -> ModelAdapter:
+        """Build the components on the meta device: shapes and FLOPs without weights."""
+        from jitexport.models.folders import component_class, empty_component
+
+        made = {name: empty_component(component_class(cls, name), configs[name]) for name in cls.present(configs)}
+        for module in made.values():
+            nn.Module.to(module, dtype)  # diffusers' own `to` warns about layers that are not there
+        return cls(made, configs, [], settings)
+
+    @classmethod
+    def present(cls, configs: Configs) -> list[str]:
+        """The components that a model has: all of the family's but optional ones without a configuration."""
+        return [name for name in cls.classes if name not in cls.optional or configs.get(name)]
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values that `from_configs` needs beside the configurations: sizes, defaults, and `quantization`."""
+        return dict(self._settings)
+
+    def tokenizers(self) -> list[Tokenizer]:
+        """Tokenizers in the order of the text engine's inputs; none of a model without weights."""
+        return self._tokenizers
+
+    def specs(
+        self, schedule: StageSchedule, batch: int, dtype: str, *, preview: bool = False, passes: int = 1
+    ) -> list[EngineSpec]:
+        """Engines that a bundle needs: text, condition, one per token count, preview where asked for, decode.
+
+        Args:
+            passes: 2 for stages that see a prompt and its negative prompt at once, at twice the batch.
+        """
+        geometry, rows = self.geometry, batch * passes
+        condition = self.condition_spec(batch, schedule.nfe, dtype)
+        given = [
+            replace(s, shape=(rows, *s.shape[2 if s.per_step else 1 :]), per_step=False) for s in condition.outputs
+        ]
+        given += [replace(s, shape=s.shape[1:], per_step=False) for s in self.constant_specs(schedule.nfe, dtype)]
+
+        def stage(name: str, tokens: int) -> EngineSpec:
+            shape = (rows, tokens, geometry.channels)
+            inputs = (TensorSpec("tokens", shape, dtype), *geometry.positions.specs(rows, tokens, dtype), *given)
+            return EngineSpec(name, inputs, (TensorSpec("velocity", shape, dtype),))
+
+        stages = [stage(s.name, s.tokens) for s in schedule.engines]
+        previews = [self.decoder_spec("preview", batch)] if preview else []
+        return [self.text_spec(batch, dtype), condition, *stages, *previews, self.decoder_spec("decode", batch)]
+
+    def decoder_spec(self, name: str, batch: int) -> EngineSpec:
+        """The engine `decode`, or `preview`, which is the same at half the sides."""
+        geometry = self.geometry
+        small = name == "preview"
+        grid = geometry.grid.halved() if small else geometry.grid
+        sides = (geometry.height // 2, geometry.width // 2) if small else (geometry.height, geometry.width)
+        frames = () if geometry.frames is None else (geometry.frames,)
+        latents = TensorSpec("latents", (batch, grid.tokens, geometry.channels), "fp32")
+        return EngineSpec(name, (latents,), (TensorSpec("images", (batch, 3, *frames, *sides), "fp32"),))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All parameters and buffers by full name, tied ones under each of their names."""
@@ -139,6 +322,43 @@ class ModelAdapter(ABC):
                 *module.named_buffers(remove_duplicate=False),
             ]:
                 yield f"{component}.{name}", tensor
+
+
+def full_config(module: nn.Module) -> dict[str, Any]:
+    """A component's configuration with all of its entries, as diffusers or transformers keep it."""
+    config = module.config
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse sizes that are no positive whole numbers, negative or no guidance scales, unknown quantizations.
+
+    Raises:
+        InputError: naming the settings that are wrong.
+    """
+    check_kind(settings["quantization"])
+    sizes = {k: v for k, v in settings.items() if k not in ("guidance_scale", "quantization")}
+    wrong = {k: v for k, v in sizes.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1}
+    guidance = settings["guidance_scale"]
+    if not isinstance(guidance, int | float) or not 0 <= guidance < math.inf:  # also refuses NaN
+        wrong["guidance_scale"] = guidance
+    if wrong:
+        raise InputError("settings that a model cannot have", found=wrong, expected="positive numbers, sizes whole")
+
+
+def image_grid(settings: Mapping[str, Any], pixels: int) -> TokenGrid:
+    """The token grid of an image whose tokens are `pixels` wide and high.
+
+    Raises:
+        InputError: height or width is not a multiple of that.
+    """
+    height, width = settings["height"], settings["width"]
+    if height % pixels or width % pixels or height < pixels or width < pixels:
+        raise InputError(
+            "image size does not fit the token grid", found=f"{height} x {width}",
+            expected=f"height and width that are multiples of {pixels}",
+        )
+    return TokenGrid((height // pixels, width // pixels))
 
 
 def read_json(path: Path) -> dict[str, Any]:

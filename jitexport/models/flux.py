@@ -11,32 +11,28 @@ The modules below run diffusers' own weights under their own names, arranged for
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from jitexport.errors import InputError, MissingDependencyError, ModelNotFoundError, UnsupportedModelError
+from jitexport.errors import UnsupportedModelError
 from jitexport.grid import TokenGrid, unpack
-from jitexport.kernels.attention import Stream, attention
-from jitexport.kernels.linear import linear
-from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry, Tokenizer, read_json
+from jitexport.guidance import Guidance
+from jitexport.kernels.attention import attention
+from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
 from jitexport.models.flux_names import NAMING
-from jitexport.models.single_file import read_single_file
+from jitexport.models.layers import feed_forward, gated, modulate, run_linear, runs_in_int8, stream
+from jitexport.models.schedulers import flow_sigmas, resolution_shift
 from jitexport.positions import Rotary
-from jitexport.quant import QuantizedLinear, check_kind, quantize_linears
-from jitexport.schedule import StageSchedule
+from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextModel, T5EncoderModel
 
 PATCH = 2  # FLUX packs 2 x 2 latent pixels into a token
 THETA = 10000.0
@@ -83,37 +79,6 @@ class FluxCondition(nn.Module):
         layers += [b.norm.linear for b in model.single_transformer_blocks]
         layers += [model.norm_out.linear]
         return torch.cat([layer(emb) for layer in layers], dim=-1), model.context_embedder(prompt_embeds)
-
-
-def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Normalise x [B, L, D], then scale and shift by vectors [B, D] (adaLN)."""
-    return norm(x) * (1 + scale[:, None]) + shift[:, None]
-
-
-def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate * update for x [B, L, D] and a vector [B, D]."""
-    return (x + gate[:, None] * update).to(x.dtype)
-
-
-def stream(x: Tensor, layers: Sequence[nn.Module], norms: Sequence[nn.RMSNorm], head_dim: int) -> Stream:
-    """Queries, keys and values of tokens x [B, L, D], by projections and norms in this order."""
-    heads = (run_linear(layer, x).unflatten(-1, (-1, head_dim)) for layer in layers)
-    return Stream(*heads, *(norm.weight for norm in norms))
-
-
-def runs_in_int8(layer: nn.Module) -> bool:
-    """Whether a block's attention may run in 8 bits as well: where its linear layers do."""
-    return isinstance(layer, QuantizedLinear) and layer.kind == "int8"
-
-
-def run_linear(layer: nn.Module, *parts: Tensor, gelu: bool = False, wide: bool = False) -> Tensor:
-    """A linear layer, quantized or not: see `jitexport.kernels.linear.linear`."""
-    return linear(parts, layer.weight, layer.bias, getattr(layer, "weight_scale", None), gelu=gelu, wide=wide)
-
-
-def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
-    """diffusers' `FeedForward` with its tanh GELU, [B, L, D] -> [B, L, D]."""
-    return run_linear(ff.net[2], run_linear(ff.net[0].proj, x, gelu=True), wide=True)
 
 
 def double_block(
@@ -197,108 +162,106 @@ class FluxDecode(nn.Module):
         return (picture.float() / 2 + 0.5).clamp(0, 1)
 
 
+# --- the published models --------------------------------------------------------------------------------------------
+
+
+def _published(
+    hub_id: str, transformer: dict[str, Any], scheduler: dict[str, Any], settings: dict[str, Any]
+) -> Published:
+    configs = {
+        "transformer": {
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "axes_dims_rope": [16, 56, 56],
+        }
+        | transformer,
+        "vae": {
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "block_out_channels": [128, 256, 512, 512],
+            "layers_per_block": 2,
+            "latent_channels": 16,
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        },
+        "text_encoder": {
+            "vocab_size": 49408,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "projection_dim": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 77,
+        },
+        "text_encoder_2": {
+            "vocab_size": 32128,
+            "d_model": 4096,
+            "d_kv": 64,
+            "d_ff": 10240,
+            "num_layers": 24,
+            "num_heads": 64,
+            "feed_forward_proj": "gated-gelu",
+        },
+        "scheduler": {
+            "num_train_timesteps": 1000,
+            "base_image_seq_len": 256,
+            "max_image_seq_len": 4096,
+            "base_shift": 0.5,
+            "max_shift": 1.15,
+        }
+        | scheduler,
+    }
+    return Published(hub_id, configs, {"height": 1024, "width": 1024} | settings)
+
+
+#: FLUX.1-dev, and FLUX.1-schnell: 4 steps, no guidance embedding.
+PUBLISHED = {
+    "flux": _published(
+        "black-forest-labs/FLUX.1-dev", {"guidance_embeds": True}, {"shift": 3.0, "use_dynamic_shifting": True},
+        {"max_sequence_length": 512, "guidance_scale": 3.5, "num_inference_steps": 50},
+    ),
+    "flux-schnell": _published(
+        "black-forest-labs/FLUX.1-schnell", {"guidance_embeds": False}, {"shift": 1.0, "use_dynamic_shifting": False},
+        {"max_sequence_length": 256, "guidance_scale": 0.0, "num_inference_steps": 4},
+    ),
+}
+
+
 class FluxAdapter(ModelAdapter):
-    """A FLUX.1 pipeline in diffusers' format.
-
-    Settings (all optional in `from_folder`): height and width in pixels, max_sequence_length (T5 tokens),
-    guidance_scale, num_inference_steps, quantization (of the blocks' linear layers: "int8", "fp8" or None). A folder
-    may carry them in a file `jitexport.json`.
-
-    Raises:
-        InputError: a size that the autoencoder and the packing do not divide.
-        UnsupportedModelError: a component that is not FLUX.1's.
-    """
+    """A FLUX.1 pipeline in diffusers' format."""
 
     family = "FluxPipeline"
+    classes: ClassVar = {
+        "transformer": "diffusers:FluxTransformer2DModel",
+        "vae": "diffusers:AutoencoderKL",
+        "text_encoder": "transformers:CLIPTextModel",
+        "text_encoder_2": "transformers:T5EncoderModel",
+    }
+    tokenizer_folders = ("tokenizer", "tokenizer_2")
+    naming = NAMING
+    published = PUBLISHED
 
-    def __init__(
-        self,
-        components: dict[str, nn.Module],
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        tokenizers: list[Tokenizer],
-        settings: dict[str, Any],
-    ) -> None:
-        self.components = components
-        self.scheduler = scheduler
-        self._tokenizers = tokenizers
-        transformer, vae = components["transformer"], components["vae"]
-        self.configs = {
-            "transformer": dict(transformer.config),
-            "vae": dict(vae.config),
-            "text_encoder": components["text_encoder"].config.to_dict(),
-            "text_encoder_2": components["text_encoder_2"].config.to_dict(),
-            "scheduler": dict(scheduler.config),
-        }
-        self._settings = settings
-        height, width = settings["height"], settings["width"]
-        pixels = 2 ** (len(vae.config.block_out_channels) - 1) * PATCH  # of a token's side
-        if height % pixels or width % pixels or height < pixels or width < pixels:
-            raise InputError(
-                "image size does not fit the token grid",
-                found=f"{height} x {width}",
-                expected=f"height and width that are multiples of {pixels}",
+    @classmethod
+    def check(cls, configs: Configs, settings: Mapping[str, Any]) -> None:
+        """Fill, Canny and Depth models have FLUX.1's pipeline of another name, but their transformers do not fit."""
+        channels, out = configs["transformer"]["in_channels"], configs["transformer"].get("out_channels")
+        if out is not None and out != channels:
+            raise UnsupportedModelError(
+                "a transformer that also sees an image (FLUX.1 Fill, Canny or Depth)",
+                found=f"{channels} channels in, {out} out", expected="FLUX.1-dev, FLUX.1-schnell, or a model like them",
             )
-        grid = TokenGrid((height // pixels, width // pixels))
-        channels = transformer.config.in_channels // PATCH**2
-        self.geometry = ModelGeometry(
-            grid=grid,
-            latent_shape=(channels, grid.shape[0] * PATCH, grid.shape[1] * PATCH),
-            patch=PATCH,
-            height=height,
-            width=width,
-            rotary=Rotary(tuple(transformer.config.axes_dims_rope), THETA, settings["max_sequence_length"]),
-        )
-        guided = transformer.config.guidance_embeds
-        self.defaults = ModelDefaults(
-            guidance_scale=settings["guidance_scale"] if guided else None,
-            num_inference_steps=settings["num_inference_steps"],
-        )
-        for module in components.values():
-            module.eval().requires_grad_(False)
-        if (kind := settings.get("quantization")) is not None:
-            quantize_blocks(transformer, kind)
 
     @classmethod
-    def from_folder(cls, folder: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None) -> FluxAdapter:
-        return cls._read(folder, dtype, settings, None)
-
-    @classmethod
-    def from_file(
-        cls, path: Path, base: Path, dtype: torch.dtype, settings: dict[str, Any] | None = None
-    ) -> FluxAdapter:
-        """A transformer in one file, in its authors' names or diffusers'; everything else from the folder `base`."""
-        return cls._read(base, dtype, settings, path)
-
-    @classmethod
-    def _read(
-        cls, folder: Path, dtype: torch.dtype, settings: dict[str, Any] | None, transformer: Path | None
-    ) -> FluxAdapter:
-        classes = {
-            "transformer": FluxTransformer2DModel,
-            "vae": AutoencoderKL,
-            "text_encoder": CLIPTextModel,
-            "text_encoder_2": T5EncoderModel,
-        }
-        missing = [name for name in (*classes, "scheduler", "tokenizer", "tokenizer_2") if not (folder / name).is_dir()]
-        if missing:
-            raise ModelNotFoundError(
-                "the pipeline folder is incomplete",
-                found=f"{folder} without {', '.join(missing)}",
-                expected="a folder written by FluxPipeline.save_pretrained",
-                remedy="download the whole repository",
-            )
-        components: dict[str, nn.Module] = {
-            name: read_component(component, folder / name, dtype)
-            if name != "transformer" or transformer is None
-            else read_transformer(transformer, folder / name, dtype)
-            for name, component in classes.items()
-        }
-        try:
-            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ModelNotFoundError(f"cannot read {folder / 'scheduler'}", found=error) from error
-        distilled = not components["transformer"].config.guidance_embeds  # schnell: timestep-distilled, no guidance
-        usual = {
+    def usual(cls, configs: Configs) -> dict[str, Any]:
+        distilled = not configs["transformer"].get("guidance_embeds")  # schnell: timestep-distilled, no guidance
+        return {
             "height": 1024,
             "width": 1024,
             "max_sequence_length": 256 if distilled else 512,
@@ -306,104 +269,67 @@ class FluxAdapter(ModelAdapter):
             "num_inference_steps": 4 if distilled else 50,
             "quantization": None,
         }
-        stored = read_json(folder / "jitexport.json") if (folder / "jitexport.json").is_file() else {}
-        given = {k: v for k, v in (settings or {}).items() if v is not None}
-        unknown = given.keys() - usual.keys()
-        if unknown:
-            raise InputError("unknown settings", found=sorted(unknown), expected=f"some of {sorted(usual)}")
-        merged = usual | {k: v for k, v in stored.items() if k in usual} | given
-        check_settings(merged)
-        tokenizers = [
-            read_tokenizer(folder / "tokenizer", components["text_encoder"].config.max_position_embeddings),
-            read_tokenizer(folder / "tokenizer_2", merged["max_sequence_length"]),
-        ]
-        return cls(components, scheduler, tokenizers, merged)
 
     @classmethod
-    def from_configs(
-        cls, configs: dict[str, dict[str, Any]], settings: dict[str, Any], dtype: torch.dtype
-    ) -> FluxAdapter:
-        with torch.device("meta"):
-            components: dict[str, nn.Module] = {
-                "transformer": FluxTransformer2DModel.from_config(configs["transformer"]),
-                "vae": AutoencoderKL.from_config(configs["vae"]),
-                "text_encoder": CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
-                "text_encoder_2": T5EncoderModel(T5Config(**configs["text_encoder_2"])),
-            }
-        for module in components.values():
-            nn.Module.to(module, dtype)  # diffusers' own `to` warns about layers that are not there
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(configs["scheduler"])
-        return cls(components, scheduler, [], settings)
+    def geometry_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelGeometry:
+        grid = image_grid(settings, 2 ** (len(configs["vae"]["block_out_channels"]) - 1) * PATCH)
+        text = settings["max_sequence_length"]
+        channels = configs["transformer"]["in_channels"] // PATCH**2
+        axes = tuple(configs["transformer"]["axes_dims_rope"])
+        return ModelGeometry(
+            grid=grid,
+            latent_shape=(channels, grid.shape[0] * PATCH, grid.shape[1] * PATCH),
+            patch=PATCH,
+            height=settings["height"],
+            width=settings["width"],
+            positions=Rotary(axes, THETA, grid_axes=(len(axes) - 2, len(axes) - 1), text_tokens=text),
+            text_tokens=text,
+        )
 
-    def settings(self) -> dict[str, Any]:
-        return dict(self._settings)
+    @classmethod
+    def defaults_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelDefaults:
+        distilled = settings["guidance_scale"] if configs["transformer"].get("guidance_embeds") else None
+        guidance = Guidance(distilled=distilled, true=1.0)
+        return ModelDefaults(guidance, settings["num_inference_steps"], settings["max_sequence_length"])
 
-    def tokenizers(self) -> list[Tokenizer]:
-        return self._tokenizers
+    @classmethod
+    def tokenizer(cls, folder: str, configs: Configs, settings: Mapping[str, Any]) -> Tokenizer:
+        clip = configs["text_encoder"]["max_position_embeddings"]
+        return Tokenizer(folder, "", clip if folder == "tokenizer" else settings["max_sequence_length"])
 
     def native_sigmas(self, n: int) -> tuple[float, ...]:
         """As FluxPipeline sets them: linspace(1, 1/n, n), shifted by the resolution where the scheduler asks for it."""
-        config = self.scheduler.config
-        sigmas = np.linspace(1.0, 1 / n, n) if not config.get("use_flow_sigmas") else None
-        mu = calculate_shift(
-            self.geometry.grid.tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
+        config = self.configs["scheduler"]
+        return flow_sigmas(config, n, mu=resolution_shift(config, self.geometry.grid.tokens))
+
+    def text_spec(self, batch: int, dtype: str) -> EngineSpec:
+        clip = self.configs["text_encoder"]["max_position_embeddings"]
+        ids = (
+            TensorSpec("clip_ids", (batch, clip), "int64"),
+            TensorSpec("t5_ids", (batch, self.geometry.text_tokens), "int64"),
         )
-        self.scheduler.set_timesteps(None if sigmas is not None else n, sigmas=sigmas, mu=mu)
-        return tuple(self.scheduler.sigmas.tolist())
+        return EngineSpec("text", ids, self._embeddings(batch, dtype))
 
-    def specs(self, schedule: StageSchedule, batch: int, dtype: str, *, preview: bool = False) -> list[EngineSpec]:
+    def _embeddings(self, batch: int, dtype: str) -> tuple[TensorSpec, ...]:
+        config = self.components["transformer"].config
+        return (
+            TensorSpec("prompt_embeds", (batch, self.geometry.text_tokens, config.joint_attention_dim), dtype),
+            TensorSpec("pooled", (batch, config.pooled_projection_dim), dtype),
+        )
+
+    def condition_spec(self, batch: int, steps: int, dtype: str) -> EngineSpec:
         transformer = self.components["transformer"]
-        config = transformer.config
-        doubles, singles, d = config.num_layers, config.num_single_layers, transformer.inner_dim
-        geometry, text = self.geometry, self.geometry.rotary.text_tokens
-        clip = self.components["text_encoder"].config.max_position_embeddings
-        embeds = TensorSpec("prompt_embeds", (batch, text, config.joint_attention_dim), dtype)
-        pooled = TensorSpec("pooled", (batch, config.pooled_projection_dim), dtype)
-        width = d * (12 * doubles + 3 * singles + 2)
-        context = TensorSpec("context", (batch, text, d), dtype)
+        config, d = transformer.config, transformer.inner_dim
+        width = d * (12 * config.num_layers + 3 * config.num_single_layers + 2)
         guidance = (TensorSpec("guidance", (batch,), "fp32"),) if config.guidance_embeds else ()
-
-        def stage(name: str, tokens: int) -> EngineSpec:
-            angles = (batch, text + tokens, config.attention_head_dim // 2)
-            token_shape = (batch, tokens, geometry.channels)
-            return EngineSpec(
-                name,
-                (
-                    TensorSpec("tokens", token_shape, dtype),
-                    TensorSpec("cos", angles, "fp32"),
-                    TensorSpec("sin", angles, "fp32"),
-                    TensorSpec("modulation", (batch, width), dtype),
-                    context,
-                ),
-                (TensorSpec("velocity", token_shape, dtype),),
-            )
-
-        def decoder(name: str, grid: TokenGrid, smaller: int) -> EngineSpec:
-            return EngineSpec(
-                name,
-                (TensorSpec("latents", (batch, grid.tokens, geometry.channels), "fp32"),),
-                (TensorSpec("images", (batch, 3, geometry.height // smaller, geometry.width // smaller), "fp32"),),
-            )
-
-        return [
-            EngineSpec(
-                "text",
-                (TensorSpec("clip_ids", (batch, clip), "int64"), TensorSpec("t5_ids", (batch, text), "int64")),
-                (embeds, pooled),
+        return EngineSpec(
+            "condition",
+            (*self._embeddings(batch, dtype), TensorSpec("sigmas", (steps,), "fp32"), *guidance),
+            (
+                TensorSpec("modulation", (steps, batch, width), dtype, per_step=True),
+                TensorSpec("context", (batch, self.geometry.text_tokens, d), dtype),
             ),
-            EngineSpec(
-                "condition",
-                (embeds, pooled, TensorSpec("sigmas", (schedule.nfe,), "fp32"), *guidance),
-                (TensorSpec("modulation", (schedule.nfe, batch, width), dtype), context),
-            ),
-            *(stage(s.name, s.tokens) for s in schedule.engines),
-            *([decoder("preview", geometry.grid.halved(), 2)] if preview else []),
-            decoder("decode", geometry.grid, 1),
-        ]
+        )
 
     def module(self, name: str) -> nn.Module:
         parts = self.components
@@ -417,156 +343,3 @@ class FluxAdapter(ModelAdapter):
         else:
             module = FluxStage(parts["transformer"])
         return module.eval()
-
-
-def quantize_blocks(transformer: nn.Module, kind: str) -> None:
-    """Quantize the blocks' linear layers. Modulation runs once per image, embedders and the last layer are small."""
-    quantize_linears(transformer, kind, lambda name: "transformer_blocks." in name and "norm" not in name)
-
-
-def check_settings(settings: dict[str, Any]) -> None:
-    """Refuse sizes that are no positive whole numbers, negative or no guidance scales, unknown quantizations.
-
-    Raises:
-        InputError: naming the settings that are wrong.
-    """
-    check_kind(settings["quantization"])
-    sizes = {k: v for k, v in settings.items() if k not in ("guidance_scale", "quantization")}
-    wrong = {k: v for k, v in sizes.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1}
-    guidance = settings["guidance_scale"]
-    if not isinstance(guidance, int | float) or not 0 <= guidance < float("inf"):  # also refuses NaN
-        wrong["guidance_scale"] = guidance
-    if wrong:
-        raise InputError("settings that a model cannot have", found=wrong, expected="positive numbers, sizes whole")
-
-
-def read_component(component: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A model class's weights from a folder, all of them: the libraries would fill in missing ones at random.
-
-    Raises:
-        ModelNotFoundError: files that are absent, damaged, or of another shape, or weights that are missing.
-    """
-    refuse_quantized(folder)
-    options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-    try:
-        module, info = component.from_pretrained(folder, variant=only_variant(folder), **options)
-    except ImportError as error:
-        raise MissingDependencyError(f"reading {folder} needs another library", found=error) from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelNotFoundError(f"cannot read {folder}", found=error) from error
-    if missing := sorted(info["missing_keys"]):
-        raise ModelNotFoundError(
-            f"weights are missing in {folder}",
-            found=f"no {', '.join(missing[:3])}{f' and {len(missing) - 3} more' if missing[3:] else ''}",
-            expected="every weight that its config.json calls for",
-            remedy="download or save the model again",
-        )
-    return module
-
-
-def refuse_quantized(folder: Path) -> None:
-    """Refuse weights that another library has quantized: engines have 8-bit layers of their own.
-
-    Raises:
-        ModelNotFoundError: a config.json that cannot be read.
-        UnsupportedModelError: such weights.
-    """
-    path = folder / "config.json"
-    try:
-        settings = read_json(path).get("quantization_config") if path.is_file() else None
-    except UnsupportedModelError as error:
-        raise ModelNotFoundError(f"cannot read {folder}", found=error) from error
-    if settings is not None:
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
-        raise UnsupportedModelError(
-            f"the weights in {folder} are quantized by another library", found=f"quantization_config of {method}",
-            expected="weights in bf16, fp16 or fp32",
-            remedy="use the model before quantization, and `jitexport build --quant int8` or `fp8`",
-        )
-
-
-def only_variant(folder: Path) -> str | None:
-    """The variant ("fp16", ...) of a component whose weights are there in no other form; None for ordinary files.
-
-    Raises:
-        ModelNotFoundError: several variants, and no ordinary files.
-    """
-    variants = set()
-    for path in folder.glob("*.safetensors*"):
-        match = re.fullmatch(
-            r"[a-z_]+(?:-\d+-of-\d+)?(?:\.([\w]+?))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.([\w]+))?\.json)?",
-            path.name,
-        )
-        variants |= {match[1] or match[2]} if match else set()
-    if not variants or None in variants:
-        return None
-    if len(variants) > 1:
-        raise ModelNotFoundError(
-            f"several variants of the weights in {folder}", found=", ".join(sorted(variants)), expected="one of them",
-            remedy="keep the files of one variant",
-        )
-    return variants.pop()
-
-
-def read_transformer(path: Path, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A transformer whose weights are in one file and whose configuration is in a folder.
-
-    Raises:
-        ModelNotFoundError: one of them cannot be read.
-        InputError: the file is of another model.
-    """
-    refuse_quantized(folder)
-    try:
-        config = FluxTransformer2DModel.load_config(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"cannot read {folder}", found=error) from error
-    with torch.device("meta"):
-        module = FluxTransformer2DModel.from_config(config)
-    shapes = {f"transformer.{name}": tuple(value.shape) for name, value in module.state_dict().items()}
-    values = read_single_file(path, NAMING, shapes, dtype)
-    module.load_state_dict({name.removeprefix("transformer."): v for name, v in values.items()}, assign=True)
-    return module
-
-
-def _installed(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # the package that it is in
-        return False
-
-
-def read_tokenizer(folder: Path, length: int) -> Tokenizer:
-    """A tokenizer folder as one JSON text with padding and truncation to `length` built in.
-
-    Raises:
-        ModelNotFoundError: files that are absent or damaged, or no vocabulary among them.
-        MissingDependencyError: the vocabulary's form needs a library that is not installed.
-        UnsupportedModelError: the tokenizer has no fast implementation.
-    """
-    files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    slow = "spiece.model" in files and "tokenizer.json" not in files
-    # Without a vocabulary, transformers makes a tokenizer that knows no word.
-    if not slow and "tokenizer.json" not in files and not files.issuperset(("vocab.json", "merges.txt")):
-        raise ModelNotFoundError(
-            f"{folder} has no vocabulary", found=", ".join(sorted(files)) or "nothing",
-            expected="tokenizer.json, vocab.json with merges.txt, or spiece.model",
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # what a missing library leads to is of any type
-        if slow and not (_installed("sentencepiece") and _installed("google.protobuf")):
-            raise MissingDependencyError(
-                f"{folder} has its vocabulary in spiece.model only", found=error,
-                remedy="pip install sentencepiece protobuf; or put the model's tokenizer.json beside it",
-            ) from error
-        raise ModelNotFoundError(f"cannot read {folder}", found=error) from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UnsupportedModelError(
-            "the tokenizer has no fast implementation",
-            found=type(tokenizer).__name__,
-            expected=f"a fast one in {folder}",
-        )
-    backend.enable_truncation(length)
-    backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
-    return Tokenizer(folder.name, backend.to_str(), length)

@@ -6,13 +6,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from jitexport import registry
 from jitexport.errors import InputError, MissingDependencyError, ModelNotFoundError, UnsupportedModelError
-from jitexport.models.base import ModelAdapter, read_json
+from jitexport.models.base import ModelAdapter, check_settings, read_json
+
+Made = TypeVar("Made")
 
 DEMO_FOLDER = Path(__file__).parent.parent / "assets" / "demo"
 
@@ -42,84 +44,15 @@ class ModelSource:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def demo() -> ModelSource:
-    """The bundled model: FLUX's architecture, small, trained; 256 x 256 pictures of emoji."""
-    return ModelSource("demo", folder=DEMO_FOLDER)
-
-
-def flux_dev() -> ModelSource:
-    """FLUX.1-dev (black-forest-labs/FLUX.1-dev), with its published configuration."""
-    settings = {"max_sequence_length": 512, "guidance_scale": 3.5, "num_inference_steps": 50}
-    scheduler = {"shift": 3.0, "use_dynamic_shifting": True}
-    return _flux("flux", "black-forest-labs/FLUX.1-dev", {"guidance_embeds": True}, scheduler, settings)
-
-
-def flux_schnell() -> ModelSource:
-    """FLUX.1-schnell (black-forest-labs/FLUX.1-schnell): 4 steps, no guidance embedding."""
-    settings = {"max_sequence_length": 256, "guidance_scale": 0.0, "num_inference_steps": 4}
-    scheduler = {"shift": 1.0, "use_dynamic_shifting": False}
-    return _flux("flux-schnell", "black-forest-labs/FLUX.1-schnell", {"guidance_embeds": False}, scheduler, settings)
-
-
-def _flux(
-    name: str, hub_id: str, transformer: dict[str, Any], scheduler: dict[str, Any], settings: dict[str, Any]
-) -> ModelSource:
-    configs = {
-        "transformer": {
-            "in_channels": 64,
-            "num_layers": 19,
-            "num_single_layers": 38,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "axes_dims_rope": [16, 56, 56],
-        }
-        | transformer,
-        "vae": {
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "block_out_channels": [128, 256, 512, 512],
-            "layers_per_block": 2,
-            "latent_channels": 16,
-            "scaling_factor": 0.3611,
-            "shift_factor": 0.1159,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
-        "text_encoder": {
-            "vocab_size": 49408,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "projection_dim": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 77,
-        },
-        "text_encoder_2": {
-            "vocab_size": 32128,
-            "d_model": 4096,
-            "d_kv": 64,
-            "d_ff": 10240,
-            "num_layers": 24,
-            "num_heads": 64,
-            "feed_forward_proj": "gated-gelu",
-        },
-        "scheduler": {
-            "num_train_timesteps": 1000,
-            "base_image_seq_len": 256,
-            "max_image_seq_len": 4096,
-            "base_shift": 0.5,
-            "max_shift": 1.15,
-        }
-        | scheduler,
-    }
+def published(name: str) -> ModelSource:
+    """A model by its registered name: the bundled one, or one on the hub whose configuration is known."""
+    if name == "demo":  # FLUX's architecture, small, trained; 256 x 256 pictures
+        return ModelSource(name, folder=DEMO_FOLDER)
+    pipeline_class = registry.family_of(name)
+    model = _require(lambda: registry.family(pipeline_class)).published[name]
     return ModelSource(
-        name,
-        hub_id=hub_id,
-        pipeline_class="FluxPipeline",
-        configs=configs,
-        settings={"height": 1024, "width": 1024} | settings,
+        name, hub_id=model.hub_id, pipeline_class=pipeline_class, configs=dict(model.configs),
+        settings=dict(model.settings),
     )
 
 
@@ -147,7 +80,7 @@ def find_source(model: str, base: str | None = None) -> ModelSource:
     if base is not None:
         raise InputError("--base belongs to a model in one file", found=model, expected="a .safetensors file")
     if model in registry.MODELS:
-        return registry.model_source(model)()
+        return published(model)
     if model and path.is_dir():  # Path("") is the current folder
         return ModelSource(path.resolve().name, folder=path)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
@@ -178,13 +111,16 @@ def config_adapter(source: ModelSource, dtype: torch.dtype, settings: dict[str, 
     """The model without weights, on the meta device, for planning: from its known configuration where there is one."""
     if not source.configs:
         return load_adapter(source, dtype, settings)
+    family = _require(lambda: registry.family(source.pipeline_class))
+    usual = family.usual(source.configs) | source.settings
     given = {k: v for k, v in (settings or {}).items() if v is not None}
-    return _require(lambda: registry.family(source.pipeline_class)).from_configs(
-        source.configs, source.settings | given, dtype
-    )
+    if unknown := given.keys() - usual.keys():
+        raise InputError("unknown settings", found=sorted(unknown), expected=f"some of {sorted(usual)}")
+    check_settings(usual | given)
+    return _require(lambda: family.from_configs(source.configs, usual | given, dtype))
 
 
-def _require(find: Callable[[], type[ModelAdapter]]) -> type[ModelAdapter]:
+def _require(find: Callable[[], Made]) -> Made:
     try:
         return find()
     except ImportError as error:

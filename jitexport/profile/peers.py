@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,15 +68,21 @@ def diffusers_pipeline(manifest: Manifest, dtype: str, *, compiled: bool = False
 def diffusers_call(pipe: Any, manifest: Manifest, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Any:
     """Images from a diffusers pipeline as the bundle would make them: its size, text length and guidance."""
     geometry, defaults = manifest.geometry, manifest.defaults
-    return pipe(
+    known = inspect.signature(pipe.__call__).parameters
+    wanted = {
+        "max_sequence_length": defaults.max_sequence_length,
+        "num_frames": geometry.frames,
+        "guidance_scale": defaults.guidance.scale or 0.0,
+    }
+    images = pipe(
         list(prompts),
         height=geometry.height,
         width=geometry.width,
         num_inference_steps=steps,
-        max_sequence_length=geometry.text_tokens,
-        guidance_scale=defaults.guidance_scale or 0.0,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-    ).images
+        **{name: value for name, value in wanted.items() if name in known and value is not None},
+    )
+    return images.images if geometry.frames is None else images.frames
 
 
 def diffusers_profile(

@@ -139,7 +139,7 @@ class Recorder:
         pipe, batch = self.pipe, self.pipe.batch_size
         self.runs, self.step_ends = [], []
         begin = now(self.device)
-        condition = pipe.encode([prompt] * batch, pipe.defaults.guidance_scale)
+        condition = pipe.encode([prompt] * batch, pipe.defaults.guidance.distilled)
         encoded = now(self.device)
         draws = pipe.draw([torch.Generator().manual_seed(seed + i) for i in range(batch)])
         draws = type(draws)(*(None if t is None else t.to(self.device) for t in draws.__dict__.values()))
@@ -321,17 +321,16 @@ def profile_call(call: Callable[[int], Sequence[Image.Image]], label: str, *, re
 
 def engine_flops(manifest: Manifest) -> dict[str, float]:
     """FLOPs of one run of each engine, by name, counted on meta tensors; empty where the model's code is missing."""
-    from jitexport import registry
+    from jitexport.errors import MissingDependencyError
     from jitexport.flops import count_flops
     from jitexport.quant import unquantized
     from jitexport.specs import DTYPES
 
-    try:
-        family = registry.family(manifest.model.family)
-    except ImportError:
-        return {}
     model = manifest.model
-    adapter = family.from_configs(model.configs, unquantized(model.settings), DTYPES[manifest.dtype])
+    try:
+        adapter = model.adapter().from_configs(model.configs, unquantized(model.settings), DTYPES[manifest.dtype])
+    except (ImportError, MissingDependencyError):
+        return {}
     return {e.name: count_flops(adapter.module(e.name), e.spec()) for e in manifest.engines}
 
 

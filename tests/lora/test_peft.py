@@ -120,7 +120,7 @@ def test_images_with_dora_are_those_of_diffusers(pipe, tiny_flux, tmp_path):
     geometry = pipe.geometry
     options = {
         "height": geometry.height, "width": geometry.width, "num_inference_steps": 3, "output_type": "pt",
-        "max_sequence_length": geometry.rotary.text_tokens, "guidance_scale": 3.5,
+        "max_sequence_length": geometry.text_tokens, "guidance_scale": 3.5,
     }  # fmt: skip
     expected = theirs("red apple", generator=torch.Generator().manual_seed(1), **options).images
     found = pipe("red apple", generator=torch.Generator().manual_seed(1), **options).images

@@ -71,8 +71,8 @@ def test_equals_diffusers_and_is_taken_out_exactly(pipe, tiny_flux):
         height=geometry.height,
         width=geometry.width,
         num_inference_steps=3,
-        max_sequence_length=geometry.rotary.text_tokens,
-        guidance_scale=pipe.defaults.guidance_scale,
+        max_sequence_length=geometry.text_tokens,
+        guidance_scale=pipe.defaults.guidance.scale,
         generator=torch.Generator().manual_seed(1),
         output_type="pt",
     ).images

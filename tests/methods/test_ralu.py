@@ -26,7 +26,7 @@ from jitexport.methods.ralu import (
     shifted_cdf,
     strongest_cells,
 )
-from jitexport.models.sources import config_adapter, flux_dev
+from jitexport.models.sources import config_adapter, published
 from jitexport.sampler import draw, sample
 from jitexport.schedule import CustomSchedule, Target, stage_cost, uniform_sigmas
 
@@ -241,7 +241,7 @@ def test_flops_of_tables_s3_and_s4():
     Its 423.53 for 7x come out with r = 0.1, which the released code has, not with r = 0.2 of the tables; its 537.99 for
     5x are 9% below what N = 4, 9, 15 and r = 0.2 take. Decoding for Canny: 2.48 there, 2.51 here.
     """
-    adapter = config_adapter(flux_dev(), torch.bfloat16)
+    adapter = config_adapter(published("flux"), torch.bfloat16)
     full = step_cost(adapter, "bf16")
 
     def linear(tokens):  # attention: 4 L^2 D in each of 57 blocks

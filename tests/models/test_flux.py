@@ -9,8 +9,10 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_tim
 
 from jitexport.errors import InputError, ModelNotFoundError, UnsupportedModelError
 from jitexport.flops import count_flops, meta_adapter
-from jitexport.models.flux import FluxAdapter, read_tokenizer
-from jitexport.models.sources import config_adapter, flux_dev, flux_schnell
+from jitexport.models.flux import FluxAdapter
+from jitexport.models.folders import read_tokenizer
+from jitexport.models.sources import config_adapter, published
+from jitexport.prompting import Tokenizer as PromptTokenizer
 from jitexport.schedule import PAPER_PRESETS, StageSchedule, beta_sigmas, make_stages, split_steps, uniform_sigmas
 from jitexport.specs import DTYPES
 from tests import tiny
@@ -89,12 +91,13 @@ def ours(adapter, tokens, positions, embeds, pooled, sigmas, step, guidance):
     given = (embeds, pooled, torch.tensor(sigmas))
     given += () if guidance is None else (torch.full((len(tokens),), guidance),)
     modulation, context = adapter.module("condition")(*given)
-    cos, sin = adapter.geometry.rotary.tables(positions)
+    rotary = adapter.geometry.positions
+    cos, sin = (torch.stack(t) for t in zip(*(rotary.tables(p).values() for p in positions), strict=True))
     return adapter.module("stage0")(tokens, cos, sin, modulation[step], context)
 
 
 def guidance_of(adapter):
-    return None if adapter.defaults.guidance_scale is None else GUIDANCE
+    return None if adapter.defaults.guidance.scale is None else GUIDANCE
 
 
 # --- parity with diffusers ---
@@ -173,7 +176,8 @@ def test_native_sigmas_are_flux_pipelines(small, shifting, n):
     """Static and resolution-dependent shifts, as `FluxPipeline.__call__` sets them."""
     settings = small.settings()
     scheduler = FlowMatchEulerDiscreteScheduler(**shifting)
-    adapter = FluxAdapter(small.components, scheduler, small.tokenizers(), settings)
+    configs = small.configs | {"scheduler": dict(scheduler.config)}
+    adapter = FluxAdapter(small.components, configs, small.tokenizers(), settings)
     reference = FlowMatchEulerDiscreteScheduler(**shifting)
     config = reference.config
     mu = calculate_shift(96, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
@@ -207,9 +211,9 @@ def test_settings_come_from_the_folder_or_the_caller(tiny_flux):
         "num_inference_steps": 50,
         "quantization": None,
     }
-    assert (small.defaults.guidance_scale, small.defaults.num_inference_steps) == (3.5, 50)
+    assert (small.defaults.guidance.scale, small.defaults.num_inference_steps) == (3.5, 50)
     other = FluxAdapter.from_folder(tiny_flux, torch.float32, {"height": 16, "width": None, "guidance_scale": 2.0})
-    assert (other.geometry.height, other.geometry.width, other.defaults.guidance_scale) == (16, tiny.WIDTH, 2.0)
+    assert (other.geometry.height, other.geometry.width, other.defaults.guidance.scale) == (16, tiny.WIDTH, 2.0)
     assert other.geometry.latent_shape == (4, 8, 16) and other.geometry.grid.shape == (4, 8)
 
 
@@ -218,8 +222,8 @@ def test_a_folder_without_settings_is_run_as_flux(tiny_flux, tiny_schnell, tmp_p
         copy = shutil.copytree(source, tmp_path / source.name)
         (copy / "jitexport.json").unlink()
         adapter = FluxAdapter.from_folder(copy, torch.float32)
-        assert adapter.geometry.rotary.text_tokens == tokens and adapter.geometry.height == 1024
-        assert (adapter.defaults.num_inference_steps, adapter.defaults.guidance_scale) == (steps, guidance)
+        assert adapter.geometry.text_tokens == tokens and adapter.geometry.height == 1024
+        assert (adapter.defaults.num_inference_steps, adapter.defaults.guidance.scale) == (steps, guidance)
 
 
 def test_unknown_settings_are_refused(tiny_flux):
@@ -296,10 +300,10 @@ def test_impossible_settings_are_named(tiny_flux, settings):
 
 
 def test_slow_tokenizers_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("jitexport.models.flux.AutoTokenizer.from_pretrained", lambda *a, **k: object())
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *a, **k: object())
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UnsupportedModelError, match="no fast implementation"):
-        read_tokenizer(tmp_path, 8)
+        read_tokenizer(tmp_path, PromptTokenizer("tokenizer", "", 8))
 
 
 def test_tokenizers_pad_and_cut_to_their_length(small):
@@ -353,7 +357,7 @@ def test_specs_describe_what_the_modules_take_and_give(adapter, dtype, batch):
 
 @pytest.fixture(scope="module")
 def dev():
-    return config_adapter(flux_dev(), torch.bfloat16)
+    return config_adapter(published("flux"), torch.bfloat16)
 
 
 def test_flux_dev_has_its_published_size(dev):
@@ -365,8 +369,8 @@ def test_flux_dev_has_its_published_size(dev):
         if ".linear." in name and "norm" in name
     )
     assert modulation / 1e9 == pytest.approx(3.2, abs=0.1)
-    assert (dev.geometry.grid.tokens, dev.geometry.channels, dev.geometry.rotary.text_tokens) == (4096, 64, 512)
-    assert dev.defaults.guidance_scale == 3.5 and dev.defaults.num_inference_steps == 50
+    assert (dev.geometry.grid.tokens, dev.geometry.channels, dev.geometry.text_tokens) == (4096, 64, 512)
+    assert dev.defaults.guidance.scale == 3.5 and dev.defaults.num_inference_steps == 50
 
 
 def test_flux_dev_traces_at_its_stages(dev):
@@ -406,10 +410,10 @@ def test_conditioning_is_no_part_of_a_step(dev):
 
 
 def test_schnell_has_no_guidance():
-    adapter = config_adapter(flux_schnell(), torch.bfloat16)
+    adapter = config_adapter(published("flux-schnell"), torch.bfloat16)
     specs = {s.name: s for s in adapter.specs(three_stages(4096), 1, "bf16")}
     assert [s.name for s in specs["condition"].inputs] == ["prompt_embeds", "pooled", "sigmas"]
-    assert (adapter.defaults.guidance_scale, adapter.defaults.num_inference_steps) == (None, 4)
+    assert (adapter.defaults.guidance.scale, adapter.defaults.num_inference_steps) == (None, 4)
     assert adapter.native_sigmas(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
 
 

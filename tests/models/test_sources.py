@@ -59,7 +59,7 @@ def test_the_bundled_model_loads():
     adapter = load_adapter(find_source("demo"), torch.bfloat16)
     geometry = adapter.geometry
     assert (geometry.height, geometry.width, geometry.grid.shape) == (256, 256, (32, 32))
-    assert geometry.rotary.text_tokens == 16 and adapter.defaults.guidance_scale == 3.5
+    assert geometry.text_tokens == 16 and adapter.defaults.guidance.scale == 3.5
 
 
 def test_a_folder_without_an_index_is_no_pipeline(tmp_path):
