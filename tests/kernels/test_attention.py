@@ -12,11 +12,22 @@ ERROR = {(torch.float32, False): 3e-6, (torch.bfloat16, False): 0.006}
 ERROR |= {(dtype, True): 0.04 for dtype in (torch.float32, torch.bfloat16)}
 KINDS = pytest.mark.parametrize(("dtype", "int8"), list(ERROR), ids=["fp32", "bf16", "fp32-int8", "bf16-int8"])
 
+#: What masks add to the scores of keys that do not count.
+HIDDEN = -1e30
+
 
 def exact(q, k, v):
     """In fp32; heads [B, L, H, Dh]."""
     heads = [x.float().transpose(1, 2) for x in (q, k, v)]
     return F.scaled_dot_product_attention(*heads).transpose(1, 2)
+
+
+def padding(*hidden, tokens):
+    """A mask for images that hide the keys of these slices each."""
+    mask = torch.zeros(len(hidden), tokens)
+    for row, keys in zip(mask, hidden, strict=True):
+        row[keys] = HIDDEN
+    return mask
 
 
 # --- by operators ---
@@ -47,21 +58,25 @@ def two_streams(normal, channels, *, batch=2, lengths=(7, 60), heads=2):
     return streams, angles.cos(), angles.sin()
 
 
-def written_out(streams, cos, sin):
+def written_out(streams, cos, sin, mask=None):
     """Norms, rotation as complex numbers, and attention, in fp64, as the equations read."""
 
     def normalised(x, weight):
         x = x.double()
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+        return x if weight is None else x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
 
     def turned(x):
         turn = torch.complex(cos.double(), sin.double())[:, :, None]
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        first, rest = x.tensor_split([cos.shape[1]], dim=1)
+        first = torch.view_as_real(torch.view_as_complex(first.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        return torch.cat([first, rest], dim=1)
 
     q = turned(torch.cat([normalised(s.q, s.q_norm) for s in streams], dim=1))
     k = turned(torch.cat([normalised(s.k, s.k_norm) for s in streams], dim=1))
     v = torch.cat([s.v.double() for s in streams], dim=1)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores + mask.double()[:, None, None]
     return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
 
 
@@ -71,6 +86,53 @@ def test_streams_norms_and_rotation(normal, dtype, error):
     out = attention([Stream(*(x.to(dtype) for x in s)) for s in streams], cos, sin)
     assert out.dtype == dtype and out.shape == (2, 67, 2, 16)
     assert relative(out, written_out(streams, cos, sin)) < error
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01), (torch.float16, 0.002)])
+@pytest.mark.parametrize("covered", [1, 30, 60, 66, 67])
+def test_only_the_first_tokens_are_rotated(normal, dtype, error, covered):
+    streams, cos, sin = two_streams(normal, 16, lengths=(60, 7))
+    cos, sin = cos[:, :covered], sin[:, :covered]
+    out = attention([Stream(*(x.to(dtype) for x in s)) for s in streams], cos, sin)
+    assert relative(out, written_out(streams, cos, sin)) < error
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01), (torch.float16, 0.002)])
+def test_masked_keys_do_not_count(normal, dtype, error):
+    streams, cos, sin = two_streams(normal, 16, lengths=(60, 7))
+    mask = padding(slice(3, 4), slice(61, None), tokens=67)
+    streams = [Stream(*(x.to(dtype) for x in s)) for s in streams]
+    out = attention(streams, cos, sin, mask=mask)
+    assert out.dtype == dtype and relative(out, written_out(streams, cos, sin, mask)) < error
+    lone = [Stream(*(x[1:, :n] for x in s[:3]), *s[3:]) for s, n in zip(streams, (60, 1), strict=True)]
+    assert relative(out[1:, :61], attention(lone, cos[1:, :61], sin[1:, :61]).double()) < error
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01), (torch.float16, 0.002)])
+@pytest.mark.parametrize("lowest", [-1e4, torch.finfo(torch.float32).min])
+def test_a_mask_of_any_finite_number_serves_all_images(normal, dtype, error, lowest):
+    streams, cos, sin = two_streams(normal, 16)
+    mask = padding(slice(0, 5), tokens=67).clamp(min=lowest)
+    out = attention([Stream(*(x.to(dtype) for x in s)) for s in streams], cos[:1], sin[:1], mask=mask)
+    assert relative(out, written_out(streams, cos[:1], sin[:1], mask)) < error
+
+
+def test_a_mask_adds_to_scores(normal):
+    """A bias that hides nothing, over several blocks of queries, in both of PyTorch's ways."""
+    q, k, v = (normal(2, 600, 2, 16, seed=i).float() for i in range(3))
+    mask = normal(2, 600, seed=3).float()
+    wanted = written_out([Stream(q, k, v)], torch.ones(2, 600, 8), torch.zeros(2, 600, 8), mask)
+    assert relative(attention([Stream(q, k, v)], mask=mask), wanted) < 1e-5
+    parts = blockwise_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask=mask).transpose(1, 2)
+    assert relative(parts, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streams_may_differ_in_norms(normal, dtype):
+    (text, image), cos, sin = two_streams(normal, 16)
+    streams = [text._replace(q_norm=None), image._replace(k_norm=None)]
+    out = attention([Stream(*(None if x is None else x.to(dtype) for x in s)) for s in streams], cos, sin)
+    assert relative(out, written_out(streams, cos, sin)) < 0.01
 
 
 def test_rotation_keeps_scores_of_positions_apart():
