@@ -59,12 +59,16 @@ def attention(
     """
     q, k, v, q_norms, k_norms = zip(*streams, strict=True)
     norms = [[norm for norm in given if norm is not None] for given in (q_norms, k_norms)]
-    fits = q[0].shape[-1] % native.GROUP == 0 and all(len(given) in (0, len(q)) for given in norms)
-    fits = fits and mask is None and (cos is None or cos.shape[1] == sum(x.shape[1] for x in q))
+    batch, tokens, channels = q[0].shape[0], sum(x.shape[1] for x in q), q[0].shape[-1]
+    fits = channels % native.GROUP == 0 and all(len(given) in (0, len(q)) for given in norms)
+    fits = fits and all(s.q.shape == s.k.shape == s.v.shape for s in streams)
+    fits = fits and (cos is None or cos.shape[1] <= tokens)
     if fits and native.wanted(*q, *k, *v, *norms[0], *norms[1]):
         if cos is not None:
-            cos, sin = (angles.expand(q[0].shape[0], -1, -1) for angles in (cos, sin))
-        return torch.ops.jitexport.attention(list(q), list(k), list(v), *norms, cos, sin, eps, int8)
+            cos, sin = (angles.expand(batch, -1, -1) for angles in (cos, sin))
+        if mask is not None:
+            mask = mask.float().expand(batch, tokens)
+        return torch.ops.jitexport.attention(list(q), list(k), list(v), *norms, cos, sin, mask, eps, int8)
     return by_torch(joined(streams, cos, sin, eps), mask)
 
 
@@ -144,17 +148,20 @@ def attention_operator(
     k_norms: Sequence[Tensor],
     cos: Tensor | None,
     sin: Tensor | None,
+    mask: Tensor | None,
     eps: float,
     int8: bool,
 ) -> Tensor:
     """`attention` as one operator, for graphs; heads of a multiple of 64 channels; norms for all streams or []."""
     none = [None] * len(q)
     streams = [Stream(*stream) for stream in zip(q, k, v, q_norms or none, k_norms or none, strict=True)]
-    return by_torch(joined(streams, cos, sin, eps)).contiguous()
+    return by_torch(joined(streams, cos, sin, eps), mask).contiguous()
 
 
 @attention_operator.register_fake
-def _(q: Any, k: Any, v: Any, q_norms: Any, k_norms: Any, cos: Any, sin: Any, eps: float, int8: bool) -> Tensor:
+def _(
+    q: Any, k: Any, v: Any, q_norms: Any, k_norms: Any, cos: Any, sin: Any, mask: Any, eps: float, int8: bool
+) -> Tensor:
     batch, _, heads, channels = q[0].shape
     return q[0].new_empty((batch, sum(x.shape[1] for x in q), heads, channels))
 
@@ -168,23 +175,25 @@ CALL = """
 using namespace jitexport;
 const Stream<{{number}}> q[] = {{streams(q, q_norms)}}, k[] = {{streams(k, k_norms)}}, v[] = {{streams(v, [])}};
 Attention<{{kind}}, {{number}}, {{channels}}>{
-    {{batch}}, {{tokens}}, {{heads}}, {{scale}}, {{eps}}, {{cos}}, {{sin}}
+    {{batch}}, {{tokens}}, {{heads}}, {{scale}}, {{eps}}, {{cos}}, {{sin}}, {{rotated}}, {{mask}}
 }.run(q, k, v, ({{number}}*){{out}}, {{threads}});
 """
 
 
 @native.lowers(torch.ops.jitexport.attention.default)
-def lowering(q: Any, k: Any, v: Any, q_norms: Any, k_norms: Any, cos: Any, sin: Any, eps: float, int8: bool) -> Any:
+def lowering(
+    q: Any, k: Any, v: Any, q_norms: Any, k_norms: Any, cos: Any, sin: Any, mask: Any, eps: float, int8: bool
+) -> Any:
     """The operator for Inductor."""
     batch, _, heads, channels = map(int, q[0].get_size())
     lengths = [int(x.get_size()[1]) for x in q]
     return native.kernel_node(
         "attention.h", CALL,
-        {"q": q, "k": k, "v": v, "q_norms": q_norms, "k_norms": k_norms, "cos": cos, "sin": sin},
+        {"q": q, "k": k, "v": v, "q_norms": q_norms, "k_norms": k_norms, "cos": cos, "sin": sin, "mask": mask},
         [batch, sum(lengths), heads, channels], q[0].get_dtype(),
         {
             "batch": batch, "tokens": sum(lengths), "lengths": lengths, "heads": heads, "channels": channels,
             "number": (number := native.number_type(q[0].get_dtype())), "kind": native.kind(number, int8),
-            "scale": channels**-0.5, "eps": eps,
+            "scale": channels**-0.5, "eps": eps, "rotated": 0 if cos is None else int(cos.get_size()[1]),
         },
     )

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from jitexport.kernels import native
 from jitexport.kernels.attention import Stream, attention, blockwise_attention, rotate
 from tests.kernels.conftest import relative
 
@@ -147,6 +148,51 @@ def test_rotation_keeps_scores_of_positions_apart():
         torch.testing.assert_close(along, along[:1].expand_as(along), rtol=1e-4, atol=1e-5)
 
 
+# --- by the operator ---
+
+
+def heads_of(streams):
+    """The operator's lists of queries, keys, values and norms."""
+    return tuple([*parts] for parts in zip(*streams, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("covered", [0, 40, 67])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_operator_is_attention(normal, dtype, covered, masked):
+    streams, cos, sin = two_streams(normal, 64)
+    streams = [Stream(*(x.to(dtype) for x in s)) for s in streams]
+    mask = padding(slice(1, 9), slice(50, None), tokens=67) if masked else None
+    cos, sin = cos[:, :covered], sin[:, :covered]
+    given = *heads_of(streams), *((cos, sin) if covered else (None, None)), mask, 1e-6, False
+    out = torch.ops.jitexport.attention(*given)
+    assert relative(out, written_out(streams, cos, sin, mask)) < 0.01
+    torch.library.opcheck(torch.ops.jitexport.attention, given, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_gives_the_operator_what_it_takes(normal, monkeypatch, dtype):
+    """Angles and a mask for all images become each image's own; what does not fit goes by PyTorch's operators."""
+    streams, cos, sin = two_streams(normal, 64)
+    streams = [Stream(*(x.to(dtype) for x in s)) for s in streams]
+    mask = padding(slice(50, None), tokens=67)
+    by_operators = attention(streams, cos[:1, :60], sin[:1, :60], mask=mask)
+    taken = []
+    operator = torch.ops.jitexport.attention
+    monkeypatch.setattr(native, "wanted", lambda *_: True)
+    monkeypatch.setattr(torch.ops.jitexport, "attention", lambda *given: taken.append(given) or operator(*given))
+    assert torch.equal(attention(streams, cos[:1, :60], sin[:1, :60], mask=mask), by_operators)
+    (*_, its_cos, its_sin, its_mask, _, _), = taken
+    assert its_cos.shape == its_sin.shape == (2, 60, 32) and its_mask.shape == (2, 67)
+    q, k, v = (x[:, :40] for x in streams[1][:3])
+    assert attention([Stream(q, k[:, :9], v[:, :9])]).shape == q.shape  # fewer keys than queries
+    with pytest.raises(RuntimeError):
+        attention([Stream(q, k, v)], cos, sin)  # more angles than tokens
+    with pytest.raises(RuntimeError):
+        attention([Stream(q, k, v)], mask=mask)
+    assert len(taken) == 1
+
+
 # --- by the kernel ---
 
 
@@ -166,6 +212,79 @@ def test_the_kernel_normalises_and_rotates(kernels, normal, dtype, int8, channel
     out = kernels.attention(q, k, v, int8=int8, cos=cos, sin=sin)
     plain = attention([Stream(q.float(), k.float(), v.float())], cos, sin)
     assert relative(out, plain) < 1.5 * ERROR[dtype, int8]
+
+
+def by_kernel(kernels, streams, int8, **options):
+    """Two streams' attention."""
+    q, k, v = (torch.cat(parts, dim=1) for parts in list(zip(*streams, strict=True))[:3])
+    norms = [(s.q_norm, s.k_norm) for s in streams]
+    return kernels.attention(q, k, v, int8=int8, split=streams[0].q.shape[1], norms=norms, **options)
+
+
+@KINDS
+@pytest.mark.parametrize("covered", [1, 59, 60, 63])
+def test_the_kernel_rotates_the_first_tokens(kernels, normal, dtype, int8, covered):
+    streams, cos, sin = two_streams(normal, 64, lengths=(60, 7))
+    streams = [Stream(*(x.to(dtype) for x in s)) for s in streams]
+    cos, sin = cos[:, :covered].contiguous(), sin[:, :covered].contiguous()
+    out = by_kernel(kernels, streams, int8, cos=cos, sin=sin)
+    assert relative(out, written_out(streams, cos, sin)) < 1.5 * ERROR[dtype, int8]
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("tokens", "keys", "hidden"),
+    [
+        (67, (slice(3, 4), slice(60, None)), HIDDEN),  # one key; the last ones, of another length in the other image
+        (67, (slice(0, 66), slice(0, 0)), HIDDEN),  # all but one; none
+        (300, (slice(5, None), slice(64, 128)), -1e4),  # whole tiles
+        (1200, (slice(0, 700), slice(500, None)), -1e4),  # the whole first of two chunks; the whole last
+        (1200, (slice(0, 700), slice(500, None)), HIDDEN),
+        (1200, (slice(0, 700), slice(500, None)), torch.finfo(torch.float32).min),
+        (2500, (slice(0, 2499), slice(1, 2499)), HIDDEN),  # of three chunks, all but the last key; and but the first
+    ],
+)
+def test_the_kernel_hides_masked_keys(kernels, normal, dtype, int8, tokens, keys, hidden):
+    """As attention in fp64 does; and whatever hidden keys and values are, the rest comes out the same."""
+    streams, cos, sin = two_streams(normal, 64, lengths=(50, tokens - 50), heads=1)
+    streams = [Stream(*(x.to(dtype) for x in s)) for s in streams]
+    mask = padding(*keys, tokens=tokens).clamp(min=hidden)
+    out = by_kernel(kernels, streams, int8, cos=cos, sin=sin, mask=mask)
+    assert relative(out, written_out(streams, cos, sin, mask)) < 1.5 * ERROR[dtype, int8]
+    others = [s._replace(k=s.k.clone(), v=s.v.clone()) for s in streams]
+    for stream, part in zip(others, (mask != 0).split((50, tokens - 50), dim=1), strict=True):
+        stream.k[part], stream.v[part] = -stream.k[part], -stream.v[part]
+    changed = by_kernel(kernels, others, int8, cos=cos, sin=sin, mask=mask)
+    # Whole numbers depend on the mean of all keys and the largest values. Others differ where sums lie between two
+    # numbers, and a weight of 2^-126 decides.
+    assert relative(changed, out.float()) < (1.5 * ERROR[dtype, True] if int8 else 1e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("tokens", [70, 1300])
+def test_the_kernel_adds_a_mask_to_scores(kernels, normal, dtype, int8, tokens):
+    q, k, v = (normal(2, tokens, 2, 64, seed=i).to(dtype) for i in range(3))
+    mask = 2 * normal(2, tokens, seed=3).float()
+    out = kernels.attention(q, k, v, int8=int8, mask=mask)
+    unturned = torch.ones(2, tokens, 32), torch.zeros(2, tokens, 32)
+    assert relative(out, written_out([Stream(q, k, v)], *unturned, mask)) < ERROR[dtype, int8]
+
+
+@KINDS
+def test_a_mask_of_zeros_changes_nothing(kernels, normal, dtype, int8):
+    q, k, v = (normal(1, 1200, 1, 64, seed=i).to(dtype) for i in range(3))
+    plain, masked = (kernels.attention(q, k, v, int8=int8, mask=mask) for mask in (None, torch.zeros(1, 1200)))
+    assert relative(masked, plain.float()) < (ERROR[dtype, int8] if int8 else ERROR[dtype, False] / 3)
+
+
+@KINDS
+def test_where_all_keys_are_hidden_attention_is_finite(kernels, normal, dtype, int8):
+    """And does not touch the other image."""
+    q, k, v = (normal(2, 1300, 1, 64, seed=i).to(dtype) for i in range(3))
+    out = kernels.attention(q, k, v, int8=int8, mask=padding(slice(None), slice(9, None), tokens=1300))
+    assert out.isfinite().all()
+    alone = kernels.attention(*(x[1:] for x in (q, k, v)), int8=int8, mask=padding(slice(9, None), tokens=1300))
+    assert torch.equal(out[1:], alone)
 
 
 @given(
