@@ -124,20 +124,19 @@ def test_one_buffer_as_several_inputs(normal):
 
 
 def test_a_mask_and_rotation_of_the_first_tokens(normal):
-    """One mask and angles for both images; a head without, and with the same angles in another call of the graph."""
+    """Angles for both images, a mask of each, and one of both."""
     needs_kernels()
     angles = normal(1, 40, 32, seed=3).float()
 
     def function(x, lengths):
         hidden = torch.arange(70) >= lengths[:, None]
         whole = attention([Stream(x, x, x)], angles.cos(), angles.sin(), mask=hidden * -1e30)
-        return whole, attention([Stream(whole, x, x)], mask=hidden[:1] * -1e30), attention([Stream(x, whole, x)])
+        return whole, attention([Stream(whole, x, x)], mask=hidden[1:] * -1e30)
 
     inputs = normal(2, 70, 1, 64), torch.tensor([70, 50])
     out, code = compiled(function, *inputs, kernels=True)
-    plain, _ = compiled(function, *inputs, kernels=False)
-    assert code.count("Attention<Plain<uint16_t>, uint16_t, 64>{") >= 3
-    for found, expected in zip(out, plain, strict=True):
+    assert code.count("Attention<Plain<uint16_t>, uint16_t, 64>{") == 2
+    for found, expected in zip(out, function(*inputs), strict=True):
         assert relative(found, expected) < 0.01
 
 
@@ -170,7 +169,6 @@ def test_shapes_that_do_not_fit_go_by_operators(normal):
         [Stream(x, x, x.float())],
         [Stream(x, x, x, norm.float(), norm)],
         [Stream(x, x, x, norm, norm), Stream(x, x, x)],
-        [Stream(x, x[:, :9], x[:, :9])],
     ):
         # PyTorch's operators may refuse what the kernel must not be given.
         with suppress(RuntimeError):
