@@ -10,7 +10,8 @@
 //
 // Keys and values are laid out once for all queries. Each thread then takes blocks of queries; the scores of a block
 // stay in its cache. Long rows are split into chunks, and the sums of earlier chunks rescaled when the maximum grows
-// (FlashAttention, arXiv 2205.14135, section 3.1).
+// (FlashAttention, arXiv 2205.14135, section 3.1). A mask is added to a block's scores in a pass of its own. Of a chunk
+// whose keys are all hidden, weights are relative to a maximum far below, and vanish with the first key that counts.
 
 #ifndef JITEXPORT_ATTENTION_H
 #define JITEXPORT_ATTENTION_H
@@ -21,6 +22,8 @@ namespace jitexport {
 namespace {
 
 constexpr int64_t CHUNK = 1152;  // keys of a block's scores: 110 KB, in the second-level cache
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+constexpr float LOWEST_BIAS = -1e38f;  // of a mask: with any score, and times log2(e), still a number
 
 // Heads [B, L, H, D], and the weights [D] of their RMS norm, or none. Streams follow each other: the sequence is as long
 // as all together.
@@ -44,7 +47,9 @@ struct Attention {
   int64_t batch, tokens, heads;
   float scale;             // of the scores
   float eps;               // of the norms
-  const float *cos, *sin;  // [B, tokens, D / 2] of the angles that neighbours are rotated by; null for none
+  const float *cos, *sin;  // [B, rotated, D / 2] of the angles that neighbours are rotated by
+  int64_t rotated;         // tokens, the first ones; 0 for none
+  const float* mask;       // [B, tokens], added to the scores of keys; null for none
 
   const Number* row(Streams& stream, int64_t b, int64_t h, int64_t token) const {
     while (token >= stream->tokens) token -= stream++->tokens;
@@ -66,8 +71,8 @@ struct Attention {
       for (int i = 0; i < D / LANES; i++)
         x[i] = x[i] * (factor * load(stream->norm + i * LANES));
     }
-    if (cos != nullptr) {
-      const int64_t at = (b * tokens + token) * (D / 2);
+    if (token < rotated) {
+      const int64_t at = (b * rotated + token) * (D / 2);
 #pragma GCC unroll 8
       for (int i = 0; i < D / LANES; i++) {  // (a, b) -> (a cos - b sin, b cos + a sin)
         const Floats across = swap_pairs(x[i]) * twice(sin + at + i * LANES / 2);
@@ -185,6 +190,24 @@ struct Attention {
     }
   }
 
+  // The mask -> biases [B][padded] of exponents to the base 2; padding gets the last key's.
+  void pack_mask(int64_t padded, float* biases) const {
+    for (int64_t b = 0; b < batch; b++)
+      for (int64_t j = 0; j < padded; j++)
+        biases[b * padded + j] = std::max(mask[b * tokens + std::min(j, tokens - 1)], LOWEST_BIAS) * LOG2_E;
+  }
+
+  // scores [count] become factor scores + biases; returns their maximum.
+  __attribute__((noinline)) static float add_biases(float* scores, int64_t count, float factor, const float* biases) {
+    Floats highest = all(LOWEST);
+    for (int64_t j = 0; j < count; j += LANES) {
+      const Floats x = multiply_add(load(scores + j), all(factor), load(biases + j));
+      store(scores + j, x);
+      highest = most(highest, x);
+    }
+    return most_of(highest);
+  }
+
   // LANES weights, the first `real` ones, others 0; added to their sum.
   template <bool WHOLE>
   static void weigh_lanes(
@@ -239,9 +262,8 @@ struct Attention {
     }
   }
 
-  // out [B, tokens, H, D] = softmax(scale q k^T) v, of queries, keys and values in streams of the same lengths.
+  // out [B, tokens, H, D] = softmax(scale q k^T + mask) v, of queries, keys and values in streams of the same lengths.
   void run(Streams q, Streams k, Streams v, Number* out, int threads) const {
-    constexpr float LOWEST = -std::numeric_limits<float>::infinity();
     const int64_t padded = divide_up(tokens, GROUP) * GROUP;
     const int64_t chunk = divide_up(divide_up(padded, divide_up(padded, CHUNK)), GROUP) * GROUP;
     const int64_t every = batch * heads, blocks = divide_up(tokens, BLOCK);
@@ -253,6 +275,8 @@ struct Attention {
       thresholds[j] = static_cast<uint32_t>(j * 2654435769u) * 0x1p-32f * 0.999f;
     const auto scores = buffer<float>(threads * BLOCK * chunk);
     const auto weights = buffer<Weight>(threads * BLOCK * chunk);
+    const auto biases = buffer<float>(mask != nullptr ? batch * padded : 1);
+    if (mask != nullptr) pack_mask(padded, biases.get());
 
 #pragma omp parallel num_threads(threads)
     {
@@ -287,8 +311,12 @@ struct Attention {
               score(queries + r * WORDS, query_sums + r, keys.get() + n * size + (from + g) * WORDS,
                     key_scales.get() + n * padded + from + g, chunk, s + r * chunk + g, top + r);
           for (int r = 0; r < BLOCK; r++) {
-            const float factor = query_scales[r] * scale * LOG2_E;
-            const float now = std::max(highest[r], most_of(top[r]) * factor);
+            float factor = query_scales[r] * scale * LOG2_E, peak = most_of(top[r]) * factor;
+            if (mask != nullptr) {
+              peak = add_biases(s + r * chunk, width, factor, biases.get() + b * padded + from);
+              factor = 1;
+            }
+            const float now = std::max(highest[r], peak);
             float shift = now;
             if constexpr (QUANTIZED) shift -= Kind::LOG2_WEIGHT_TOP;
             keep[r] = std::exp2(highest[r] - now);

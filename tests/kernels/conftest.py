@@ -24,10 +24,11 @@ using I = int64_t;
 
 template <class Number, class Kind, int D>
 void attend(
-    const void* streams, const float* cos, const float* sin, void* out, I b, I l, I h, int threads) {
+    const void* streams, const float* cos, const float* sin, I rotated, const float* mask, void* out, I b, I l, I h,
+    int threads) {
   const auto s = static_cast<const Stream<Number>*>(streams);
   const float scale = 1 / std::sqrt(float(D));
-  Attention<Kind, Number, D>{b, l, h, scale, 1e-6f, cos, sin}.run(
+  Attention<Kind, Number, D>{b, l, h, scale, 1e-6f, cos, sin, rotated, mask}.run(
       s, s + 2, s + 4, static_cast<Number*>(out), threads);
 }
 template <class Number, int D>
@@ -36,11 +37,11 @@ auto of_kind(bool quantized) {
 }
 // Streams: two of queries, two of keys, two of values; l tokens in all.
 extern "C" void attention(
-    bool wide, bool quantized, const void* s, const float* cos, const float* sin, void* out, I b, I l, I h, I d,
-    int threads) {
+    bool wide, bool quantized, const void* s, const float* cos, const float* sin, I rotated, const float* mask,
+    void* out, I b, I l, I h, I d, int threads) {
   const auto run = wide ? d == 64 ? of_kind<float, 64>(quantized) : of_kind<float, 128>(quantized)
                         : d == 64 ? of_kind<uint16_t, 64>(quantized) : of_kind<uint16_t, 128>(quantized);
-  run(s, cos, sin, out, b, l, h, threads);
+  run(s, cos, sin, rotated, mask, out, b, l, h, threads);
 }
 
 template <class Number, class Kind, bool GELU, class Out>
@@ -97,12 +98,14 @@ class Kernels:
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, int8: bool, threads: int = 2, split: int | None = None,
         norms: Sequence[tuple[Tensor, Tensor]] = ((None, None), (None, None)), cos: Tensor | None = None,
-        sin: Tensor | None = None,
+        sin: Tensor | None = None, mask: Tensor | None = None,
     ) -> Tensor:
         """Of all tokens, or of those before and from `split` on in streams of their own, with (q, k) norms of each."""
         assert len({t.dtype for t in (q, k, v)}) == 1 and q.dtype in DTYPES
         out = torch.full_like(q, torch.nan)
         batch, tokens, heads, channels = q.shape
+        assert mask is None or (mask.shape == (batch, tokens) and mask.dtype == torch.float32)
+        rotated = 0 if cos is None else cos.shape[1]
         split = tokens if split is None else split
         kept, streams = [], []
         for x, name in ((q, 0), (k, 1), (v, None)):
@@ -111,7 +114,8 @@ class Kernels:
                 weight = None if name is None else norm[name]
                 streams.append(CStream(pointer(kept[-1]), pointer(weight), part.shape[1]))
         self.library.attention(
-            q.dtype == torch.float32, int8, (CStream * 6)(*streams), pointer(cos), pointer(sin), pointer(out),
+            q.dtype == torch.float32, int8, (CStream * 6)(*streams), pointer(cos), pointer(sin),
+            ctypes.c_int64(rotated), pointer(mask), pointer(out),
             *map(ctypes.c_int64, (batch, tokens, heads, channels)), threads,
         )  # fmt: skip
         return out

@@ -123,6 +123,23 @@ def test_one_buffer_as_several_inputs(normal):
         assert relative(found, expected) < 0.01
 
 
+def test_a_mask_and_rotation_of_the_first_tokens(normal):
+    """Angles for both images, a mask of each, and one of both."""
+    needs_kernels()
+    angles = normal(1, 40, 32, seed=3).float()
+
+    def function(x, lengths):
+        hidden = torch.arange(70) >= lengths[:, None]
+        whole = attention([Stream(x, x, x)], angles.cos(), angles.sin(), mask=hidden * -1e30)
+        return whole, attention([Stream(whole, x, x)], mask=hidden[1:] * -1e30)
+
+    inputs = normal(2, 70, 1, 64), torch.tensor([70, 50])
+    out, code = compiled(function, *inputs, kernels=True)
+    assert code.count("Attention<Plain<uint16_t>, uint16_t, 64>{") == 2
+    for found, expected in zip(out, function(*inputs), strict=True):
+        assert relative(found, expected) < 0.01
+
+
 def test_layers_with_and_without_bias_in_one_graph(normal):
     needs_kernels()
     weight, scale = quantize(normal(128, 64, seed=1), "int8")
