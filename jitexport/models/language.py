@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 DECODERS = {
     "Qwen2_5_VLForConditionalGeneration": "model.language_model",
     "Qwen2_5_VLTextModel": "",
+    "Qwen3ForCausalLM": "model",
+    "Qwen3Model": "",
 }
 
 
@@ -182,6 +184,8 @@ def self_attention(attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, bias: T
         project(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # [B, L, H Dh] -> [B, H, L, Dh]
         for project in (attn.q_proj, attn.k_proj, attn.v_proj)
     )
+    if hasattr(attn, "q_norm"):  # Qwen3's; of each head
+        q, k = rms_norm(attn.q_norm, q), rms_norm(attn.k_norm, k)
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     k, v = (repeat_heads(heads, q.shape[1]) for heads in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -197,7 +201,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """[B, H, L, Dh] -> [B, heads, L, Dh], each head several times in a row.
 
-    Not by attention's `enable_gqa`, which has no ONNX translation in the operator set that graphs are written in.
+    Not by attention's `enable_gqa`: with it and a mask, PyTorch's fused kernels for CUDA do not run.
     """
     return x[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
 

@@ -8,6 +8,9 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -40,10 +43,27 @@ def qwen25_vl_text(**changes) -> nn.Module:
     return Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**TEXT | {"rope_parameters": MROPE} | changes))
 
 
+def qwen3(**changes) -> nn.Module:
+    """Heads that are wider together than the states, as the real ones of 4 billion parameters."""
+    return Qwen3ForCausalLM(Qwen3Config(**TEXT | {"head_dim": 12, "tie_word_embeddings": True} | changes))
+
+
+def qwen3_untied(**changes) -> nn.Module:
+    """As the real ones of 8 billion parameters; here with biases too."""
+    return qwen3(tie_word_embeddings=False, attention_bias=True, head_dim=8, **changes)
+
+
+def qwen3_inner(**changes) -> nn.Module:
+    return Qwen3Model(Qwen3Config(**TEXT | {"head_dim": 8} | changes))
+
+
 #: A model's maker, and the states that an image model reads of it (of four layers here).
 MODELS = {
     "qwen-image": (qwen25_vl, (-1,)),
     "hunyuan": (qwen25_vl_text, (-3,)),
+    "klein-4b": (qwen3, (1, 2, 3)),
+    "klein-9b": (qwen3_untied, (1, 2, 3)),
+    "klein-inner": (qwen3_inner, (1, 2, 3)),
 }
 
 
