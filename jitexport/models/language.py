@@ -201,7 +201,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """[B, H, L, Dh] -> [B, heads, L, Dh], each head several times in a row.
 
-    Not by attention's `enable_gqa`: with it and a mask, PyTorch's fused kernels for CUDA do not run.
+    Not by attention's `enable_gqa`: PyTorch's fused kernels for CUDA take it or a mask, says transformers, which
+    repeats heads likewise (`use_gqa_in_sdpa`).
     """
     return x[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
 

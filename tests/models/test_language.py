@@ -203,6 +203,7 @@ class Text(LanguageText):
         return torch.cat(self.states(ids, mask, self.numbers), dim=-1)
 
 
+@pytest.mark.parametrize("name", ["qwen-image", "klein-4b"], indirect=True)
 def test_export(name, model):
     """One graph for all ids and masks of a shape; its parameters are the model's under the model's names."""
     _, states = MODELS[name]
@@ -216,11 +217,59 @@ def test_export(name, model):
         assert parameter.data_ptr() == own[full].data_ptr()
 
 
+@pytest.mark.parametrize("name", ["qwen-image", "klein-4b"], indirect=True)
 def test_layers_are_one_region(name):
     _, states = MODELS[name]
     model = keep_what_is_read(made(name), states)
     made_of = outline(Text(model, states), prompts([4, 7], 9))
     assert len(made_of.program.regions) == 1 and made_of.program.calls == len(decoder_of(model).layers)
+
+
+# --- published sizes ---
+
+
+def layer_size(width, heads, shared, channels, inner, extra):
+    """Numbers in a layer: projections, SwiGLU, two norms, and biases or norms of heads."""
+    return width * channels * 2 * (heads + shared) + 3 * width * inner + 2 * width + extra
+
+
+#: As on the hub: the text part flat, rotary settings by their old name.
+QWEN25_VL_7B = {
+    "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "hidden_act": "silu", "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 28, "tie_word_embeddings": False,
+}
+QWEN3_4B = {
+    "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960, "rope_theta": 1000000, "rope_scaling": None, "use_sliding_window": False,
+    "sliding_window": None, "max_window_layers": 36, "attention_bias": False, "tie_word_embeddings": True,
+}
+QWEN25_LAYER = layer_size(3584, 28, 4, 128, 18944, extra=(28 + 4 + 4) * 128)
+QWEN3_LAYER = layer_size(2560, 32, 8, 128, 9728, extra=2 * 128)
+
+
+@pytest.mark.parametrize(
+    "made_of, states, expected",
+    [
+        (
+            lambda: Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**QWEN25_VL_7B)), (-1,),
+            152064 * 3584 + 28 * QWEN25_LAYER + 3584,
+        ),
+        (lambda: Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**QWEN25_VL_7B)), (-3,), 152064 * 3584 + 26 * QWEN25_LAYER),
+        (lambda: Qwen3ForCausalLM(Qwen3Config(**QWEN3_4B)), (9, 18, 27), 151936 * 2560 + 27 * QWEN3_LAYER),
+    ],
+    ids=["qwen-image", "hunyuan", "klein-4b"],
+)
+def test_published_models(made_of, states, expected):
+    """Without weights: what is kept, and shapes of states."""
+    with torch.device("meta"):
+        model = keep_what_is_read(made_of(), states)
+    assert sum(p.numel() for p in model.parameters()) == expected
+    ids = torch.zeros(1, 6, dtype=torch.int64, device="meta")
+    found = hidden_states(model, ids, ids, states)
+    assert [tuple(s.shape) for s in found] == [(1, 6, decoder_of(model).config.hidden_size)] * len(states)
 
 
 # --- refusals ---
