@@ -14,6 +14,7 @@ from jitexport import files, video
 from jitexport.errors import InputError, MissingDependencyError, OutputError
 from jitexport.files import check_writable_folder
 from jitexport.video import encode_mp4, frame_name, is_frame, write_frames, write_mp4
+from tests.test_files import in_namespace, unchangeable
 
 av = pytest.importorskip("av")
 
@@ -229,3 +230,38 @@ def test_what_is_no_folder_is_refused_before_the_work(tmp_path):
 def test_names_of_frames_sort_and_count_on():
     assert frame_name(12345) == "frame-12345.png" and is_frame(frame_name(12345)) and is_frame(frame_name(0))
     assert not is_frame("frame-0000.png\n") and not is_frame("a-frame-0000.png")
+
+
+WRITE = """
+import sys
+from pathlib import Path
+import numpy as np
+from jitexport.errors import OutputError
+from jitexport.video import write_frames, write_mp4
+frames = np.random.default_rng(0).integers(0, 256, (24, 64, 64, 3), dtype=np.uint8)
+for write, name in ((write_mp4, "a.mp4"), (write_frames, "clip")):
+    try:
+        write(Path(sys.argv[1]) / name, frames)
+    except OutputError as error:
+        print(name, error.found)
+"""
+
+
+def test_a_full_disk_keeps_nothing_half_written(tmp_path):
+    """Room for two frames of 24, and for a part of the MP4."""
+    script, place = tmp_path / "write.py", tmp_path / "full"
+    script.write_text(WRITE)
+    place.mkdir()
+    done = in_namespace(
+        f"mount -t tmpfs -o size=40k none '{place}'\nprintf old > '{place}/a.mp4'",
+        f"'{sys.executable}' '{script}' '{place}'; ls -A '{place}'; cat '{place}/a.mp4'",
+    )
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["a.mp4", "clip", "a.mp4", "old"], done.stderr
+    assert all("No space left" in line for line in lines[:2])
+
+
+def test_a_folder_without_the_right_to_write_is_refused_before_the_work(tmp_path):
+    (tmp_path / "locked").mkdir()
+    with unchangeable(tmp_path / "locked"), pytest.raises(OutputError, match="not permitted"):
+        check_writable_folder(tmp_path / "locked" / "clip", is_frame)
