@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -9,7 +10,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +21,10 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 #: What fsync answers where there is no such promise.
 _NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM}
 _NAME_BYTES = 200  # of a name within the names of what stands beside it; file systems take 255 in all
+#: renameat2 where the kernel or the file system does not know how to exchange.
+_NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 def check_writable(path: Path) -> None:
@@ -56,6 +61,92 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             sync(file.fileno())
         part.replace(path)
+
+
+def check_writable_folder(path: Path, replaces: Callable[[str], bool]) -> None:
+    """Find out whether `write_folder` can write there, before the work that makes the content.
+
+    Args:
+        replaces: whether a file of this name may go when a folder that is there already is replaced.
+
+    Raises:
+        InputError: there is no parent folder, or something is there that may not be replaced.
+        OutputError: the parent folder cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    if not os.path.isdir(path.parent):
+        raise InputError("no such folder", found=path.parent, remedy="create it, or choose another -o")
+    with _telling(path), suppress(FileNotFoundError):
+        if not stat.S_ISDIR(path.stat().st_mode):
+            raise InputError(
+                f"cannot write to {path}", found="a file", expected="a folder, or a new name",
+                remedy="choose another -o",
+            )
+        if strays := sorted(e.name for e in os.scandir(path) if not (e.is_file() and replaces(e.name))):
+            raise InputError(
+                f"{path} holds other files, which would be lost", found=strays[0],
+                expected="a new name, or a folder with nothing but what was written there before",
+                remedy="choose another -o",
+            )
+    with _telling(path), _unfinished(path) as part:
+        part.mkdir()
+
+
+def write_folder(path: Path, content: Iterable[tuple[str, bytes]], replaces: Callable[[str], bool]) -> None:
+    """Write a folder of files in one step: it is there with all of them, or as it was before.
+
+    Where the system cannot exchange two folders, an older one is away for a moment.
+
+    Args:
+        content: names and what the files hold; taken one after the other, so that not all need be in memory.
+        replaces: as `check_writable_folder` has it.
+
+    Raises:
+        InputError: there is no parent folder, or something is there that may not be replaced.
+        OutputError: the disk is full or cannot be written.
+    """
+    check_writable_folder(path, replaces)
+    path = Path(os.path.realpath(path))
+    with _telling(path), _unfinished(path) as part:
+        part.mkdir()
+        for name, data in content:
+            with (part / name).open("xb") as file:
+                file.write(data)
+                file.flush()
+                sync(file.fileno())
+        _put_in_place(part, path)
+
+
+def _put_in_place(part: Path, path: Path) -> None:
+    """A folder at its name; one that has the name already is at `part` then, or gone."""
+    if not path.exists():
+        part.rename(path)
+    elif not exchange(part, path):
+        with _unfinished(path) as old:
+            path.rename(old)
+            try:
+                part.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap two directories in one step, Linux only.
+
+    Returns:
+        False where the system or the file system cannot; nothing has happened then.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(b))
 
 
 def sync(handle: int) -> None:
@@ -116,13 +207,16 @@ def temporary_folder(place: Path) -> Iterator[None]:
 
 @contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
-    """A name beside a file, of which nothing is left at the end."""
+    """A name beside a file or folder, of which nothing is left at the end."""
     part = path.with_name(f".{short_name(path.name)}.{secrets.token_hex(4)}.part")
     try:
         yield part
     finally:
         with suppress(OSError):
-            part.unlink(missing_ok=True)
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import logging
@@ -17,7 +16,7 @@ from typing import Self
 
 from jitexport.bundle.manifest import FILE_NAME
 from jitexport.errors import BundleError, BundleExistsError, InputError
-from jitexport.files import DISK_ERRORS, short_name, sync
+from jitexport.files import DISK_ERRORS, exchange, short_name, sync
 from jitexport.interrupts import finishing
 
 logger = logging.getLogger(__name__)
@@ -26,10 +25,6 @@ logger = logging.getLogger(__name__)
 _NO_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 #: Of a folder whose file system locks files only; it stays there, empty.
 LOCK_NAME = ".jitexport.lock"
-#: renameat2 where the kernel or the file system does not know how to exchange.
-_NO_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 
 
 class Staging:
@@ -192,24 +187,6 @@ class Staging:
                 return link
             link = link.__cause__ or link.__context__
         return None
-
-
-def exchange(a: Path, b: Path) -> bool:
-    """Swap two directories in one step, Linux only.
-
-    Returns:
-        False where the system or the file system cannot; nothing has happened then.
-    """
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _NO_EXCHANGE:
-        return False
-    raise OSError(code, os.strerror(code), str(b))
 
 
 def check_text(path: Path, what: str) -> None:

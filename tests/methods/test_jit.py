@@ -1,5 +1,6 @@
 import math
 from itertools import pairwise, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +93,32 @@ def test_random_fill_and_drop_reach_every_token():
     assert set().union(*drawn) == set(range(36))
     kept = [set(first_anchors(grid, structural - 2, seeded(s)).tolist()) for s in range(60)]
     assert set.intersection(*kept) == set()
+
+
+@pytest.mark.parametrize(
+    ("shape", "ratio", "kept"),
+    [
+        ((31, 30, 53), 0.32, "some"),  # 480p at 7x: 32.2% are structural
+        ((31, 30, 53), 0.35, "all"),
+        ((31, 45, 80), 0.32, "all"),  # 720p: 29.6%
+    ],
+)
+def test_first_anchors_of_video(shape, ratio, kept):
+    """121 frames are 31 of latents. What is dropped or filled in is drawn from all frames alike."""
+    grid = TokenGrid(shape)
+    m, mask = int(grid.tokens * ratio), structural_mask(grid)
+    frame = structural_mask(TokenGrid(shape[1:]))
+    assert torch.equal(mask.view(shape[0], -1), frame.expand(shape[0], -1))
+    anchors = first_anchors(grid, m, seeded(1))
+    active = torch.zeros_like(mask).index_fill_(0, anchors, True)
+    assert len(anchors) == active.sum() == m and (anchors.diff() > 0).all()
+    if kept == "some":
+        assert m < mask.sum() and not (active & ~mask).any()
+    else:
+        assert m > mask.sum() and active[mask].all()
+    changed = (active != mask).view(shape[0], -1).sum(1).double()
+    expected = abs(m - mask.sum().item()) / shape[0]
+    assert (changed - expected).abs().max() < 5 * expected**0.5  # of random counts
 
 
 # --- interpolation operator (Algorithm 2) ---
@@ -501,6 +528,31 @@ def test_nearest_map_and_blur_are_made_once_a_stage(monkeypatch):
     for _ in range(4):
         state = method.step(state, torch.randn(2, 5, 3), 0.9, 0.8)
     assert calls.count("nearest") == 1 and calls.count("blur") == 2
+
+
+@pytest.mark.parametrize("preset", ["default", "released"])
+def test_memory_of_a_whole_run_is_a_few_videos(monkeypatch, preset):
+    """From the draw to the last stage, beside latents and noise: the same number of latents for any number of frames.
+
+    All distances of tokens and anchors would be 111 latents on the smaller grid, and twice that on the other.
+    """
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    from scale import Living
+
+    peaks = []
+    for frames in (7, 14):
+        method = jit((frames, 30, 53), preset)
+        n, generator = method.grid.tokens, seeded()
+        counts = [int(n * share) for share in (0.32, 0.6, 1.0)]
+        latents, noise = torch.randn(2, 1, n, 32, generator=generator).unbind(0)
+        with torch.inference_mode(), Living() as living:
+            anchors = first_anchors(method.grid, counts[0], generator)[None]
+            state = method.start(Draws(latents, noise, anchors), Stage(2, counts[0], 1))
+            for number, (before, m) in enumerate(pairwise(counts)):
+                state = method.step(state, torch.randn(1, before, 32, generator=generator), 0.9, 0.8)
+                state = method.transition(state, Stage(1 - number, m, 1), 0.8)
+        peaks.append(living.peak / latents.nbytes)
+    assert max(peaks) < 10 and peaks[1] == pytest.approx(peaks[0], rel=0.02)
 
 
 def test_separable_applies_each_matrix_along_its_axis():
