@@ -178,7 +178,8 @@ def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]
         yield ready(stage.name, run(noise(stage.tokens), step))
     if "preview" in pipeline.engines:
         yield ready("preview", [noise(geometry.grid.halved().tokens)])
-    yield ready("decode", [noise(geometry.grid.tokens)])
+    latents = torch.randn(pipeline.engines["decode"].spec.inputs[0].shape, generator=generator)
+    yield ready("decode", [latents.to(device)])
 
 
 def compare(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> tuple[float, float]:

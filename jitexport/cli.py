@@ -67,6 +67,7 @@ Preset = Annotated[
 ]
 Height = Annotated[int | None, typer.Option(min=1, help="Image height in pixels; the model's usual one by default.")]
 Width = Annotated[int | None, typer.Option(min=1, help="Image width in pixels; the model's usual one by default.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames of a video; the model's usual number by default.")]
 TextTokens = Annotated[
     int | None, typer.Option(min=1, help="Length of the text sequence; the model's usual one by default.")
 ]
@@ -134,8 +135,11 @@ def _custom(steps: str | None, ratios: str | None) -> Any:
     return parse_custom(steps, ratios) if steps is not None else None
 
 
-def _settings(height: int | None, width: int | None, text_tokens: int | None) -> dict[str, Any]:
-    return {"height": height, "width": width, "max_sequence_length": text_tokens}
+def _settings(
+    height: int | None, width: int | None, frames: int | None, text_tokens: int | None
+) -> dict[str, Any]:
+    sizes = {"height": height, "width": width, "max_sequence_length": text_tokens}
+    return sizes if frames is None else sizes | {"frames": frames}
 
 
 def _tera(tflops: float) -> str:
@@ -231,8 +235,16 @@ def build(
     ratios: Ratios = None,
     height: Height = None,
     width: Width = None,
+    frames: Frames = None,
     text_tokens: TextTokens = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; auto is cuda where torch can use a GPU.")] = "auto",
+    passes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=2, help="Of a prompt and its negative prompt: 1 after the other, or 2 at once; the faster one here "
+            "by default, for models that are usually guided so."
+        ),
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="Build for another machine's GPU, as sm_89 (--backend tensorrt).")
     ] = None,
@@ -264,11 +276,12 @@ def build(
             batch=batch,
             device=device,
             target=target,
-            settings=_settings(height, width, text_tokens),
+            settings=_settings(height, width, frames, text_tokens),
             weights=weights,
             replace=force,
             jobs=jobs,
             quantization=quant,
+            passes=passes,
             command=["jitexport", *sys.argv[1:]],
             progress=progress,
         )
@@ -286,9 +299,14 @@ def build(
         soft_wrap=True,
     )
     out.print(
-        f'next: jitexport generate {shlex.quote(str(result.path))} "{_example_prompt(manifest)}" -o image.png',
+        f'next: jitexport generate {shlex.quote(str(result.path))} "{_example_prompt(manifest)}" '
+        f"-o {'image.png' if manifest.geometry.frames is None else 'video.mp4'}",
         soft_wrap=True,
     )
+
+
+def _frames(manifest: Any) -> str:
+    return "" if manifest.geometry.frames is None else f"{manifest.geometry.frames} frames, "
 
 
 def _example_prompt(manifest: Any) -> str:
@@ -306,6 +324,7 @@ def plan(
     ratios: Ratios = None,
     height: Height = None,
     width: Width = None,
+    frames: Frames = None,
     text_tokens: TextTokens = None,
     as_json: Json = False,
 ) -> None:
@@ -318,15 +337,17 @@ def plan(
     from jitexport.models.sources import config_adapter, find_source
     from jitexport.plan import plan as make_plan
 
-    adapter = config_adapter(find_source(model, base), torch.float32, _settings(height, width, text_tokens))
+    adapter = config_adapter(find_source(model, base), torch.float32, _settings(height, width, frames, text_tokens))
     made = make_plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset)
     if as_json:
         echo(schedule_entry(made).model_dump_json())
         return
-    geometry = adapter.geometry
+    geometry, guidance = adapter.geometry, adapter.defaults.guidance
+    frames = "" if geometry.frames is None else f"{geometry.frames} frames, "
+    twice = ", twice that with a negative prompt" if (guidance.true or 0) > 1 else ""
     err.print(
-        f"{model}: {geometry.height} x {geometry.width} pixels, {made.grid_tokens} image tokens, "
-        f"{geometry.text_tokens} text tokens; full step {_tera(made.cost(made.grid_tokens) / 1e12)} TFLOP",
+        f"{model}: {geometry.height} x {geometry.width} pixels, {frames}{made.grid_tokens} image tokens, "
+        f"{geometry.text_tokens} text tokens; full step {_tera(made.cost(made.grid_tokens) / 1e12)} TFLOP{twice}",
         soft_wrap=True,
     )
     table = Table("stage", "steps", "tokens", "share", "TFLOP/step", "TFLOP", "sigma from", "to")
@@ -360,14 +381,24 @@ def plan(
 def generate(
     bundle: Bundle,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write; numbered for several images.")] = Path(
-        "image.png"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="PNG to write, or of videos MP4 or a folder of frames; numbered for several."
+        ),
+    ] = Path("image.png"),
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**64 - 1, help="Image i has seed + i; random by default.")
     ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale, for models that take one.")] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="What not to draw, for classifier-free guidance.")
+    ] = None,
+    true_cfg_scale: Annotated[
+        float | None, typer.Option(min=0, help="Scale of that guidance, for models that have another one beside it.")
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second of an MP4; 24 by default.")] = None,
     trust: Annotated[
         bool,
         typer.Option("--trust", help="BUNDLE may be OWNER/NAME on a hub, whose engines are native code of that owner."),
@@ -378,24 +409,31 @@ def generate(
     import torch
 
     import jitexport
+    from jitexport.bundle.reading import read_manifest
 
-    if output.suffix.lower() != ".png":
-        raise InputError("images are written as PNG", found=output.name, expected="a name that ends with .png")
-    paths = [output if num_images == 1 else output.with_name(f"{output.stem}-{i}.png") for i in range(num_images)]
+    if not trust:  # before anything is loaded
+        check_output(output, read_manifest(bundle).geometry.frames, fps)
+    paths = numbered(output, num_images)
     for path in paths:
         check_writable(path)
     if seed is None:
         seed = torch.Generator().seed() % 2**32
     pipe = jitexport.load(bundle, trust=trust)
+    check_output(output, pipe.geometry.frames, fps)
+    scales = {"guidance_scale": guidance, "true_cfg_scale": true_cfg_scale}
+    if guidance is not None and pipe.defaults.guidance.scale is None and true_cfg_scale is None:
+        scales = {"true_cfg_scale": guidance}  # the only guidance that the model has
     started = time.perf_counter()
     images = pipe(
         prompt,
+        negative_prompt=negative,
         num_images_per_prompt=num_images,
-        guidance_scale=guidance,
         generator=[torch.Generator().manual_seed((seed + i) % 2**64) for i in range(num_images)],
+        output_type="pil" if pipe.geometry.frames is None else "pt",
+        **scales,
     ).images
     for image, path in zip(images, paths, strict=True):
-        write_file(path, encode_png(image))
+        write_output(path, image, fps)
     seconds = time.perf_counter() - started
     if as_json:
         echo(json.dumps({"images": [str(p) for p in paths], "seed": seed, "seconds": round(seconds, 3)}))
@@ -403,6 +441,36 @@ def generate(
     for path in paths:
         echo(path)
     err.print(f"{num_images} image(s) in {seconds:.2f} s, seed {seed}")
+
+
+def numbered(output: Path, count: int) -> list[Path]:
+    """Where each of several images goes."""
+    return [output if count == 1 else output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+
+
+def check_output(output: Path, frames: int | None, fps: float | None) -> None:
+    """Refuse a file that an image, or a video of some frames, is not written to."""
+    kind = output.suffix.lower()
+    if frames is None and kind != ".png":
+        raise InputError("images are written as PNG", found=output.name, expected="a name that ends with .png")
+    if frames is not None and kind not in (".mp4", ""):
+        raise InputError(
+            "videos are written as MP4, or as a folder of frames", found=output.name,
+            expected="a name that ends with .mp4, or has no ending", remedy="-o video.mp4",
+        )
+    if fps is not None and kind != ".mp4":
+        raise InputError("--fps is of MP4 files", found=output.name, remedy="leave it out")
+
+
+def write_output(path: Path, image: Any, fps: float | None) -> None:
+    """Write a PIL image as PNG, or a video's frames [F, 3, H, W] as MP4 or as a folder of PNG files."""
+    if not hasattr(image, "movedim"):
+        return write_file(path, encode_png(image))
+    from jitexport import video
+
+    if path.suffix.lower() == ".mp4":
+        return video.write_mp4(path, image, fps or video.FPS)
+    video.write_frames(path, image)
 
 
 def _kernels(engines: Sequence[Any]) -> str:
@@ -427,7 +495,8 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in {
         "model": f"{manifest.model.name} ({manifest.model.family}, from {manifest.model.source})",
-        "image": f"{manifest.geometry.height} x {manifest.geometry.width} pixels, "
+        "image" if manifest.geometry.frames is None else "video": f"{manifest.geometry.height} x "
+        f"{manifest.geometry.width} pixels, {_frames(manifest)}"
         f"{manifest.geometry.grid} tokens, batch {manifest.batch}",
         "method": f"{manifest.method.name}, preset {manifest.method.preset}",
         "speed-up": f"{schedule.predicted_speedup:.2f}x predicted over {schedule.reference_steps} steps "

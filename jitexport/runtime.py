@@ -53,7 +53,7 @@ from jitexport.errors import (
 )
 from jitexport.forks import survives_fork
 from jitexport.graphs import CUDARecorder, LoopGraph, Recorder
-from jitexport.grid import pack
+from jitexport.grid import pack, unpack
 from jitexport.lora import Change, read_lora
 from jitexport.methods.base import Draws, Method
 from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry
@@ -511,8 +511,11 @@ class Pipeline:
         return LoopGraph(loop, {s.name: self.engines[s.name] for s in self.schedule.stages}, recorder)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, N, C] -> pictures [B, 3, H, W] in [0, 1], fp32."""
-        return self.engines["decode"](latents)[0]
+        """Latents [B, N, C] -> pictures [B, 3, H, W], or videos [B, 3, F, H, W], in [0, 1], fp32."""
+        engine, geometry = self.engines["decode"], self.geometry
+        if geometry.tiles is None:
+            return engine(latents)[0]
+        return geometry.tiles.decode(unpack(latents, geometry.grid, geometry.patch), lambda tile: engine(tile)[0])
 
     @staticmethod
     def to_images(images: Tensor, output_type: OutputType) -> Any:

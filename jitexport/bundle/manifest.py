@@ -326,7 +326,11 @@ class Manifest(_Entry):
             yield from _unlike(spec, known)
             if [(o.shape, o.dtype) for o in spec.outputs] != [tokens]:
                 yield f"{stage.name} does not give one velocity per token"
-        latents = ((self.batch, geometry.grid.tokens, geometry.channels), "fp32")
+        shape: tuple[int, ...] = (geometry.grid.tokens, geometry.channels)
+        if geometry.tiles is not None:
+            channels, *size = geometry.latent_shape
+            shape = (channels, *geometry.tiles.sides(tuple(size), geometry.frames)[0])
+        latents = ((self.batch, *shape), "fp32")
         if [(i.shape, i.dtype) for i in decode.inputs] != [latents] or len(decode.outputs) != 1:
             yield "the decode engine does not take the latents of the grid and give pictures"
         if preview := specs.get("preview"):

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,9 +38,40 @@ from jitexport.prompting import Tokenizer
 from jitexport.quant import check_kind, quantize_linears
 from jitexport.schedule import StageSchedule, middle_shift
 from jitexport.specs import EngineSpec, TensorSpec
+from jitexport.tiling import Tiling
 
 #: A component's configuration, or that of the pipeline itself, by name.
 Configs = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class TiledDecoder:
+    """A decoder that is run tile by tile: see `jitexport.tiling`.
+
+    Attributes:
+        tiling: of latents.
+        scale: pixels per latent, for each axis of a tile.
+        first_frame_alone: of decoders of video whose first latent is one frame.
+    """
+
+    tiling: Tiling
+    scale: tuple[int, ...]
+    first_frame_alone: bool = False
+
+    def decode(self, latents: Tensor, engine: Callable[[Tensor], Tensor]) -> Tensor:
+        """Latents [B, C, (T,) H, W] -> pictures [B, 3, (F,) H s, W s], by an engine for one tile."""
+        return self.tiling.decode(latents, engine, self.scale, first_frame_alone=self.first_frame_alone)
+
+    def sides(self, latents: tuple[int, ...], frames: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A tile of latents of this size ((T,) H, W), and the pixels ((F,) h, w) that it becomes."""
+        divided = len(self.tiling.tile)
+        tile = (*latents[: len(latents) - divided], *self.tiling.tile)
+        pixels = tuple(n * scale for n, scale in zip(self.tiling.tile, self.scale, strict=True))
+        if divided < len(latents):
+            return tile, (frames or latents[0], *pixels)
+        if self.first_frame_alone and len(latents) == 3:
+            return tile, (pixels[0] - self.scale[0] + 1, *pixels[1:])
+        return tile, pixels
 
 
 @dataclass(frozen=True)
@@ -57,6 +88,8 @@ class ModelGeometry:
         frames: of a video; None for images.
         drawn_patch: side of the patches that noise is drawn in, where it is not `patch`: diffusers draws some models'
             noise in packed form.
+        tiles: how the decoder is run where it cannot take the whole: its engine then takes latents [B, C, (t,) h, w] of
+            a tile, not tokens.
     """
 
     grid: TokenGrid
@@ -68,6 +101,7 @@ class ModelGeometry:
     text_tokens: int
     frames: int | None = None
     drawn_patch: int | None = None
+    tiles: TiledDecoder | None = None
 
     @property
     def channels(self) -> int:
@@ -308,6 +342,13 @@ class ModelAdapter(ABC):
         """The engine `decode`, or `preview`, which is the same at half the sides."""
         geometry = self.geometry
         small = name == "preview"
+        if geometry.tiles is not None and not small:
+            channels, *latent = geometry.latent_shape
+            tile, pixels = geometry.tiles.sides(tuple(latent), geometry.frames)
+            return EngineSpec(
+                name, (TensorSpec("latents", (batch, channels, *tile), "fp32"),),
+                (TensorSpec("images", (batch, 3, *pixels), "fp32"),),
+            )
         grid = geometry.grid.halved() if small else geometry.grid
         sides = (geometry.height // 2, geometry.width // 2) if small else (geometry.height, geometry.width)
         frames = () if geometry.frames is None else (geometry.frames,)
