@@ -241,8 +241,8 @@ def build(
     passes: Annotated[
         int | None,
         typer.Option(
-            min=1, max=2, help="Of a prompt and its negative prompt: 1 after the other, or 2 at once; the faster one here "
-            "by default, for models that are usually guided so."
+            min=1, max=2, help="A prompt and its negative prompt: 1 after the other, or 2 at once; for models that are "
+            "usually guided so the faster one by default."
         ),
     ] = None,
     target: Annotated[
