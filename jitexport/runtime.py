@@ -859,6 +859,13 @@ class Pipeline:
             )
         return range(*(round(share * self.schedule.nfe) for share in interval))
 
+    def prepare(self, prompts: Sequence[str]) -> tuple[Condition, Guided | None]:
+        """What the loop reads for exactly `batch_size` prompts, with the model's usual guidance."""
+        none = [None, None]
+        request = self._request([list(prompts), *none], [None, *none], {}, None, None, (0.0, 1.0), 1)
+        rows = range(self.batch_size)
+        return self.condition(request.texts.embeddings(self, rows), request.distilled), self._guided(request, rows)
+
     def _guided(self, request: _Request, rows: Sequence[int]) -> Guided | None:
         """Guidance of a chunk of images."""
         if request.negative is None or not request.steps:

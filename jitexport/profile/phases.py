@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,6 +131,7 @@ class Recorder:
         self.schedule = pipe.schedule
         self.runs: list[Span] = []
         self.step_ends: list[float] = []
+        self.passes = 1
         self.pipe = copy.copy(pipe)
         self.pipe.engines = {name: _Recorded(engine, self) for name, engine in pipe.engines.items()}
 
@@ -139,12 +140,13 @@ class Recorder:
         pipe, batch = self.pipe, self.pipe.batch_size
         self.runs, self.step_ends = [], []
         begin = now(self.device)
-        condition = pipe.encode([prompt] * batch, pipe.defaults.guidance.distilled)
+        condition, guided = pipe.prepare([prompt] * batch)
+        self.passes = 1 if guided is None or pipe.passes == 2 else 2
         encoded = now(self.device)
         draws = pipe.draw([torch.Generator().manual_seed(seed + i) for i in range(batch)])
         draws = type(draws)(*(None if t is None else t.to(self.device) for t in draws.__dict__.values()))
         drawn = now(self.device)
-        latents = pipe.denoise(condition, draws, self._on_step)
+        latents = pipe.denoise(condition, draws, self._on_step, guided=guided)
         denoised = now(self.device)
         pictures = pipe.decode(latents)
         decoded = now(self.device)
@@ -152,16 +154,22 @@ class Recorder:
             encode_png(image)
         end = now(self.device)
 
-        text, _, *steps = self.runs  # the last one decodes
         spans = [
-            Span("text", begin, text.end),
-            Span("condition", text.end, encoded),
+            *self._encoding(begin, encoded),
             Span("draw", encoded, drawn),
-            *self._loop(steps[:-1], drawn),
+            *self._loop([run for run in self.runs if drawn <= run.start < denoised], drawn),
             Span("decode", denoised, decoded),
             Span("image", decoded, end),
         ]
         return [replace(s, start=s.start - begin, end=s.end - begin) for s in spans]
+
+    def _encoding(self, begin: float, end: float) -> Iterator[Span]:
+        """Spans of the text and condition engines, of each pass, and of what lies before and behind them."""
+        runs = [run for run in self.runs if run.start < end]
+        for i, run in enumerate(runs, start=1):
+            until = run.end if i < len(runs) else end
+            yield Span(run.phase, begin, until)
+            begin = until
 
     def _on_step(self, step: int, sigma: float, latents: Callable[[], Tensor]) -> None:
         self.step_ends.append(now(self.device))
@@ -265,7 +273,9 @@ def profile_pipeline(
     if speedup is not None:
         steps, predicted = speedup
         full = max(stages.values(), key=lambda s: s.tokens)
-        realised = Speedup(predicted, steps * statistics.median(runs[full.name]) / phases["denoise"].median)
+        passes = recorder.passes  # of a step of the ordinary pipeline, which is guided as this one
+        reference = steps * passes * statistics.median(runs[full.name])
+        realised = Speedup(predicted, reference / phases["denoise"].median)
     middle = totals.index(statistics.median_low(totals))
     return Profile(
         label=label,
