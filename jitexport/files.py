@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jitexport.errors import InputError, OutputError
+from jitexport.interrupts import finishing
 
 #: Errors that a disk gives when it cannot be written, whatever the file.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
@@ -119,16 +120,18 @@ def write_folder(path: Path, content: Iterable[tuple[str, bytes]], replaces: Cal
 
 def _put_in_place(part: Path, path: Path) -> None:
     """A folder at its name; one that has the name already is at `part` then, or gone."""
-    if not path.exists():
-        part.rename(path)
-    elif not exchange(part, path):
-        with _unfinished(path) as old:
+    with finishing():
+        if not path.exists():
+            part.rename(path)
+        elif not exchange(part, path):
+            old = part.with_suffix(".old")
             path.rename(old)
             try:
                 part.rename(path)
             except OSError:
                 old.rename(path)
                 raise
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def exchange(a: Path, b: Path) -> bool:
