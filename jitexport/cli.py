@@ -415,7 +415,7 @@ def generate(
         check_output(output, read_manifest(bundle).geometry.frames, fps)
     paths = numbered(output, num_images)
     for path in paths:
-        check_writable(path)
+        check_place(path)
     if seed is None:
         seed = torch.Generator().seed() % 2**32
     pipe = jitexport.load(bundle, trust=trust)
@@ -460,6 +460,15 @@ def check_output(output: Path, frames: int | None, fps: float | None) -> None:
         )
     if fps is not None and kind != ".mp4":
         raise InputError("--fps is of MP4 files", found=output.name, remedy="leave it out")
+
+
+def check_place(path: Path) -> None:
+    """Find out whether `write_output` can write there."""
+    if path.suffix:
+        return check_writable(path)
+    from jitexport import video
+
+    check_writable_folder(path, video.is_frame)
 
 
 def write_output(path: Path, image: Any, fps: float | None) -> None:

@@ -129,7 +129,7 @@ def test_recording_changes_neither_the_image_nor_the_pipeline(pipe):
     recorder = Recorder(pipe)
     latents = []
     denoise = recorder.pipe.denoise
-    recorder.pipe.denoise = lambda *args: latents.append(denoise(*args)) or latents[-1]
+    recorder.pipe.denoise = lambda *a, **k: latents.append(denoise(*a, **k)) or latents[-1]
     with torch.inference_mode():
         recorder.image("a red fox", 7)
     wanted = pipe("a red fox", generator=torch.Generator().manual_seed(7), output_type="latent").images
