@@ -34,7 +34,14 @@ from jitexport.console import (
     text_column,
 )
 from jitexport.errors import InputError, JitExportError, OutputError
-from jitexport.files import DISK_ERRORS, check_writable, nearest_folder, temporary_folder, write_file
+from jitexport.files import (
+    DISK_ERRORS,
+    check_writable,
+    check_writable_folder,
+    nearest_folder,
+    temporary_folder,
+    write_file,
+)
 from jitexport.png import encode_png
 
 app = typer.Typer(
