@@ -1,7 +1,7 @@
 """Standard output and standard error of the command line. What is printed is data, and nothing in data is markup.
 
 Rich takes square brackets for markup: a folder `out[bf16]` would be shown as `out`, and `[/x]` would be an error. It is
-switched off here, once for everything; a test sees to it that no other module uses rich by itself.
+switched off here, once for everything; a test sees to it that no other module, and no script, uses rich by itself.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import codecs
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -32,15 +32,17 @@ from jitexport.errors import OutputError
 
 __all__ = [
     "BarColumn", "MofNCompleteColumn", "PlainConsole", "Progress", "SpinnerColumn", "Table", "TimeElapsedColumn",
-    "TimeRemainingColumn", "echo", "err", "out", "prepare_streams", "text_column",
+    "TimeRemainingColumn", "echo", "err", "out", "prepare_streams", "text_column", "track",
 ]  # fmt: skip
+
+Item = TypeVar("Item")
 
 
 class PlainConsole(Console):
     """A console that prints text as it is: no markup, no emoji codes, no colours for numbers and paths."""
 
-    def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print; on standard output, what cannot be written is an error.
@@ -76,6 +78,13 @@ def text_column(form: str) -> ProgressColumn:
 
 out = PlainConsole()
 err = PlainConsole(stderr=True)
+
+
+def track(items: Sequence[Item], description: str) -> Iterator[Item]:
+    """The items one by one, with a bar on standard error."""
+    columns = text_column("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err) as bar:
+        yield from bar.track(items, description=description)
 
 
 def echo(text: object) -> None:

@@ -32,11 +32,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from jitexport import machine, registry
 from jitexport.choice import choose
+from jitexport.console import Table, err, out
 from jitexport.evaluate.demo import DemoData, DemoPrompt, Judge
 from jitexport.evaluate.report import spread_labels
 from jitexport.models.sources import DEMO_FOLDER
@@ -50,7 +49,6 @@ CPU = torch.device("cpu")
 KINDS = ("fp32", "bf16") if machine.computes("bf16", CPU) else ("fp32",)
 DTYPE = KINDS[-1]
 UNSTEADY = 0.1  # a contender whose machine differed by more than this is marked
-err = Console(stderr=True)
 
 #: A prompt and a seed -> a picture.
 Make = Callable[[str, int], Image.Image]
@@ -250,7 +248,7 @@ def ours(backend: str, dtype: str, quantization: str | None, speedup: int, setti
     path = setting.out / "bundles" / f"{backend}-{quantization or dtype}-{speedup}x"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        err.print(f"building {path}", highlight=False)
+        err.print(f"building {path}")
         build("demo", output=path, speedup=speedup, backend=backend, dtype=dtype, quantization=quantization)
     return bundle(path, setting)
 
@@ -335,7 +333,7 @@ def measure(contender: Contender, setting: Setting, prompts: list[DemoPrompt], r
     missing = [p for p in prompts if p.text not in result["seconds"]]
     if result["error"] or not missing:
         return True
-    err.print(f"{contender.name}: {len(missing)} of {len(prompts)} left", highlight=False)
+    err.print(f"{contender.name}: {len(missing)} of {len(prompts)} left")
     try:
         make = contender.open(setting)
         encode_png(make(setting.warmup_prompt, 0))
@@ -477,8 +475,8 @@ def report(chosen: list[Contender], prompts: list[DemoPrompt], results: Results,
     table = Table("", "median s", "p90 s", "PSNR dB", "pair")
     for r in sorted((r for r in rows if not r["error"]), key=lambda r: -r["median"]):
         table.add_row(r["what"], f"{r['median']:.3f}", f"{r['p90']:.3f}", f"{r['psnr']:.1f}", str(r["pair_right"]))
-    Console().print(table)
-    err.print(f"wrote {folder}/peers.json, peers.md and peers.png", highlight=False)
+    out.print(table)
+    err.print(f"wrote {folder}/peers.json, peers.md and peers.png")
 
 
 def main() -> None:
@@ -512,7 +510,7 @@ def main() -> None:
     while left and time.monotonic() < until and measure(left[0], setting, prompts, results, until):
         left.pop(0)
     if left:
-        err.print(f"{len(left)} contenders left, from {left[0].name} on: run the same command again", highlight=False)
+        err.print(f"{len(left)} contenders left, from {left[0].name} on: run the same command again")
         sys.exit(75)  # EX_TEMPFAIL: there is more to do
     report(chosen, prompts, results, args.report or args.out)
 

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import torch
 from demo_quality import Source, generators, make_pictures, score, summarise
-from rich.console import Console
-from rich.table import Table
 
 import jitexport
+from jitexport.console import PlainConsole, Table
 from jitexport.evaluate.demo import DemoData, Judge
 from jitexport.methods.jit import JiT
 from jitexport.profile import conditions
@@ -83,7 +82,7 @@ def main() -> None:
                 f"{row['sharpness']:.2f}",
                 f"{row['psnr']:.2f}",
             )
-    Console(width=140).print(table)
+    PlainConsole(width=140).print(table)
     if args.json:
         report = {
             "command": shlex.join(["python", "scripts/compare_presets.py", *sys.argv[1:]]),

@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from rich.console import Console
 
 import jitexport
 from jitexport.build import build
+from jitexport.console import err
 from jitexport.models.sources import find_source
 from jitexport.profile.measure import conditions
 
-err = Console(stderr=True)
 HEAD = 64
 
 

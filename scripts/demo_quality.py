@@ -25,10 +25,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
+from jitexport.console import PlainConsole, Table, track
 from jitexport.evaluate.demo import DemoData, DemoPrompt, DemoScore, Judge
 from jitexport.evaluate.statistics import wilson
 
@@ -114,7 +112,7 @@ def make_pictures(source: Source, prompts: list[DemoPrompt]) -> list[Image.Image
     """One picture a prompt, in batches, with a progress bar."""
     pictures: list[Image.Image] = []
     starts = range(0, len(prompts), source.batch)
-    for start in track(starts, description=source.label, console=Console(stderr=True)):
+    for start in track(starts, source.label):
         chunk = prompts[start : start + source.batch]
         pictures += source.generate([prompt.text for prompt in chunk], [prompt.seed for prompt in chunk])
     return pictures
@@ -210,7 +208,7 @@ def main() -> None:
             name = f"{args.sheet.stem}-{len(results)}{args.sheet.suffix}" if several else args.sheet.name
             sheet(prompts, pictures).save(args.sheet.with_name(name))
 
-    Console(width=160).print(table(results))
+    PlainConsole(width=160).print(table(results))
     if args.json:
         report = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -13,10 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from jitexport.bundle.reading import read_manifest
+from jitexport.console import Table, out
 
 MEMORY = """
 import sys, torch
@@ -99,7 +97,7 @@ def main() -> None:
     for verify in starts:
         table.add_row(f'import and load, verify="{verify}"', f"{report['seconds_to_load'][verify]:.2f} s")
         table.add_row(f'... and first image, verify="{verify}"', f"{report['seconds_to_first_image'][verify]:.2f} s")
-    Console().print(table)
+    out.print(table)
 
 
 if __name__ == "__main__":

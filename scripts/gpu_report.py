@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from jitexport import quant, registry
 from jitexport.backends.base import Engine
 from jitexport.backends.eager import as_engine
+from jitexport.console import err
 from jitexport.graphs import CUDARecorder
 from jitexport.methods.base import Draws
 from jitexport.models.sources import ModelSource, config_adapter, find_source
@@ -41,7 +41,6 @@ from jitexport.profile.measure import Timing, conditions, copy_rate, matmul_rate
 from jitexport.quant import quantize_linears
 from jitexport.runtime import Condition, Pipeline
 
-err = Console(stderr=True, highlight=False)
 SPEEDUPS = {"dense": 1.0, "4x": 4.0, "7x": 7.0}
 OLDEST_TORCH = (2, 11)
 

@@ -17,14 +17,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 import jitexport
 from jitexport.build import eager_pipeline
 from jitexport.bundle.manifest import Manifest
 from jitexport.bundle.reading import read_manifest
+from jitexport.console import PlainConsole, Table, track
 from jitexport.models.sources import ModelSource, load_adapter
 from jitexport.png import encode_png
 from jitexport.profile import conditions
@@ -35,7 +33,6 @@ from jitexport.runtime import Pipeline
 from jitexport.specs import DTYPES
 
 PROMPT = "red apple on a blue background"
-err = Console(stderr=True, highlight=False)
 
 #: A seed -> images.
 Way = Callable[[int], Sequence[Image.Image]]
@@ -111,8 +108,7 @@ def main() -> None:
     dtype = read_manifest(args.bundles[0]).dtype
     before = matmul_rate(DTYPES[dtype], torch.device("cpu"))
     rounds = [
-        [seconds_of(way, i) for way in found.values()]
-        for i in track(range(args.rounds + 1), description="rounds", console=err)
+        [seconds_of(way, i) for way in found.values()] for i in track(range(args.rounds + 1), "rounds")
     ][1:]
     after = matmul_rate(DTYPES[dtype], torch.device("cpu"))
     facts = conditions() | {f"{dtype} products before and after, GFLOP/s": f"{before / 1e9:.0f}, {after / 1e9:.0f}"}
@@ -123,9 +119,9 @@ def main() -> None:
     table = Table("prompt to PNG", "median s", "times faster", "least to most", title=f"{args.rounds} rounds")
     for r in rows:
         table.add_row(r["way"], f"{r['median']:.3f}", f"{r['faster']:.2f}", f"{r['least']:.2f} to {r['most']:.2f}")
-    console = Console(width=100)
+    console = PlainConsole(width=100)
     console.print(table)
-    console.print(", ".join(f"{k} {v}" for k, v in facts.items() if v is not None), highlight=False)
+    console.print(", ".join(f"{k} {v}" for k, v in facts.items() if v is not None))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ from contextlib import nullcontext
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from jitexport.backends.inductor import compiled as compile_module
+from jitexport.console import PlainConsole, Table, err
 from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear, quantize
 from jitexport.kernels.native import instructions, native_kernels
@@ -95,7 +94,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    err = Console(stderr=True, highlight=False)
     chosen, reason = instructions()
     if chosen is None:
         err.print(f"the kernels are not used on this machine: {reason}")
@@ -122,9 +120,9 @@ def main() -> None:
     table = Table("what", "tokens", "way", "median ms", "Gop/s", "error")
     for r in rows:
         table.add_row(r["what"], str(r["tokens"]), r["way"], f"{r['ms']:.2f}", f"{r['gops']:.0f}", f"{r['error']:.1e}")
-    console = Console(width=110)
+    console = PlainConsole(width=110)
     console.print(table)
-    console.print(", ".join(f"{k} {v}" for k, v in facts.items()), highlight=False)
+    console.print(", ".join(f"{k} {v}" for k, v in facts.items()))
 
 
 if __name__ == "__main__":

@@ -18,19 +18,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 import jitexport
 from jitexport import profile as profiling
 from jitexport import registry
 from jitexport.bundle.reading import read_manifest
 from jitexport.choice import choose
+from jitexport.console import err
 from jitexport.quant import KINDS
 
 SPEEDUPS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
 BATCHES = (1, 2, 4)
 PROMPT = "red apple on a blue background"
-err = Console(stderr=True, highlight=False)
 
 
 @dataclass(frozen=True)

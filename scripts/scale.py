@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jitexport import registry
 from jitexport.choice import choose
+from jitexport.console import err, track
 from jitexport.flops import meta_adapter, step_cost
 from jitexport.grid import TokenGrid
 from jitexport.methods.jit import JiT
@@ -47,7 +46,6 @@ RATIOS = {
     6: (0.2, 0.35, 0.5, 0.65, 0.8, 1.0),
 }
 STEPS = 18
-err = Console(stderr=True, highlight=False)
 
 
 class Living(TorchDispatchMode):
@@ -218,10 +216,10 @@ def main() -> None:
     cases = [(n, 1, 3) for n in sizes] + [(middle, b, 3) for b in (2, 4, 8)]
     cases += [(middle, 1, k) for k in RATIOS if k != 3]
     report: dict[str, Any] = {"conditions": conditions(), "repeats": args.repeats, "dtype": DTYPE}
-    report["loop"] = [measure_loop(*case, args.repeats) for case in track(cases, "loop", console=err)]
-    report["plan"] = [measure_plan(n) for n in track(sizes, "plan", console=err)]
+    report["loop"] = [measure_loop(*case, args.repeats) for case in track(cases, "loop")]
+    report["plan"] = [measure_plan(n) for n in track(sizes, "plan")]
     engines = [(n, 1) for n in sizes if n <= args.engines] + [(256, b) for b in (2, 4, 8) if args.engines >= 256]
-    report["engine"] = [measure_engine(*case) for case in track(engines, "engines", console=err)]
+    report["engine"] = [measure_engine(*case) for case in track(engines, "engines")]
     args.report.mkdir(parents=True, exist_ok=True)
     (args.report / "scale.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.report / "scale.md").write_text(markdown(report))

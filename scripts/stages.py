@@ -16,13 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from jitexport import registry
 from jitexport.backends.base import Engine
 from jitexport.build import compare, eager_pipeline, probe_inputs
+from jitexport.console import Table, err, out
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import find_source, load_adapter
 from jitexport.plan import plan
@@ -75,7 +74,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    err = Console(stderr=True)
 
     adapter, _, inputs, flops = stage_of(options.stage, "fp32", None)
     with torch.no_grad():
@@ -83,7 +81,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         runs: dict[str, Run] = {}
         for way in options.ways.split(","):
-            err.print(f"building {way}", highlight=False)
+            err.print(f"building {way}")
             runs[way] = (
                 by_openvino(options.stage) if way == "openvino"
                 else by_backend(way, options.stage, options.dtype, Path(folder))
@@ -110,7 +108,7 @@ def main() -> None:
     for row in rows:
         cells = [f"{row[k]:.1f}" for k in ("median_ms", "least_ms", "gflops")]
         table.add_row(row["way"], *cells, f"{row['of_products']:.0%}", f"{row['error']:.1e}")
-    Console().print(table)
+    out.print(table)
     print(f"{options.dtype} products {', '.join(f'{r / 1e9:.0f}' for r in rates)} GFLOP/s before and after;",
           ", ".join(f"{k} {v}" for k, v in conditions().items()))
 

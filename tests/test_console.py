@@ -14,6 +14,8 @@ from jitexport.console import PlainConsole, Progress, Table, text_column
 from jitexport.errors import OutputError
 
 PACKAGE = Path(jitexport.__file__).parent
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *SCRIPTS.glob("*.py")])
 DATA = "out[bf16]/[/x] [red]a[/red] :smile: jitexport[onnx]"
 
 
@@ -27,16 +29,17 @@ def plain(monkeypatch):
 
 
 def test_only_the_console_module_uses_rich():
-    for path in sorted(PACKAGE.rglob("*.py")):
+    assert {"console.py", "cli.py", "in_turns.py", "footprint.py"} <= {path.name for path in SOURCES}
+    for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] == "rich" for name in names):
-                assert path.name == "console.py", f"{path} uses rich by itself: take what you need from console.py"
+                assert path == PACKAGE / "console.py", f"{path} uses rich by itself: take what you need from console.py"
 
 
 def test_nobody_asks_for_markup():
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword) and node.arg == "markup":
                 assert isinstance(node.value, ast.Constant) and node.value.value is False, path
@@ -60,6 +63,12 @@ def test_progress_bars_show_brackets(plain):
     bar = Progress(text_column("{task.description}"), console=plain)
     bar.add_task(DATA, total=1)
     plain.print(bar.get_renderable())
+    assert DATA in plain.file.getvalue()
+
+
+def test_loops_with_a_bar_show_brackets(plain, monkeypatch):
+    monkeypatch.setattr(console, "err", plain)
+    assert list(console.track(range(3), DATA)) == [0, 1, 2]
     assert DATA in plain.file.getvalue()
 
 
