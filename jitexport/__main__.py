@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 
 def run() -> None:
@@ -13,16 +14,16 @@ def run() -> None:
     sys.path[:] = processes.import_paths()
     from jitexport import interrupts
 
+    interrupts.default()  # no KeyboardInterrupt before or after what follows
     try:
         with interrupts.watched():
             from jitexport.cli import main  # takes a moment, in which a signal may come
 
             main()
     except interrupts.Interrupted as stop:  # before or after the command itself
-        print("interrupted", file=sys.stderr)
+        with suppress(AttributeError, OSError, ValueError):  # there may be no standard error
+            sys.stderr.write("interrupted\n")
         sys.exit(128 + stop.number)
-    finally:
-        interrupts.default()  # while Python ends
 
 
 if __name__ == "__main__":

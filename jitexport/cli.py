@@ -87,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         prepare_streams()
         interrupts.adopt_orphans()
     with interrupts.watched():
-        code = _run(argv)
+        try:
+            code = _run(argv)
+        except interrupts.Interrupted as stop:  # between the command and its end
+            code = _interrupted(stop.number)
     sys.exit(code)
 
 
@@ -95,6 +98,7 @@ def _run(argv: Sequence[str] | None) -> int | str | None:
     """A command's exit code, after its message."""
     try:
         with causes.explained("running the command"):
+            interrupts.check()  # what came before, and was dropped
             app(args=list(argv) if argv is not None else None, standalone_mode=True)
     except SystemExit as end:
         code = end.code
@@ -111,12 +115,16 @@ def _run(argv: Sequence[str] | None) -> int | str | None:
             what = "  remedy:   free space, or write elsewhere"
             err.print(f"error: cannot write\n  found:    {error}\n{what}", style="red", soft_wrap=True)
         code = OutputError.exit_code
-    if (number := interrupts.caught()) is not None:
-        interrupts.ignore()
-        interrupts.end_children()
-        err.print("interrupted")
-        return 128 + number
-    return code
+    number = interrupts.caught()
+    return code if number is None else _interrupted(number)
+
+
+def _interrupted(number: int) -> int:
+    """The exit code of a signal, after its word."""
+    interrupts.ignore()
+    interrupts.end_children()
+    err.print("interrupted")
+    return 128 + number
 
 
 def _version(value: bool) -> None:
@@ -426,6 +434,7 @@ def generate(
     if seed is None:
         seed = torch.Generator().seed() % 2**32
     pipe = jitexport.load(bundle, trust=trust)
+    interrupts.check()
     check_output(output, pipe.geometry.frames, fps)
     scales = {"guidance_scale": guidance, "true_cfg_scale": true_cfg_scale}
     if guidance is not None and pipe.defaults.guidance.scale is None and true_cfg_scale is None:

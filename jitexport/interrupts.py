@@ -8,10 +8,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 _PR_SET_CHILD_SUBREAPER = 36
@@ -29,8 +30,10 @@ class _State:
     """The first signal that came, whether it waits for the end of `finishing`, and how deep in there the process is."""
 
     caught: int | None = None
+    raised: Callable[[], Interrupted | None] = staticmethod(lambda: None)  # as long as it lives, cleaning is going on
     waiting = False
     held = 0
+    watching = 0
 
 
 def caught() -> int | None:
@@ -45,7 +48,16 @@ def check() -> None:
         Interrupted: a signal came.
     """
     if _State.caught is not None and not _State.held:
-        raise Interrupted(_State.caught)
+        _interrupt(_State.caught)
+
+
+def _interrupt(number: int) -> NoReturn:
+    stop = Interrupted(number)
+    _State.raised = weakref.ref(stop)
+    try:
+        raise stop
+    finally:
+        del stop  # the frame would keep it alive, and it the frame
 
 
 @contextmanager
@@ -54,16 +66,21 @@ def watched() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    _State.caught, _State.waiting = None, False
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(number, _stop)
+    before, hook = {number: signal.getsignal(number) for number in SIGNALS}, sys.unraisablehook
+    if not _State.watching:  # else a signal may have come that `check` has still to find
+        _State.caught, _State.waiting, _State.raised = None, False, lambda: None
+    _State.watching += 1
     try:
+        sys.unraisablehook = lambda dropped: None if issubclass(dropped.exc_type, Interrupted) else hook(dropped)
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, _stop)
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        sys.unraisablehook = hook
+        _State.watching -= 1
 
 
 def ignore() -> None:
@@ -84,8 +101,8 @@ def _stop(number: int, frame: Any) -> None:
     _State.caught = _State.caught or number
     if _State.held:
         _State.waiting = True
-    else:
-        raise Interrupted(_State.caught)
+    elif _State.raised() is None:  # once is enough, unless a library took it for a failure and went on
+        _interrupt(_State.caught)
 
 
 @contextmanager

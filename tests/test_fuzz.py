@@ -1,6 +1,10 @@
 """Damaged adapters and odd arguments: each is taken right, or refused with nothing changed and an error of our own.
 
-A few hundred cases run with the suite. More: JITEXPORT_FUZZ=10000 python -m pytest tests/test_fuzz.py -p no:xdist
+A few hundred cases run with the suite, the same ones each time. More, and other ones each time:
+
+    JITEXPORT_FUZZ=3400 python -m pytest tests/test_fuzz.py -p no:xdist -o timeout=0
+
+The number counts for each of the three tests.
 """
 
 import json
@@ -20,7 +24,10 @@ from jitexport.plan import CustomSchedule
 from tests import tiny
 
 CASES = int(os.environ.get("JITEXPORT_FUZZ", "150"))
-fuzz = settings(max_examples=CASES, suppress_health_check=list(HealthCheck), database=None)
+fuzz = settings(
+    max_examples=CASES, suppress_health_check=list(HealthCheck), database=None, print_blob=True,
+    derandomize="JITEXPORT_FUZZ" not in os.environ,
+)  # fmt: skip
 
 D, MLP = 32, 128  # widths of the tiny model
 Q, FF = "transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.ff.net.0.proj"

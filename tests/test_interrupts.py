@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -47,26 +47,63 @@ def test_short_work_is_finished_first():
     assert done == ["inner", "outer"]
 
 
-def test_what_python_drops_is_found_at_the_next_look():
-    class Last:
-        def __del__(self):
-            signal.raise_signal(signal.SIGTERM)
+class Last:
+    """Something that a signal meets when it is deleted."""
 
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_what_python_drops_is_found_at_the_next_look(monkeypatch):
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)  # it would print a traceback
     with pytest.raises(Interrupted), watched():
-        with dropping():
-            Last()
+        Last()
         interrupts.check()
         pytest.fail("the signal was lost")
+    assert dropped == [] and sys.unraisablehook == dropped.append
 
 
-@contextmanager
-def dropping():
-    """Python hands what it drops to a hook, which would print it."""
-    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
+def test_what_else_python_drops_is_told(monkeypatch):
+    class Broken:
+        def __del__(self):
+            raise ArithmeticError
+
+    dropped = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: dropped.append(what.exc_type))
+    with watched():
+        Broken()
+    assert dropped == [ArithmeticError]
+
+
+def test_a_watch_within_a_watch_finds_what_came_before(monkeypatch):
+    """As the program's import of its commands, in whose callbacks Python drops exceptions."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with pytest.raises(Interrupted), watched():
+        Last()
+        with watched():
+            interrupts.check()
+            pytest.fail("the signal was lost")
+
+
+def test_a_second_signal_does_not_stop_the_cleaning():
+    """As of who presses Ctrl-C twice: files are removed to the end."""
+    done = []
+    with pytest.raises(Interrupted), watched():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            done.append("cleaned")
+    assert done == ["cleaned"]
+
+
+def test_a_second_signal_counts_where_the_first_was_taken_for_a_failure():
+    with pytest.raises(Interrupted), watched():
+        with suppress(BaseException):  # as some libraries do
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the signal was lost")
 
 
 def test_ignored_signals_stay_ignored():
