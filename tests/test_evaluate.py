@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from jitexport.cli import main
 from jitexport.errors import InputError
 from jitexport.evaluate import evaluate, write_report
 from jitexport.evaluate.evaluation import Evaluation, Row, _prompts, demo_prompts
-from jitexport.evaluate.report import best, markdown_table, worst_first
+from jitexport.evaluate.report import best, curves, markdown_table, worst_first
 from jitexport.evaluate.sources import Latency, bundle_source, bundle_sources, reference_source
 from jitexport.plan import CustomSchedule
 from tests import tiny
@@ -145,6 +146,11 @@ def test_text_in_the_report_is_escaped(jit, tmp_path):
     result = evaluate([jit], folder=tmp_path / "out", prompts=file, reference=1, timed=0)
     html = write_report(result, tmp_path / "report.html").read_text()
     assert "&lt;b&gt;fox" in html and "<b>fox" not in html
+
+
+def test_names_on_the_charts_are_no_formulas(evaluation):
+    rows = [replace(row, label=rf"{row.label}$\no$such") for row in evaluation.rows]
+    assert curves(replace(evaluation, rows=rows)).startswith(b"\x89PNG")
 
 
 def test_worst_cases_come_first(evaluation):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -202,6 +203,11 @@ def test_timeline_is_a_picture(measured, tmp_path):
         draw_timeline(profiles, profiling.conditions(), path)
     one, two = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
     assert one.width == two.width > 800 and two.height > one.height > 400
+
+
+def test_names_on_the_timeline_are_no_formulas(measured, tmp_path):
+    draw_timeline([replace(measured, label=r"out$\no$such")], profiling.conditions(), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
 
 
 def test_trace_names_the_engines(pipe, tmp_path):

@@ -162,6 +162,7 @@ def curves(evaluation: Evaluation, measures: Sequence[str] | None = None, *, dpi
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.text import Text
     except ImportError as error:
         raise MissingDependencyError(
             "charts need matplotlib", found=error, remedy="pip install 'jitexport[eval]'"
@@ -184,6 +185,8 @@ def curves(evaluation: Evaluation, measures: Sequence[str] | None = None, *, dpi
         figure.axes[0].plot([], [], "o", color=colour, label=method)[0] for method, colour in palette.items()
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    for text in figure.findobj(Text):  # names with two dollar signs are no formulas
+        text.set_parse_math(False)
     figure.draw_without_rendering()  # where labels are is known only then
     for plot in grid.flat:
         spread_labels(plot)

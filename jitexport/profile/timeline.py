@@ -35,6 +35,7 @@ def draw_timeline(profiles: Sequence[Profile], conditions: dict[str, Any], path:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.text import Text
     except ImportError as error:
         raise MissingDependencyError(
             "drawing a timeline needs matplotlib", found=error, remedy="pip install 'jitexport[eval]'"
@@ -50,6 +51,8 @@ def draw_timeline(profiles: Sequence[Profile], conditions: dict[str, Any], path:
         _totals(axes[2], profiles)
     facts = ", ".join(f"{k} {v}" for k, v in conditions.items() if v is not None)
     figure.supxlabel(facts, fontsize=8, color="#555555")
+    for text in figure.findobj(Text):  # names with two dollar signs are no formulas
+        text.set_parse_math(False)
     figure.savefig(path, dpi=120)
 
 
