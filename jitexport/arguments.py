@@ -173,14 +173,16 @@ def is_tensor(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
-def require_finite(name: str, value: Tensor) -> None:
+def require_finite(name: str, value: Tensor, remedy: str | None = None) -> None:
     """Refuse NaN and infinity.
 
     Raises:
         InputError: there is some.
     """
     if not bool(value.isfinite().all()):
-        raise InputError(f"{name} hold NaN or infinite numbers", found=f"{tuple(value.shape)}, {value.dtype}")
+        raise InputError(
+            f"{name} hold NaN or infinite numbers", found=f"{tuple(value.shape)}, {value.dtype}", remedy=remedy
+        )
 
 
 def is_whole(value: object) -> bool:
@@ -199,10 +201,10 @@ def is_number(value: object) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value in a message: short, and in ASCII, because it may hold anything."""
+    """A value in a message: short, strings in quotes, and in ASCII, because it may hold anything."""
     try:
         text = value if isinstance(value, str) else repr(value)
     except Exception as error:  # whatever an object's own repr raises
         text = f"{type(value).__name__} ({type(error).__name__} in its repr)"
     text = f"{text[:200]}..." if len(text) > 200 else text
-    return ascii(text)[1:-1] if isinstance(value, str) else text.encode("ascii", "backslashreplace").decode()
+    return ascii(text) if isinstance(value, str) else text.encode("ascii", "backslashreplace").decode()

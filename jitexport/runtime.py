@@ -315,7 +315,9 @@ class Pipeline:
             weights.check({name: tuple(value.shape) for name, value in values.items()}, every=True)
             for name, value in values.items():
                 if value.is_floating_point():
-                    require_finite(f"the checkpoint's {name}", value.float())
+                    require_finite(
+                        f"the checkpoint's weights {name}", value.float(), "use another copy: this one is damaged"
+                    )
             with weights.changing():
                 weights.replace(values)
                 self._adapters.clear()

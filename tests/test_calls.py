@@ -82,6 +82,7 @@ def test_the_bundles_own_values_are_taken(pipe):
         ({"ip_adapter_image": np.zeros(3)}, "image adapters"),
         ({"promt": "x"}, "no argument of this name: promt"),
         ({"guidance_scale": "3.5"}, "finite number"),
+        ({"guidance_scale": "3.5"}, "found: +'3.5'"),
         ({"guidance_scale": 1e300}, "finite number"),
         ({"guidance_scale": True}, "finite number"),
         ({"num_images_per_prompt": "2"}, "whole number"),
@@ -174,7 +175,7 @@ def test_values_in_messages_are_short_and_plain():
         def __repr__(self):
             raise ValueError
 
-    assert shown("\ud800" * 3) == "\\ud800" * 3
+    assert shown("\ud800" * 3) == "'" + "\\ud800" * 3 + "'"
     assert len(shown("x" * 10**6)) < 210 and len(shown(["x" * 10**6])) < 210
     assert shown(Odd()) == "Odd (ValueError in its repr)"
 

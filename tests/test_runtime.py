@@ -317,7 +317,7 @@ def test_long_prompts_are_cut_with_a_warning(pipe, caplog):
         latents(pipe)
         assert not caplog.records
         found = latents(pipe, long)
-    assert [r.getMessage() for r in caplog.records] == [f"prompt of 57 characters cut to 8 and 10 tokens: {long}"]
+    assert [r.getMessage() for r in caplog.records] == [f"prompt of 57 characters cut to 8 and 10 tokens: {long!r}"]
     close(found, latents(pipe, long + " on on on"))
 
 
