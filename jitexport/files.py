@@ -209,6 +209,24 @@ def temporary_folder(place: Path) -> Iterator[None]:
 
 
 @contextmanager
+def imports_that_ask_for_a_temporary_folder() -> Iterator[None]:
+    """Libraries look for the temporary folder when they are imported, whether they will need it or not.
+
+    Where there is none, they get the name that it would have; who writes there is told that it cannot be written.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        tempfile.tempdir = os.path.abspath(os.path.join(os.sep, "tmp"))
+        try:
+            yield
+        finally:
+            tempfile.tempdir = None  # looked for again
+    else:
+        yield
+
+
+@contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
     """A name beside a file or folder, of which nothing is left at the end."""
     part = path.with_name(f".{short_name(path.name)}.{secrets.token_hex(4)}.part")

@@ -51,6 +51,7 @@ from jitexport.errors import (
     MissingDependencyError,
     NumericalError,
 )
+from jitexport.files import imports_that_ask_for_a_temporary_folder
 from jitexport.forks import survives_fork
 from jitexport.graphs import CUDARecorder, LoopGraph, Recorder
 from jitexport.grid import pack, unpack
@@ -1175,7 +1176,7 @@ class EngineOpener:
         if self._adapter is None:
             manifest = self.bundle.manifest
             model = manifest.model
-            with _declared("model configuration"):
+            with _declared("model configuration"), imports_that_ask_for_a_temporary_folder():
                 self._adapter = model.adapter().from_configs(
                     model.configs, model.settings, DTYPES[manifest.dtype]
                 )

@@ -11,7 +11,7 @@ import pytest
 
 from jitexport import files
 from jitexport.errors import InputError, OutputError
-from jitexport.files import check_writable, sync, temporary_folder, write_file
+from jitexport.files import check_writable, imports_that_ask_for_a_temporary_folder, sync, temporary_folder, write_file
 
 
 def in_namespace(setup: str, command: str) -> subprocess.CompletedProcess:
@@ -99,6 +99,23 @@ def test_a_temporary_folder_where_the_system_has_none(tmp_path, monkeypatch):
         assert os.environ.get("TMPDIR") == before
 
 
+def test_imports_where_there_is_no_temporary_folder(monkeypatch):
+    import tempfile
+
+    def none():
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    before = tempfile.gettempdir()
+    with imports_that_ask_for_a_temporary_folder():
+        assert tempfile.gettempdir() == before
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", none)
+    with imports_that_ask_for_a_temporary_folder():
+        assert tempfile.gettempdir() == "/tmp"
+    with pytest.raises(FileNotFoundError):
+        tempfile.gettempdir()
+
+
 def test_the_nearest_folder(tmp_path):
     assert files.nearest_folder(tmp_path / "a" / "b") == tmp_path and files.nearest_folder(tmp_path / "a") == tmp_path
 
@@ -139,7 +156,8 @@ def test_a_bundle_on_a_read_only_root_without_a_temporary_folder(make_bundle, tm
     out.mkdir()
     done = in_namespace(
         "for d in /tmp /var/tmp /dev/shm; do mount --bind $d $d; mount -o remount,ro,bind $d; done\n"
-        f"mount -t tmpfs none '{out}'\nmount -o remount,ro,bind /\ncd /\nunset TMPDIR\n! touch /tmp/x 2>/dev/null",
+        f"mount -t tmpfs none '{out}'\nmount -o remount,ro,bind /\ncd /\n"
+        "unset TMPDIR TORCHINDUCTOR_CACHE_DIR\n! touch /tmp/x 2>/dev/null",  # torch notes its folder in the latter
         generate(make_bundle(), out / "a.png") + f"; ls '{out}'",
     )
     if done.stderr.startswith("mount:"):
