@@ -126,10 +126,11 @@ def generate(bundle, target) -> str:
 
 def test_images_onto_a_read_only_file_system(make_bundle, tmp_path):
     """Refused before anything is loaded."""
-    place = tmp_path / "ro"
+    place, damaged = tmp_path / "ro", tmp_path / "no weights"
     place.mkdir()
+    shutil.copytree(make_bundle(), damaged, ignore=shutil.ignore_patterns("weights"))
     done = in_namespace(
-        f"mount -t tmpfs none '{place}'\nmount -o remount,ro '{place}'", generate("no bundle at all", place / "a.png")
+        f"mount -t tmpfs none '{place}'\nmount -o remount,ro '{place}'", generate(damaged, place / "a.png")
     )
     assert done.returncode == OutputError.exit_code, done.stderr
     assert "Read-only file system" in done.stderr and "Traceback" not in done.stderr
