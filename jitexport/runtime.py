@@ -943,12 +943,13 @@ class Pipeline:
         packed = (n, fields * geometry.grid.tokens, geometry.channels)
         if not is_tensor(value):
             raise InputError(f"{name} do not fit", found=type(value).__name__, expected="a tensor")
-        if tuple(value.shape) == (n, *geometry.latent_shape):
-            value = pack(value, geometry.patch)
+        drawn, patch = geometry.drawn
+        if tuple(value.shape) == (n, *drawn):
+            value = pack(value, patch)
         if tuple(value.shape) != packed or not value.is_floating_point():
             raise InputError(
                 f"{name} do not fit", found=f"{tuple(value.shape)}, {value.dtype}",
-                expected=f"floating-point {packed} or {(n, *geometry.latent_shape)}",
+                expected=f"floating-point {packed} or {(n, *drawn)}",
             )
         require_finite(name, value.float())
         return value.detach().float()
