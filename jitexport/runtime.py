@@ -815,10 +815,12 @@ class Pipeline:
         else:
             scale = given.pop(guidance.argument, guidance.true)
         for name, value in given.items():
-            if value > (name == "true_cfg_scale"):  # a guidance of 0, and a scale of 1, say nothing
+            # What says nothing: no guidance of a distilled model, and for a second pass a scale of up to 1.
+            nothing = 1 if name in (guidance.argument, "true_cfg_scale") else 0
+            if value > nothing:
                 raise InputError(
                     f"this model takes no {name}" if name == "true_cfg_scale" else "this model takes no guidance",
-                    found=value, expected=0 if name == "guidance_scale" else "at most 1", remedy=f"leave {name} out",
+                    found=value, expected="at most 1" if nothing else 0, remedy=f"leave {name} out",
                 )
         return distilled, scale
 
