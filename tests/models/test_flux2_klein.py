@@ -7,13 +7,13 @@ import torch
 from diffusers import Flux2KleinPipeline
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import jitexport
 from jitexport.bundle.reading import read_manifest
 from jitexport.cli import app
-from jitexport.errors import UnsupportedModelError
+from jitexport.errors import InputError, UnsupportedModelError
 from jitexport.flops import count_flops
 from jitexport.guidance import Guidance
 from jitexport.models.flux2_klein import NAMING, TEMPLATE, KleinAdapter, log_shift
@@ -21,6 +21,7 @@ from jitexport.models.naming import Resolver
 from jitexport.models.single_file import read_single_file
 from jitexport.models.sources import config_adapter, find_source, load_adapter
 from jitexport.plan import CustomSchedule, plan
+from jitexport.quant import QuantizedLinear
 from jitexport.schedule import Stage, StageSchedule, make_stages, uniform_sigmas
 from jitexport.specs import DTYPES
 from tests import tiny_flux2_klein as tiny
@@ -293,6 +294,93 @@ def test_every_method_runs_from_a_bundle(make_bundle, folders, model, method):
     alone = pipe(PROMPTS[1], generator=seeded(1), output_type="pt").images
     torch.testing.assert_close(together[1], alone[0], atol=1e-4, rtol=0)
     assert (together[0] - together[1]).abs().max() > 0.01
+
+
+def test_a_distilled_model_takes_no_guidance(make_bundle, folders):
+    """A scale of 1 says so, as the published examples do; diffusers ignores larger ones, which would mislead."""
+    pipe = dense(make_bundle, folders["distilled"])
+    options = {"output_type": "pt", "guidance_scale": 1.0}
+    found = pipe(PROMPTS[0], generator=seeded(3), **options).images
+    assert torch.equal(found, pipe(PROMPTS[0], generator=seeded(3), output_type="pt").images)
+    for wrong in ({"guidance_scale": 4.0}, {"negative_prompt": "a dog"}):
+        with pytest.raises(InputError, match="guidance"):
+            pipe(PROMPTS[0], **wrong)
+
+
+def test_eight_bits(folder):
+    """The blocks' layers are quantized, and the velocity is about the same."""
+    exact, rough = (KleinAdapter.from_folder(folder, torch.float32, {"quantization": kind}) for kind in (None, "int8"))
+    quantized = {name for name, m in rough.components["transformer"].named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(quantized) == 2 * (8 + 4) + 2 * 2 and all("transformer_blocks." in name for name in quantized)
+    tokens, embeds = torch.randn(1, 96, tiny.CHANNELS), torch.randn(1, tiny.TEXT_TOKENS, 3 * tiny.HIDDEN)
+    expected, found = (ours(a, tokens, torch.arange(96)[None], embeds, SIGMAS[1]) for a in (exact, rough))
+    assert 0 < (found - expected).norm() <= 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["text", "condition", "stage1", "decode"])
+def test_modules_export(small, name):
+    """With every shape fixed, and the program does what the module does."""
+    schedule = StageSchedule(make_stages(96, [1, 1], [0.35, 1.0]), uniform_sigmas(2))
+    spec = next(s for s in small.specs(schedule, 1, "fp32") if s.name == name)
+    inputs = tuple(torch.rand(s.shape).to(DTYPES[s.dtype]) for s in spec.inputs)
+    with torch.no_grad():
+        program = torch.export.export(small.module(name), inputs)
+        torch.testing.assert_close(program.module()(*inputs), small.module(name)(*inputs))
+
+
+# --- other weights ---
+
+
+@pytest.fixture(scope="module")
+def tuned(folder, tmp_path_factory):
+    """The base model with another fused layer, and beside it an adapter of the difference."""
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("tuned") / "model")
+    path = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    values = load_file(path)
+    name = "single_transformer_blocks.1.attn.to_qkv_mlp_proj.weight"
+    generator = torch.Generator().manual_seed(3)
+    down, up = torch.randn(2, 32, generator=generator), 0.1 * torch.randn(values[name].shape[0], 2, generator=generator)
+    values[name] = values[name] + up @ down
+    parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
+    adapter = {f"lora_unet_single_blocks_1_linear1.{part}": value for part, value in parts.items()}
+    save_file(adapter, copy.parent / "lora.safetensors")
+    save_file(values, path)
+    return copy
+
+
+def test_an_adapter_is_merged_into_a_fused_layer(make_bundle, folder, tuned):
+    """In kohya's names: the images of diffusers' pipeline with the merged weights."""
+    pipe = dense(make_bundle, folder)
+    plain = pipe(PROMPTS[0], generator=seeded(3), output_type="pt").images
+    pipe.load_lora(tuned.parent / "lora.safetensors")
+    found = pipe(PROMPTS[0], generator=seeded(3), output_type="pt").images
+    torch.testing.assert_close(found, call(tuned, PROMPTS[0], (3,)), atol=1e-4, rtol=0)
+    assert (found - plain).abs().max() > 1e-3
+    pipe.unload_lora()
+    assert torch.equal(pipe(PROMPTS[0], generator=seeded(3), output_type="pt").images, plain)
+
+
+def test_a_checkpoint_brings_its_own_modulation(make_bundle, folder, tmp_path):
+    """The constants of a bundle follow the layers that no engine has."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    path = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    values = load_file(path)
+    values["single_stream_modulation.linear.weight"] = 2 * values["single_stream_modulation.linear.weight"]
+    save_file(values, path)
+    pipe = dense(make_bundle, folder)
+    plain = pipe(PROMPTS[0], generator=seeded(3), output_type="pt").images
+    pipe.load_checkpoint(copy)
+    found = pipe(PROMPTS[0], generator=seeded(3), output_type="pt").images
+    torch.testing.assert_close(found, call(copy, PROMPTS[0], (3,)), atol=1e-4, rtol=0)
+    assert (found - plain).abs().max() > 1e-3
+
+
+def test_an_adapter_of_the_modulation_is_refused_by_name(make_bundle, folder):
+    """A bundle has what those layers give, and not the layers."""
+    pair = {"lora_A.weight": torch.ones(2, 32), "lora_B.weight": torch.ones(96, 2)}
+    name = "transformer.single_stream_modulation.linear"
+    with pytest.raises(InputError, match="single_stream_modulation"):
+        dense(make_bundle, folder).load_lora({f"{name}.{k}": v for k, v in pair.items()})
 
 
 # --- what is not FLUX.2-klein ---
