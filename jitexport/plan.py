@@ -85,7 +85,7 @@ def plan(
             method, preset = "dense", None
     method_class: type[Method] = registry.method(method)
     preset = preset or method_class.presets[0]
-    options = method_class.options(preset)
+    options = own_timesteps(method_class.options(preset), adapter)
     geometry = adapter.geometry
     chosen = method_class(geometry.grid, options, geometry.patch)
     meta = meta_adapter(adapter, dtype)
@@ -96,6 +96,13 @@ def plan(
     )
     schedule = chosen.schedule(target)
     return Plan(schedule, cost, preview, geometry.grid.tokens, reference_steps, speedup, method, preset, options)
+
+
+def own_timesteps(options: dict[str, Any], adapter: ModelAdapter) -> dict[str, Any]:
+    """A method's options for a model: Beta noise levels give way to others that its family is run on."""
+    if adapter.timesteps is None or options["timesteps"]["kind"] != "beta":
+        return options
+    return options | {"timesteps": dict(adapter.timesteps)}
 
 
 def parse_custom(steps: str, ratios: str | None) -> CustomSchedule:

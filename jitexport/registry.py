@@ -27,6 +27,10 @@ class Family(NamedTuple):
 #: By the diffusers pipeline class that a model folder names in model_index.json.
 FAMILIES = {
     "FluxPipeline": Family("jitexport.models.flux:FluxAdapter", ("flux", "flux-schnell")),
+    "Flux2KleinPipeline": Family(
+        "jitexport.models.flux2_klein:KleinAdapter",
+        ("flux2-klein-4b", "flux2-klein-9b", "flux2-klein-4b-distilled", "flux2-klein-9b-distilled"),
+    ),
 }
 
 #: What `--model` takes, beside folders and hub ids.

@@ -818,10 +818,12 @@ class Pipeline:
         else:
             scale = given.pop(guidance.argument, guidance.true)
         for name, value in given.items():
-            if value > (name == "true_cfg_scale"):  # a guidance of 0, and a scale of 1, say nothing
+            # What says nothing: no guidance of a distilled model, and for a second pass a scale of up to 1.
+            nothing = 1 if name in (guidance.argument, "true_cfg_scale") else 0
+            if value > nothing:
                 raise InputError(
                     f"this model takes no {name}" if name == "true_cfg_scale" else "this model takes no guidance",
-                    found=value, expected=0 if name == "guidance_scale" else "at most 1", remedy=f"leave {name} out",
+                    found=value, expected="at most 1" if nothing else 0, remedy=f"leave {name} out",
                 )
         return distilled, scale
 
@@ -946,12 +948,13 @@ class Pipeline:
         packed = (n, fields * geometry.grid.tokens, geometry.channels)
         if not is_tensor(value):
             raise InputError(f"{name} do not fit", found=type(value).__name__, expected="a tensor")
-        if tuple(value.shape) == (n, *geometry.latent_shape):
-            value = pack(value, geometry.patch)
+        drawn, patch = geometry.drawn
+        if tuple(value.shape) == (n, *drawn):
+            value = pack(value, patch)
         if tuple(value.shape) != packed or not value.is_floating_point():
             raise InputError(
                 f"{name} do not fit", found=f"{tuple(value.shape)}, {value.dtype}",
-                expected=f"floating-point {packed} or {(n, *geometry.latent_shape)}",
+                expected=f"floating-point {packed} or {(n, *drawn)}",
             )
         require_finite(name, value.float())
         return value.detach().float()

@@ -156,6 +156,8 @@ class ModelAdapter(ABC):
         tokenizer_folders: in the order of the text engine's inputs.
         naming: the names that the modules have in adapters and in other checkpoints.
         published: models with known configurations, by the name that `--model` takes.
+        timesteps: noise levels in place of a method's Beta distribution, which was fitted to other models: an option of
+            `jitexport.schedule.timesteps`. None: the method's own.
         components: torch modules by their name in the pipeline; parameters are known as "<component>.<name>".
         configs: each component's configuration, from which `from_configs` rebuilds it without weights, the scheduler's,
             and under "pipeline" what model_index.json says beside components.
@@ -167,6 +169,7 @@ class ModelAdapter(ABC):
     tokenizer_folders: ClassVar[Sequence[str]] = ("tokenizer",)
     naming: ClassVar[Naming]
     published: ClassVar[Mapping[str, Published]] = {}
+    timesteps: ClassVar[Mapping[str, Any] | None] = None
     components: dict[str, nn.Module]
     configs: dict[str, dict[str, Any]]
     geometry: ModelGeometry

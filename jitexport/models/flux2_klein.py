@@ -1,0 +1,477 @@
+"""FLUX.2-klein: the base models of 4 and 9 billion parameters, and the ones distilled to four steps.
+
+The modules below run diffusers' own weights under their own names, arranged for fixed-shape engines:
+
+- all blocks share one modulation, which depends on the timestep only: it is a constant of a bundle, and the layers that
+  make it are no part of any engine;
+- text tokens have positions, on an axis of their own, and padding is attended to like text: there is no mask;
+- a single block projects queries, keys, values and both halves of its MLP by one layer;
+- latents are drawn, denoised and kept as tokens of 2 x 2 latent pixels, normalised by the autoencoder's running
+  statistics; decoding undoes that first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jitexport.errors import UnsupportedModelError
+from jitexport.grid import TokenGrid, unpack
+from jitexport.guidance import Guidance
+from jitexport.kernels.attention import Stream, attention
+from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
+from jitexport.models.language import LanguageText, keep_what_is_read
+from jitexport.models.layers import gated, modulate, run_linear, runs_in_int8, stream
+from jitexport.models.naming import Naming, Prefix, Target
+from jitexport.models.schedulers import flow_sigmas
+from jitexport.positions import Rotary
+from jitexport.prompting import Tokenizer
+from jitexport.specs import EngineSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+
+PATCH = 2  # a token is 2 x 2 latent pixels
+
+#: Of the text encoder's hidden states, the layers whose outputs the transformer reads, side by side.
+TEXT_LAYERS = (9, 18, 27)
+
+#: Qwen3's turn of a user, then of the assistant with nothing thought.
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+#: Vectors of width D in the modulation: of the double blocks' image and text, of the single blocks, of the output.
+PARTS = (6, 6, 3, 2)
+
+
+def detach_modulation(transformer: Flux2Transformer2DModel) -> nn.ModuleDict:
+    """Take the layers that see the timestep only out of a transformer; `modulation` runs them."""
+    once = nn.ModuleDict()
+    for name in (
+        "time_guidance_embed", "double_stream_modulation_img", "double_stream_modulation_txt",
+        "single_stream_modulation",
+    ):
+        once[name] = getattr(transformer, name)
+        delattr(transformer, name)
+    once["norm_out"] = transformer.norm_out.linear
+    del transformer.norm_out.linear
+    return once
+
+
+def modulation(once: nn.ModuleDict, sigmas: Tensor) -> Tensor:
+    """The vectors of `PARTS` at noise levels sigmas [S] -> [S, 17 D], of the layers' dtype."""
+    embed = once["time_guidance_embed"]
+    # Angles of up to 1000 radians: made in fp32 whatever the model's dtype.
+    time = embed.time_proj(sigmas.float() * 1000).to(once["norm_out"].weight.dtype)
+    time = F.silu(embed.timestep_embedder(time))  # [S, D]
+    layers = [
+        once["double_stream_modulation_img"].linear, once["double_stream_modulation_txt"].linear,
+        once["single_stream_modulation"].linear, once["norm_out"],
+    ]
+    return torch.cat([layer(time) for layer in layers], dim=-1)
+
+
+def log_shift(tokens: int, n: int) -> float:
+    """The logarithm of the shift of n noise levels, as the authors fitted it to numbers of tokens and of steps.
+
+    Two lines in the tokens, for 10 and for 200 steps, and between them a line in the steps; of more than 4300 tokens
+    the second, whatever the steps.
+    """
+    ten, many = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
+    return many if tokens > 4300 else many + (ten - many) * (200 - n) / 190
+
+
+class KleinText(LanguageText):
+    """The language model: ids and mask [B, T] -> prompt_embeds [B, T, E], states of `TEXT_LAYERS` side by side.
+
+    At padding too, which the transformer attends to, though the language model itself does not.
+    """
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat(self.states(ids, mask, TEXT_LAYERS), dim=-1)
+
+
+class KleinCondition(nn.Module):
+    """prompt_embeds [B, T, E] -> context [B, T, D]."""
+
+    def __init__(self, transformer: Flux2Transformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, prompt_embeds: Tensor) -> Tensor:
+        return self.transformer.context_embedder(prompt_embeds)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(first half) * second half, [..., 2 F] -> [..., F]."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
+    """diffusers' `Flux2FeedForward`, [B, L, D] -> [B, L, D]."""
+    return run_linear(ff.linear_out, swiglu(run_linear(ff.linear_in, x)), wide=True)
+
+
+def double_block(
+    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own; modulation [1, 12 D]."""
+    shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2, *rest = modulation.chunk(12, dim=-1)
+    shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = rest
+    attn = block.attn
+    d = attn.head_dim
+
+    x = modulate(block.norm1, image, shift_i, scale_i)
+    c = modulate(block.norm1_context, text, shift_t, scale_t)
+    streams = [
+        stream(c, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k), d),
+        stream(x, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), d),
+    ]
+    a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_q)).flatten(2)
+    c, x = a.split([text.shape[1], image.shape[1]], dim=1)
+
+    image = gated(image, gate_i, run_linear(attn.to_out[0], x, wide=True))
+    image = gated(image, gate_i2, feed_forward(block.ff, modulate(block.norm2, image, shift_i2, scale_i2)))
+    text = gated(text, gate_t, run_linear(attn.to_add_out, c, wide=True))
+    text = gated(text, gate_t2, feed_forward(block.ff_context, modulate(block.norm2_context, text, shift_t2, scale_t2)))
+    return image, text
+
+
+def single_block(block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Attention and MLP side by side on text and image together, x [B, T + m, D]; modulation [1, 3 D]."""
+    shift, scale, gate = modulation.chunk(3, dim=-1)
+    attn = block.attn
+    width = attn.inner_dim
+    h = run_linear(attn.to_qkv_mlp_proj, modulate(block.norm, x, shift, scale))
+    *heads, mlp = h.split([width, width, width, h.shape[-1] - 3 * width], dim=-1)
+    heads = [part.unflatten(-1, (-1, attn.head_dim)) for part in heads]
+    streams = [Stream(*heads, attn.norm_q.weight, attn.norm_k.weight)]
+    a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_out)).flatten(2)
+    return gated(x, gate, run_linear(attn.to_out, a, swiglu(mlp), wide=True))
+
+
+class KleinStage(nn.Module):
+    """One evaluation of the transformer on the active tokens.
+
+    tokens [B, m, C], cos and sin [B, T + m, Dh / 2], context [B, T, D], modulation [17 D] -> velocity [B, m, C].
+    """
+
+    #: Functions of repeated blocks, which a backend may compile once for all blocks.
+    regions = ("double_block", "single_block")
+    double_block, single_block = staticmethod(double_block), staticmethod(single_block)
+
+    def __init__(self, transformer: Flux2Transformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, modulation: Tensor) -> Tensor:
+        model = self.transformer
+        d = model.inner_dim
+        double, single, out = modulation[None].split([12 * d, 3 * d, 2 * d], dim=-1)
+        image, text = run_linear(model.x_embedder, tokens), context
+        for block in model.transformer_blocks:
+            image, text = self.double_block(block, image, text, double, cos, sin)
+        x = torch.cat([text, image], dim=1)
+        for block in model.single_transformer_blocks:
+            x = self.single_block(block, x, single, cos, sin)
+        scale, shift = out.chunk(2, dim=-1)
+        return model.proj_out(modulate(model.norm_out.norm, x[:, text.shape[1] :], shift, scale))
+
+
+class KleinDecode(nn.Module):
+    """Tokens [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32."""
+
+    def __init__(self, vae: AutoencoderKLFlux2, grid: TokenGrid) -> None:
+        super().__init__()
+        self.vae = vae
+        self.grid = grid
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        seen = self.vae.bn
+        deviation = (seen.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
+        latents = unpack(tokens * deviation + seen.running_mean.float(), self.grid, PATCH)
+        picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return (picture.float() / 2 + 0.5).clamp(0, 1)
+
+
+# --- names of the same modules elsewhere -----------------------------------------------------------------------------
+
+PREFIXES = (
+    Prefix("transformer.", "transformer"),
+    Prefix("text_encoder.", "text_encoder"),
+    Prefix("diffusion_model.", "transformer"),  # ComfyUI, ai-toolkit
+    Prefix("model.diffusion_model.", "transformer"),
+    Prefix("lora_unet_", "transformer", flat=True),  # kohya, musubi-tuner
+    Prefix("lora_transformer_", "transformer", flat=True),  # OneTrainer
+    Prefix("lycoris_", "transformer", flat=True),  # LyCORIS' wrapper
+    Prefix("", "transformer"),
+)
+
+_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+_ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+
+#: {name in a double block of the authors: names in diffusers' block}
+DOUBLE = {
+    "img_attn.qkv": _QKV,
+    "txt_attn.qkv": _ADDED,
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+}
+SINGLE = {
+    "linear1": ("attn.to_qkv_mlp_proj",),
+    "linear2": ("attn.to_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+OUTSIDE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "final_layer.linear": "proj_out",
+}
+#: diffusers' fused projections: parts of blocks that checkpoints do not have so.
+FUSED = {"attn.to_qkv": _QKV, "attn.to_added_qkv": _ADDED}
+
+
+def aliases(modules: Iterable[str]) -> dict[str, Target]:
+    """See `jitexport.models.naming.Naming`."""
+    known = set(modules)
+    found: dict[str, Target] = {}
+
+    def add(name: str, owned: Iterable[str], *, swapped: bool = False, partial: bool = False) -> None:
+        targets = tuple(f"transformer.{module}" for module in owned)
+        if known.issuperset(targets):
+            found[f"transformer.{name}"] = Target(targets, swapped, partial)
+
+    for module in known:
+        component, _, name = module.partition(".")
+        block = re.match(r"(single_)?transformer_blocks\.(\d+)\.", name)
+        if component != "transformer" or block is None:
+            continue
+        theirs = f"{'single' if block[1] else 'double'}_blocks.{block[2]}"
+        for short, parts in (SINGLE if block[1] else DOUBLE).items():
+            add(f"{theirs}.{short}", [f"{block[0]}{part}" for part in parts])
+        if not block[1]:
+            for short, parts in FUSED.items():
+                add(f"{block[0]}{short}", [f"{block[0]}{part}" for part in parts], partial=True)
+    for name, part in OUTSIDE.items():
+        add(name, [part])
+    add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
+    # The authors' norms call their weight "scale", which some formats take for a module.
+    return found | {f"{n}.scale": Target(t.modules, partial=True) for n, t in found.items() if n.endswith("_norm")}
+
+
+NAMING = Naming(PREFIXES, aliases)
+
+
+# --- published models ------------------------------------------------------------------------------------------------
+
+#: Of the transformer double blocks, single blocks and heads; of the language model width, inner width, and whether its
+#: head is its embedding.
+_SIZES = {"4b": (5, 20, 24, 2560, 9728, True), "9b": (8, 24, 32, 4096, 12288, False)}
+
+
+def _published(size: str, hub_id: str, *, distilled: bool) -> Published:
+    doubles, singles, heads, hidden, inner, tied = _SIZES[size]
+    configs = {
+        "pipeline": {"is_distilled": distilled},
+        "transformer": {
+            "patch_size": 1,
+            "in_channels": 128,
+            "num_layers": doubles,
+            "num_single_layers": singles,
+            "attention_head_dim": 128,
+            "num_attention_heads": heads,
+            "joint_attention_dim": len(TEXT_LAYERS) * hidden,
+            "mlp_ratio": 3.0,
+            "axes_dims_rope": [32, 32, 32, 32],
+            "rope_theta": 2000,
+            "timestep_guidance_channels": 256,
+            "guidance_embeds": False,
+        },
+        "vae": {
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "block_out_channels": [128, 256, 512, 512],
+            "layers_per_block": 2,
+            "latent_channels": 32,
+            "batch_norm_eps": 1e-4,
+        },
+        # Qwen3-4B and Qwen3-8B.
+        "text_encoder": {
+            "vocab_size": 151936,
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "tie_word_embeddings": tied,
+        },
+        "scheduler": {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True},
+    }
+    return Published(hub_id, configs)
+
+
+#: The base models, and those that are distilled to four steps without guidance.
+PUBLISHED = {
+    "flux2-klein-4b": _published("4b", "black-forest-labs/FLUX.2-klein-base-4B", distilled=False),
+    "flux2-klein-9b": _published("9b", "black-forest-labs/FLUX.2-klein-base-9B", distilled=False),
+    "flux2-klein-4b-distilled": _published("4b", "black-forest-labs/FLUX.2-klein-4B", distilled=True),
+    "flux2-klein-9b-distilled": _published("9b", "black-forest-labs/FLUX.2-klein-9B", distilled=True),
+}
+
+
+class KleinAdapter(ModelAdapter):
+    """A FLUX.2-klein pipeline in diffusers' format, for images from text.
+
+    Attributes:
+        once: the layers of the transformer that make the modulation, which no engine reads.
+    """
+
+    family = "Flux2KleinPipeline"
+    classes: ClassVar = {
+        "transformer": "diffusers:Flux2Transformer2DModel",
+        "vae": "diffusers:AutoencoderKLFlux2",
+        "text_encoder": "transformers:Qwen3ForCausalLM",
+    }
+    naming = NAMING
+    published = PUBLISHED
+    timesteps: ClassVar = {"kind": "native"}  # the release of JiT runs this family on its own noise levels
+    once: nn.ModuleDict
+
+    @classmethod
+    def check(cls, configs: Configs, settings: Mapping[str, Any]) -> None:
+        """Refuse FLUX.2-dev's transformer, which is larger and takes the guidance as an input."""
+        config = configs["transformer"]
+        if config.get("guidance_embeds", True):
+            raise UnsupportedModelError(
+                "a transformer that takes the guidance as an input (FLUX.2-dev)", found="guidance_embeds",
+                expected="FLUX.2-klein, or a model like it",
+            )
+        wanted, width = config["joint_attention_dim"], configs["text_encoder"]["hidden_size"]
+        if wanted != len(TEXT_LAYERS) * width:
+            raise UnsupportedModelError(
+                "the transformer does not fit the text encoder", found=f"{wanted} channels of text, {width} of a layer",
+                expected=f"{len(TEXT_LAYERS)} layers side by side",
+            )
+
+    @classmethod
+    def usual(cls, configs: Configs) -> dict[str, Any]:
+        distilled = cls.distilled(configs)
+        return {
+            "height": 1024,
+            "width": 1024,
+            "max_sequence_length": 512,
+            "guidance_scale": 1.0 if distilled else 4.0,
+            "num_inference_steps": 4 if distilled else 50,
+            "quantization": None,
+        }
+
+    @staticmethod
+    def distilled(configs: Configs) -> bool:
+        """Whether the model is one of those for four steps without guidance."""
+        return bool(configs.get("pipeline", {}).get("is_distilled"))
+
+    @classmethod
+    def geometry_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelGeometry:
+        config = configs["transformer"]
+        grid = image_grid(settings, 2 ** (len(configs["vae"]["block_out_channels"]) - 1) * PATCH)
+        text = settings["max_sequence_length"]
+        return ModelGeometry(
+            grid=grid,
+            latent_shape=(config["in_channels"] // PATCH**2, grid.shape[0] * PATCH, grid.shape[1] * PATCH),
+            patch=PATCH,
+            drawn_patch=1,
+            height=settings["height"],
+            width=settings["width"],
+            positions=Rotary(
+                tuple(config["axes_dims_rope"]), float(config["rope_theta"]), grid_axes=(1, 2),
+                text_tokens=text, text_step=(0.0, 0.0, 0.0, 1.0),
+            ),
+            text_tokens=text,
+        )
+
+    @classmethod
+    def defaults_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelDefaults:
+        true = None if cls.distilled(configs) else settings["guidance_scale"]
+        guidance = Guidance(true=true, argument="guidance_scale", negative=None if true is None else "")
+        return ModelDefaults(guidance, settings["num_inference_steps"], settings["max_sequence_length"])
+
+    @classmethod
+    def tokenizer(cls, folder: str, configs: Configs, settings: Mapping[str, Any]) -> Tokenizer:
+        return Tokenizer(folder, "", settings["max_sequence_length"], template=TEMPLATE, mask=True)
+
+    def arrange(self) -> None:
+        transformer = self.components["transformer"]
+        self.once = detach_modulation(transformer)
+        keep_what_is_read(self.components["text_encoder"], TEXT_LAYERS)
+
+    def native_sigmas(self, n: int) -> tuple[float, ...]:
+        """As Flux2KleinPipeline sets them: linspace(1, 1/n, n), shifted by `log_shift`."""
+        return flow_sigmas(self.configs["scheduler"], n, mu=log_shift(self.geometry.grid.tokens, n))
+
+    def shift(self, n: int) -> float:
+        """Of n steps, on which the shift depends."""
+        config = self.configs["scheduler"]
+        if not config.get("use_dynamic_shifting"):
+            return config.get("shift", 1.0)
+        mu = log_shift(self.geometry.grid.tokens, n)
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+    def text_spec(self, batch: int, dtype: str) -> EngineSpec:
+        shape = (batch, self.geometry.text_tokens)
+        ids = TensorSpec("ids", shape, "int64"), TensorSpec("mask", shape, "int64")
+        return EngineSpec("text", ids, (self._embeddings(batch, dtype),))
+
+    def _embeddings(self, batch: int, dtype: str) -> TensorSpec:
+        width = self.configs["transformer"]["joint_attention_dim"]
+        return TensorSpec("prompt_embeds", (batch, self.geometry.text_tokens, width), dtype)
+
+    def condition_spec(self, batch: int, steps: int, dtype: str) -> EngineSpec:
+        context = TensorSpec("context", (batch, self.geometry.text_tokens, self._width), dtype)
+        return EngineSpec("condition", (self._embeddings(batch, dtype),), (context,))
+
+    @property
+    def _width(self) -> int:
+        return self.components["transformer"].inner_dim
+
+    @torch.no_grad()
+    def constants(self, sigmas: Tensor) -> dict[str, Tensor]:
+        return {"modulation": modulation(self.once, sigmas)}
+
+    def constant_specs(self, steps: int, dtype: str) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("modulation", (steps, sum(PARTS) * self._width), dtype, per_step=True),)
+
+    def module(self, name: str) -> nn.Module:
+        parts = self.components
+        if name == "text":
+            module: nn.Module = KleinText(parts["text_encoder"])
+        elif name == "condition":
+            module = KleinCondition(parts["transformer"])
+        elif name in ("preview", "decode"):
+            grid = self.geometry.grid
+            module = KleinDecode(parts["vae"], grid.halved() if name == "preview" else grid)
+        else:
+            module = KleinStage(parts["transformer"])
+        return module.eval()
