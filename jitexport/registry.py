@@ -27,6 +27,7 @@ class Family(NamedTuple):
 #: By the diffusers pipeline class that a model folder names in model_index.json.
 FAMILIES = {
     "FluxPipeline": Family("jitexport.models.flux:FluxAdapter", ("flux", "flux-schnell")),
+    "QwenImagePipeline": Family("jitexport.models.qwen_image:QwenImageAdapter", ("qwen-image", "qwen-image-2512")),
 }
 
 #: What `--model` takes, beside folders and hub ids.
