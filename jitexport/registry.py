@@ -31,6 +31,7 @@ FAMILIES = {
         "jitexport.models.flux2_klein:KleinAdapter",
         ("flux2-klein-4b", "flux2-klein-9b", "flux2-klein-4b-distilled", "flux2-klein-9b-distilled"),
     ),
+    "QwenImagePipeline": Family("jitexport.models.qwen_image:QwenImageAdapter", ("qwen-image", "qwen-image-2512")),
 }
 
 #: What `--model` takes, beside folders and hub ids.

@@ -915,7 +915,7 @@ class Pipeline:
                     f"{argument} do not fit", found=found,
                     expected=f"a tensor {('n', *spec.shape[1:])}, and as many of the other",
                 )
-            if not value.is_floating_point():
+            if not value.is_floating_point() and not argument.endswith("_mask"):  # diffusers' are of whole numbers
                 raise InputError(f"{argument} do not fit", found=value.dtype, expected="floating-point numbers")
             require_finite(argument, value.float())
             embeds.append(value.detach().to(self.device, DTYPES[spec.dtype]).repeat_interleave(per_prompt, dim=0))

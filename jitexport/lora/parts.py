@@ -77,11 +77,12 @@ def collect(tensors: Mapping[str, Tensor], resolver: Resolver) -> list[Group]:
     """Sort an adapter's tensors by the modules that they change.
 
     Raises:
-        InputError: a key that is not understood, a module that the model does not have, or two tensors for one part.
+        InputError: a key that is not understood, a module that the bundle does not have, or two tensors for one part.
     """
     groups: dict[Target, Group] = {}
     unknown: list[str] = []
     strange: list[str] = []
+    constant: list[str] = []
     for key, tensor in tensors.items():
         split = split_key(key)
         if split is None:
@@ -90,7 +91,7 @@ def collect(tensors: Mapping[str, Tensor], resolver: Resolver) -> list[Group]:
         name, part = split
         target = resolver.find(name)
         if target is None:
-            strange.append(key[:200])
+            (constant if resolver.is_constant(name) else strange).append(key[:200])
             continue
         group = groups.setdefault(target, Group(name, target))
         if part in group.tensors:
@@ -108,6 +109,12 @@ def collect(tensors: Mapping[str, Tensor], resolver: Resolver) -> list[Group]:
         raise InputError(
             f"{len(strange)} of {len(tensors)} weights are not the model's", found=_some(strange),
             expected="modules that this bundle has", remedy="use an adapter of this model",
+        )
+    if constant:
+        raise InputError(
+            f"{len(constant)} of {len(tensors)} weights are of layers whose results are constants of the bundle",
+            found=_some(constant), expected="changes of layers that engines run",
+            remedy="merge the adapter into the model (diffusers' fuse_lora), save it, and build a bundle of that",
         )
     return list(groups.values())
 

@@ -40,10 +40,12 @@ class Naming:
     Attributes:
         prefixes: all that are known; a name that fits several is looked up under each.
         aliases: from the full names of the model's modules to further names of them, "<component>.<foreign name>".
+        constant: parts of the names of modules that bundles have not, because what they make is a constant of theirs.
     """
 
     prefixes: Sequence[Prefix]
     aliases: Callable[[Iterable[str]], dict[str, Target]]
+    constant: Sequence[str] = ()
 
 
 class Resolver:
@@ -60,6 +62,7 @@ class Resolver:
     def __init__(self, naming: Naming, weights: Iterable[str]) -> None:
         modules = {name.rpartition(".")[0] for name in weights}
         self._prefixes = naming.prefixes
+        self._constant = naming.constant
         self._dotted: Mapping[str, Target] = naming.aliases(modules) | {m: Target((m,)) for m in modules}
         self._flat = _flattened(self._dotted)
 
@@ -73,6 +76,10 @@ class Resolver:
                 if target is not None:
                     return target
         return None
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a name is of a module whose results a bundle has as constants, without its weights."""
+        return any(part in name for part in self._constant)
 
     def local_name(self, name: str) -> str:
         """A module's name as its component has it: without wrapper and prefix."""

@@ -1,0 +1,447 @@
+"""Qwen-Image and Qwen-Image-2512, and any text-to-image model of their architecture in diffusers' format.
+
+The modules below run diffusers' own weights under their own names, arranged for fixed-shape engines:
+
+- modulation depends on the noise level alone: its vectors are made once, for every prompt, and the layers that make
+  them, 6.8 of the transformer's 20.4 billion parameters, are in no engine;
+- text is padded to a fixed length, and attention does not see the padding;
+- the autoencoder is a causal one for video. Of a single frame, its convolutions see only the last slice of their
+  kernels: it is decoded in two dimensions, without the caches of earlier frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jitexport.errors import InputError, UnsupportedModelError
+from jitexport.grid import TokenGrid, unpack
+from jitexport.guidance import Guidance
+from jitexport.kernels.attention import attention
+from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
+from jitexport.models.language import LanguageText, keep_what_is_read
+from jitexport.models.layers import feed_forward, gated, modulate, run_linear, runs_in_int8, stream
+from jitexport.models.naming import Naming, Prefix, Target
+from jitexport.models.schedulers import flow_sigmas, resolution_shift
+from jitexport.positions import Rotary
+from jitexport.prompting import Tokenizer
+from jitexport.specs import EngineSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+
+PATCH = 2  # latent pixels on a token's side
+THETA = 10000.0
+
+#: What the language model is asked about a prompt, as the model was trained with it.
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+DROPPED = 34  # its tokens in front of the prompt, whose states the image model does not see
+LONGEST = 1024  # tokens of a text after them
+STATES = (-1,)  # of the language model: what its final norm gives
+PADDING = -1e9  # added to the scores of keys that are padding
+
+
+class QwenImageText(LanguageText):
+    """The language model: ids and their mask [B, 34 + T] -> states [B, T, E], 1 for tokens and 0 else [B, T], fp32."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        (states,) = self.states(ids, mask, STATES)
+        return states[:, DROPPED:], mask[:, DROPPED:].float()
+
+
+class QwenImageModulation(nn.Module):
+    """Modulation vectors of noise levels: sigmas [S], fp32 -> [S, M].
+
+    M holds the vectors of each block (image 6 D, text 6 D: shift, scale and gate of attention, then of the MLP) and of
+    the output norm (scale, shift).
+
+    Args:
+        transformer: loses the layers that make them.
+    """
+
+    def __init__(self, transformer: QwenImageTransformer2DModel) -> None:
+        super().__init__()
+        self.embed = transformer.time_text_embed
+        blocks = transformer.transformer_blocks
+        self.layers = nn.ModuleList(mod[1] for block in blocks for mod in (block.img_mod, block.txt_mod))
+        self.layers.append(transformer.norm_out.linear)
+        transformer.time_text_embed = transformer.norm_out.linear = None
+        for block in blocks:
+            block.img_mod = block.txt_mod = None
+
+    def forward(self, sigmas: Tensor) -> Tensor:
+        # Angles of up to 1000 radians: made in fp32 whatever the model's dtype.
+        angles = self.embed.time_proj(sigmas.float()).to(self.layers[0].weight.dtype)
+        emb = F.silu(self.embed.timestep_embedder(angles))  # [S, D]
+        return torch.cat([layer(emb) for layer in self.layers], dim=-1)
+
+
+class QwenImageCondition(nn.Module):
+    """What the transformer makes of the text before its blocks.
+
+    prompt_embeds [B, T, E], their mask [B, T] -> context [B, T, D], what is added to scores of its keys [B, T].
+    """
+
+    def __init__(self, transformer: QwenImageTransformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, prompt_embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        context = self.transformer.txt_in(self.transformer.txt_norm(prompt_embeds))
+        return context, (1 - mask) * PADDING
+
+
+def joint_block(
+    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own.
+
+    modulation [1, 12 D], angles [B, T + m, Dh / 2], mask of keys [B, T + m].
+    """
+    shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2, *rest = modulation.chunk(12, dim=-1)
+    shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = rest
+    attn = block.attn
+    d = attn.inner_dim // attn.heads
+
+    x = modulate(block.img_norm1, image, shift_i, scale_i)
+    c = modulate(block.txt_norm1, text, shift_t, scale_t)
+    streams = [
+        stream(c, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k), d),
+        stream(x, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), d),
+    ]
+    a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_q), mask=mask).flatten(2)
+    c, x = a.split([text.shape[1], image.shape[1]], dim=1)
+
+    image = gated(image, gate_i, run_linear(attn.to_out[0], x, wide=True))
+    image = gated(image, gate_i2, feed_forward(block.img_mlp, modulate(block.img_norm2, image, shift_i2, scale_i2)))
+    text = gated(text, gate_t, run_linear(attn.to_add_out, c, wide=True))
+    text = gated(text, gate_t2, feed_forward(block.txt_mlp, modulate(block.txt_norm2, text, shift_t2, scale_t2)))
+    return image, text
+
+
+class QwenImageStage(nn.Module):
+    """One evaluation of the transformer on the active tokens.
+
+    tokens [B, m, C], cos and sin [B, T + m, Dh / 2], context [B, T, D], key_mask [B, T] (added to the scores of the
+    text's keys, fp32), modulation [M] -> velocity [B, m, C].
+    """
+
+    #: The function of the repeated blocks, which a backend may compile once for all blocks.
+    regions = ("joint_block",)
+    joint_block = staticmethod(joint_block)
+
+    def __init__(self, transformer: QwenImageTransformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, key_mask: Tensor, modulation: Tensor
+    ) -> Tensor:
+        model = self.transformer
+        blocks, d = model.transformer_blocks, model.inner_dim
+        *parts, out = modulation[None].split([12 * d] * len(blocks) + [2 * d], dim=-1)
+        mask = F.pad(key_mask, (0, tokens.shape[1]))
+
+        image, text = model.img_in(tokens), context
+        for block, part in zip(blocks, parts, strict=True):
+            image, text = self.joint_block(block, image, text, part, cos, sin, mask)
+        scale, shift = out.chunk(2, dim=-1)
+        return model.proj_out(modulate(model.norm_out.norm, image, shift, scale))
+
+
+class QwenImageDecode(nn.Module):
+    """Packed latents [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32.
+
+    The decoder of `AutoencoderKLQwenImage` for one frame, whose channels are [B, C, H, W] here.
+    """
+
+    def __init__(self, vae: AutoencoderKLQwenImage, grid: TokenGrid) -> None:
+        super().__init__()
+        self.vae = vae
+        self.grid = grid
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        config, decoder = self.vae.config, self.vae.decoder
+        mean, std = (tokens.new_tensor(x)[:, None, None] for x in (config.latents_mean, config.latents_std))
+        latents = (unpack(tokens, self.grid, PATCH) * std + mean).to(decoder.conv_in.weight.dtype)
+        x = convolve(decoder.conv_in, convolve(self.vae.post_quant_conv, latents))
+        first, *others = decoder.mid_block.resnets
+        x = residual(first, x)
+        for attn, block in zip(decoder.mid_block.attentions, others, strict=True):
+            x = residual(block, attend(attn, x))
+        for up in decoder.up_blocks:
+            for block in up.resnets:
+                x = residual(block, x)
+            for upsampler in up.upsamplers or ():
+                x = upsampler.resample[1](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        picture = convolve(decoder.conv_out, F.silu(normalise(decoder.norm_out, x)))
+        return (picture.float() / 2 + 0.5).clamp(0, 1)
+
+
+def convolve(layer: nn.Conv3d, x: Tensor) -> Tensor:
+    """A causal convolution of a first frame x [B, C, H, W]: zeros are before it, so only its own slice counts."""
+    weight = layer.weight[:, :, -1]
+    return F.conv2d(x, weight, layer.bias, padding=[size // 2 for size in weight.shape[2:]])
+
+
+def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """The autoencoder's RMS norm, over the channels of x [B, C, H, W]."""
+    return F.normalize(x.float(), dim=1).to(x.dtype) * norm.scale * norm.gamma.flatten()[:, None, None]
+
+
+def residual(block: nn.Module, x: Tensor) -> Tensor:
+    """Two convolutions beside a shortcut, [B, C, H, W] -> [B, C', H, W]."""
+    h = convolve(block.conv1, F.silu(normalise(block.norm1, x)))
+    h = convolve(block.conv2, F.silu(normalise(block.norm2, h)))
+    return h + (convolve(block.conv_shortcut, x) if isinstance(block.conv_shortcut, nn.Conv3d) else x)
+
+
+def attend(block: nn.Module, x: Tensor) -> Tensor:
+    """Attention of one head between the pixels of x [B, C, H, W]."""
+    heads = block.to_qkv(normalise(block.norm, x)).flatten(2).transpose(1, 2)[:, None]  # [B, 1, H W, 3 C]
+    a = F.scaled_dot_product_attention(*heads.chunk(3, dim=-1))
+    return x + block.proj(a[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+# --- names in adapters and checkpoints -------------------------------------------------------------------------------
+
+#: Diffusers' fused projections, which checkpoints do not have so.
+FUSED = {
+    "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+}
+
+
+def aliases(modules: Iterable[str]) -> dict[str, Target]:
+    """See `jitexport.models.naming.Naming`: the authors' own names are diffusers'."""
+    known = set(modules)
+    blocks = {name.removesuffix(".attn.to_q") for name in known if name.endswith(".attn.to_q")}
+    fused = {f"{b}.{name}": tuple(f"{b}.{part}" for part in parts) for b in blocks for name, parts in FUSED.items()}
+    return {name: Target(parts, partial=True) for name, parts in fused.items() if known.issuperset(parts)}
+
+
+NAMING = Naming(
+    (
+        Prefix("transformer.", "transformer"),
+        Prefix("text_encoder.", "text_encoder"),
+        Prefix("diffusion_model.", "transformer"),  # ComfyUI, ai-toolkit
+        Prefix("model.diffusion_model.", "transformer"),
+        Prefix("lora_unet_", "transformer", flat=True),  # kohya
+        Prefix("lora_transformer_", "transformer", flat=True),  # OneTrainer
+        Prefix("lycoris_", "transformer", flat=True),  # LyCORIS' wrapper
+        Prefix("lora_te_", "text_encoder", flat=True),
+        Prefix("", "transformer"),
+    ),
+    aliases,
+    constant=("img_mod", "txt_mod", "time_text_embed", "norm_out"),
+)
+
+
+# --- the published models --------------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "transformer": {
+        "patch_size": PATCH,
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 60,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+        "guidance_embeds": False,
+        "axes_dims_rope": [16, 56, 56],
+    },
+    "vae": {
+        "base_dim": 96,
+        "z_dim": 16,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_scales": [],
+        "temperal_downsample": [False, True, True],
+        "latents_mean": [
+            -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+        ],
+        "latents_std": [
+            2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+        ],
+    },
+    "text_encoder": {
+        "text_config": {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 128000,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
+        },
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": 3584},
+    },
+    "scheduler": {
+        "num_train_timesteps": 1000,
+        "use_dynamic_shifting": True,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 8192,
+        "base_shift": 0.5,
+        "max_shift": 0.9,
+        "shift_terminal": 0.02,
+    },
+}  # fmt: skip
+
+
+class QwenImageAdapter(ModelAdapter):
+    """A Qwen-Image pipeline in diffusers' format. The setting `guidance_scale` is the usual `true_cfg_scale`."""
+
+    family = "QwenImagePipeline"
+    classes: ClassVar[Mapping[str, str]] = {
+        "transformer": "diffusers:QwenImageTransformer2DModel",
+        "vae": "diffusers:AutoencoderKLQwenImage",
+        "text_encoder": "transformers:Qwen2_5_VLForConditionalGeneration",
+    }
+    naming = NAMING
+    published: ClassVar[Mapping[str, Published]] = {
+        "qwen-image": Published("Qwen/Qwen-Image", CONFIGS),
+        "qwen-image-2512": Published("Qwen/Qwen-Image-2512", CONFIGS),
+    }
+
+    @classmethod
+    def check(cls, configs: Configs, settings: Mapping[str, Any]) -> None:
+        """Edit and Layered models have transformers of the same class, with further inputs."""
+        transformer, vae = configs["transformer"], configs["vae"]
+        further = ("zero_cond_t", "use_layer3d_rope", "use_additional_t_cond", "guidance_embeds")
+        if found := [name for name in further if transformer.get(name)]:
+            raise UnsupportedModelError(
+                "a transformer that sees more than text and noise (Qwen-Image-Edit or Qwen-Image-Layered)",
+                found=", ".join(found), expected="Qwen-Image, Qwen-Image-2512, or a model like them",
+            )
+        if (channels := vae.get("input_channels", 3)) != 3:
+            raise UnsupportedModelError(
+                "an autoencoder of other pictures than red, green and blue (Qwen-Image-Layered)",
+                found=f"{channels} channels", expected="3",
+            )
+        if (text := settings["max_sequence_length"]) > LONGEST:
+            raise InputError(
+                "more text than the model reads", found=f"max_sequence_length {text}", expected=f"at most {LONGEST}"
+            )
+
+    @classmethod
+    def usual(cls, configs: Configs) -> dict[str, Any]:
+        return {
+            "height": 1024,
+            "width": 1024,
+            "max_sequence_length": 512,
+            "guidance_scale": 4.0,
+            "num_inference_steps": 50,
+            "quantization": None,
+        }
+
+    @classmethod
+    def geometry_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelGeometry:
+        grid = image_grid(settings, 2 ** len(configs["vae"]["temperal_downsample"]) * PATCH)
+        rows, columns = grid.shape
+        text = settings["max_sequence_length"]
+        # The image's middle is the origin; the text goes on along the diagonal, from where the longer side ends.
+        positions = Rotary(
+            tuple(configs["transformer"]["axes_dims_rope"]),
+            THETA,
+            grid_axes=(1, 2),
+            offset=(rows // 2 - rows, columns // 2 - columns),
+            text_tokens=text,
+            text_start=(max(rows, columns) // 2,) * 3,
+            text_step=(1,) * 3,
+        )
+        return ModelGeometry(
+            grid=grid,
+            latent_shape=(configs["vae"]["z_dim"], rows * PATCH, columns * PATCH),
+            patch=PATCH,
+            height=settings["height"],
+            width=settings["width"],
+            positions=positions,
+            text_tokens=text,
+        )
+
+    @classmethod
+    def defaults_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelDefaults:
+        guidance = Guidance(true=settings["guidance_scale"], argument="true_cfg_scale", rescaled=True)
+        return ModelDefaults(guidance, settings["num_inference_steps"], settings["max_sequence_length"])
+
+    def arrange(self) -> None:
+        """Modulation becomes `once`; of the language model and the autoencoder goes what reads or makes no text."""
+        self.once = QwenImageModulation(self.components["transformer"])
+        keep_what_is_read(self.components["text_encoder"], STATES)
+        vae = self.components["vae"]
+        vae.encoder = vae.quant_conv = None
+        for up in vae.decoder.up_blocks:
+            for upsampler in up.upsamplers or ():
+                upsampler.time_conv = None
+
+    @classmethod
+    def tokenizer(cls, folder: str, configs: Configs, settings: Mapping[str, Any]) -> Tokenizer:
+        return Tokenizer(folder, "", DROPPED + settings["max_sequence_length"], template=TEMPLATE, mask=True)
+
+    def native_sigmas(self, n: int) -> tuple[float, ...]:
+        """As QwenImagePipeline sets them: linspace(1, 1/n, n), shifted by the resolution; the last but one is 0.02."""
+        config = self.configs["scheduler"]
+        return flow_sigmas(config, n, mu=resolution_shift(config, self.geometry.grid.tokens))
+
+    def shift(self, n: int) -> float:
+        """That before the levels are stretched to end at 0.02."""
+        config = self.configs["scheduler"]
+        if not config.get("use_dynamic_shifting"):
+            return config.get("shift", 1.0)
+        mu = resolution_shift(config, self.geometry.grid.tokens)
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+    def text_spec(self, batch: int, dtype: str) -> EngineSpec:
+        length = DROPPED + self.geometry.text_tokens
+        given = tuple(TensorSpec(name, (batch, length), "int64") for name in ("ids", "mask"))
+        return EngineSpec("text", given, self._embeddings(batch, dtype))
+
+    def _embeddings(self, batch: int, dtype: str) -> tuple[TensorSpec, ...]:
+        text, width = self.geometry.text_tokens, self.configs["transformer"]["joint_attention_dim"]
+        return (
+            TensorSpec("prompt_embeds", (batch, text, width), dtype),
+            TensorSpec("prompt_embeds_mask", (batch, text), "fp32"),
+        )
+
+    def condition_spec(self, batch: int, steps: int, dtype: str) -> EngineSpec:
+        text, width = self.geometry.text_tokens, self.components["transformer"].inner_dim
+        return EngineSpec(
+            "condition",
+            self._embeddings(batch, dtype),
+            (TensorSpec("context", (batch, text, width), dtype), TensorSpec("key_mask", (batch, text), "fp32")),
+        )
+
+    def constants(self, sigmas: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"modulation": self.once(sigmas)}
+
+    def constant_specs(self, steps: int, dtype: str) -> tuple[TensorSpec, ...]:
+        width = self.components["transformer"].inner_dim * (12 * self.configs["transformer"]["num_layers"] + 2)
+        return (TensorSpec("modulation", (steps, width), dtype, per_step=True),)
+
+    def module(self, name: str) -> nn.Module:
+        parts = self.components
+        if name == "text":
+            module: nn.Module = QwenImageText(parts["text_encoder"])
+        elif name == "condition":
+            module = QwenImageCondition(parts["transformer"])
+        elif name in ("preview", "decode"):
+            grid = self.geometry.grid
+            module = QwenImageDecode(parts["vae"], grid.halved() if name == "preview" else grid)
+        else:
+            module = QwenImageStage(parts["transformer"])
+        return module.eval()
