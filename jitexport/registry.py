@@ -27,6 +27,9 @@ class Family(NamedTuple):
 #: By the diffusers pipeline class that a model folder names in model_index.json.
 FAMILIES = {
     "FluxPipeline": Family("jitexport.models.flux:FluxAdapter", ("flux", "flux-schnell")),
+    "StableDiffusion3Pipeline": Family(
+        "jitexport.models.sd3:SD3Adapter", ("sd3", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo")
+    ),
 }
 
 #: What `--model` takes, beside folders and hub ids.

@@ -8,19 +8,27 @@ As FLUX's, the modulation depends on the prompt and the noise level, and is comp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jitexport.errors import UnsupportedModelError
+from jitexport.errors import InputError, UnsupportedModelError
+from jitexport.guidance import Guidance
 from jitexport.kernels.attention import Stream, attention
-from jitexport.models.flux import feed_forward, gated, modulate, run_linear, runs_in_int8, stream
-from jitexport.specs import TensorSpec
+from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
+from jitexport.models.flux import FluxDecode
+from jitexport.models.layers import feed_forward, gated, modulate, run_linear, runs_in_int8, stream
+from jitexport.models.naming import Naming, Prefix, Target
+from jitexport.models.schedulers import flow_sigmas, resolution_shift
+from jitexport.positions import Positions, Tables
+from jitexport.prompting import Tokenizer
+from jitexport.specs import EngineSpec, TensorSpec
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
@@ -45,8 +53,10 @@ def _frequencies(width: int, device: torch.device | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SinCos:
-    """Places as vectors that are added to the tokens: sines and cosines of the column, then those of the row.
+class SinCos(Positions):
+    """Places as vectors that are added to the tokens: an input `positions` [B, m, D], fp32.
+
+    They are sines and cosines of the column, then those of the row.
 
     The coordinate of place p on an axis is first + step * p.
 
@@ -61,22 +71,17 @@ class SinCos:
     step: float
 
     def specs(self, batch: int, tokens: int, dtype: str) -> tuple[TensorSpec, ...]:
-        """The stage's input."""
         return (TensorSpec("positions", (batch, tokens, self.width), "fp32"),)
 
-    def tables(self, places: Tensor) -> dict[str, Tensor]:
-        """Vectors of places [P, 2], which may be fractions: [P, D], fp32.
-
-        Coordinates are rounded to fp32 and angles are not, as in diffusers.
-        """
+    def tables(self, places: Tensor) -> Tables:
+        """Coordinates are rounded to fp32 and angles are not, as in diffusers."""
         first = torch.tensor(self.first, dtype=torch.float64, device=places.device)
         row, column = (first + self.step * places.double()).float().double().unbind(-1)
         frequencies = _frequencies(self.width, places.device)
         angles = [torch.outer(axis, frequencies) for axis in (column, row)]
         return {"positions": torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=-1).float()}
 
-    def gather(self, tables: dict[str, Tensor], where: Tensor) -> dict[str, Tensor]:
-        """Vectors of the places at `where` [B, m]: [B, m, D]."""
+    def gather(self, tables: Tables, where: Tensor) -> dict[str, Tensor]:
         table = tables["positions"]
         return {"positions": table.index_select(0, where.flatten()).unflatten(0, where.shape)}
 
@@ -101,16 +106,17 @@ def read_table(values: Tensor, size: int, expected: SinCos) -> SinCos:
     rows = values.detach().reshape(size, size, -1)
     if _agrees(rows, expected):
         return expected
-    column, row = (_coordinates(part) for part in (rows[0].chunk(2, -1)[0], rows[:, 0].chunk(2, -1)[1]))
-    steps = [_line(x) for x in (row, column)]
-    found = SinCos(expected.width, (steps[0][0], steps[1][0]), (steps[0][1] + steps[1][1]) / 2)
-    if not _agrees(rows, found):
-        raise UnsupportedModelError(
-            "the transformer's table of positions follows no rule that is known",
-            found=f"pos_embed.pos_embed {list(values.shape)}",
-            expected="sines and cosines of evenly spaced coordinates, from which places between them are computed",
-        )
-    return found
+    (column, step), (row, _) = (_line(_coordinates(x)) for x in (rows[0].chunk(2, -1)[0], rows[:, 0].chunk(2, -1)[1]))
+    found = SinCos(expected.width, (row, column), step)
+    simple = SinCos(expected.width, (_simple(row), _simple(column)), _simple(step))  # without what rounding has added
+    for table in (simple, found):
+        if _agrees(rows, table):
+            return table
+    raise UnsupportedModelError(
+        "the transformer's table of positions follows no rule that is known",
+        found=f"pos_embed.pos_embed {list(values.shape)}",
+        expected="sines and cosines of evenly spaced coordinates, from which places between them are computed",
+    )
 
 
 def _agrees(rows: Tensor, table: SinCos) -> bool:
@@ -143,6 +149,11 @@ def _line(x: Tensor) -> tuple[float, float]:
     n = n - n.mean()
     step = float((n * x).sum() / (n * n).sum())
     return float(x.mean()) + step * float(n[0]), step
+
+
+def _simple(x: float) -> float:
+    """A fraction of small numbers close to x."""
+    return float(Fraction(x).limit_denominator(64))
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------
@@ -315,3 +326,340 @@ class SD3Stage(nn.Module):
         velocity = model.proj_out(modulate(model.norm_out.norm, image, shift, scale))
         # The model writes a token's channels last, and reads them first: [p, q, C] -> [C, p, q].
         return velocity.unflatten(-1, (PATCH**2, -1)).transpose(-1, -2).flatten(-2)
+
+
+# --- names of the same modules elsewhere -----------------------------------------------------------------------------
+
+PREFIXES = (
+    Prefix("transformer.", "transformer"),
+    Prefix("text_encoder.", "text_encoder"),
+    Prefix("text_encoder_2.", "text_encoder_2"),
+    Prefix("text_encoder_3.", "text_encoder_3"),
+    Prefix("diffusion_model.", "transformer"),  # ComfyUI, ai-toolkit
+    Prefix("model.diffusion_model.", "transformer"),
+    Prefix("text_encoders.clip_l.transformer.", "text_encoder"),
+    Prefix("text_encoders.clip_g.transformer.", "text_encoder_2"),
+    Prefix("text_encoders.t5xxl.transformer.", "text_encoder_3"),
+    Prefix("lora_unet_", "transformer", flat=True),  # kohya
+    Prefix("lora_transformer_", "transformer", flat=True),  # OneTrainer
+    Prefix("lycoris_", "transformer", flat=True),  # LyCORIS' wrapper
+    Prefix("lora_te1_", "text_encoder", flat=True),
+    Prefix("lora_te2_", "text_encoder_2", flat=True),
+    Prefix("lora_te3_", "text_encoder_3", flat=True),
+    Prefix("", "transformer"),
+)
+
+
+def _of_qkv(attn: str, form: str) -> tuple[str, ...]:
+    return tuple(f"{attn}.{form.format(x)}" for x in "qkv")
+
+
+#: {name in a block of the authors: names in diffusers' block}
+BLOCK = {
+    "x_block.attn.qkv": _of_qkv("attn", "to_{}"),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "x_block.attn.ln_q": ("attn.norm_q",),
+    "x_block.attn.ln_k": ("attn.norm_k",),
+    "x_block.attn2.qkv": _of_qkv("attn2", "to_{}"),
+    "x_block.attn2.proj": ("attn2.to_out.0",),
+    "x_block.attn2.ln_q": ("attn2.norm_q",),
+    "x_block.attn2.ln_k": ("attn2.norm_k",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",),
+    "x_block.mlp.fc2": ("ff.net.2",),
+    "x_block.adaLN_modulation.1": ("norm1.linear",),
+    "context_block.attn.qkv": _of_qkv("attn", "add_{}_proj"),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "context_block.attn.ln_q": ("attn.norm_added_q",),
+    "context_block.attn.ln_k": ("attn.norm_added_k",),
+    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+    "context_block.mlp.fc2": ("ff_context.net.2",),
+    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+}
+OUTSIDE = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+#: diffusers' fused projections: parts of blocks that checkpoints do not have so.
+FUSED = {
+    "attn.to_qkv": _of_qkv("attn", "to_{}"),
+    "attn.to_added_qkv": _of_qkv("attn", "add_{}_proj"),
+    "attn2.to_qkv": _of_qkv("attn2", "to_{}"),
+}
+
+
+def aliases(modules: Iterable[str]) -> dict[str, Target]:
+    """See `jitexport.models.naming.Naming`."""
+    known = set(modules)
+    found: dict[str, Target] = {}
+
+    def add(name: str, owned: Iterable[str], *, swapped: bool = False, partial: bool = False) -> None:
+        targets = tuple(f"transformer.{module}" for module in owned)
+        if known.issuperset(targets):
+            found[f"transformer.{name}"] = Target(targets, swapped, partial)
+
+    start = "transformer.transformer_blocks."
+    blocks = sorted({int(m.removeprefix(start).partition(".")[0]) for m in known if m.startswith(start)})
+    for i in blocks:
+        ours, theirs = f"transformer_blocks.{i}", f"joint_blocks.{i}"
+        for name, parts in BLOCK.items():
+            # The last block's text has scale and shift alone, as the output's norm.
+            swapped = i == blocks[-1] and name == "context_block.adaLN_modulation.1"
+            add(f"{theirs}.{name}", [f"{ours}.{part}" for part in parts], swapped=swapped)
+        for name, parts in FUSED.items():
+            add(f"{ours}.{name}", [f"{ours}.{part}" for part in parts], partial=True)
+    for name, part in OUTSIDE.items():
+        add(name, [part])
+    add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
+    return found
+
+
+NAMING = Naming(PREFIXES, aliases)
+
+# --- the published models --------------------------------------------------------------------------------------------
+
+
+def _clip(width: int, layers: int, heads: int, activation: str) -> dict[str, Any]:
+    return {
+        "vocab_size": 49408,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "projection_dim": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 77,
+        "hidden_act": activation,
+        "eos_token_id": 2,
+    }
+
+
+def _published(hub_id: str, blocks: int, heads: int, transformer: dict[str, Any], **settings: Any) -> Published:
+    configs = {
+        "transformer": {
+            "sample_size": 128,
+            "patch_size": PATCH,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": blocks,
+            "attention_head_dim": 64,
+            "num_attention_heads": heads,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 64 * heads,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 192,
+            "dual_attention_layers": [],
+            "qk_norm": "rms_norm",
+        }
+        | transformer,
+        "vae": {
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "block_out_channels": [128, 256, 512, 512],
+            "layers_per_block": 2,
+            "latent_channels": 16,
+            "scaling_factor": 1.5305,
+            "shift_factor": 0.0609,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        },
+        "text_encoder": _clip(768, 12, 12, "quick_gelu"),
+        "text_encoder_2": _clip(1280, 32, 20, "gelu"),
+        "text_encoder_3": {
+            "vocab_size": 32128,
+            "d_model": 4096,
+            "d_kv": 64,
+            "d_ff": 10240,
+            "num_layers": 24,
+            "num_heads": 64,
+            "feed_forward_proj": "gated-gelu",
+        },
+        "scheduler": {"num_train_timesteps": 1000, "shift": 3.0},
+    }
+    return Published(hub_id, configs, settings)
+
+
+PUBLISHED = {
+    "sd3": _published("stabilityai/stable-diffusion-3-medium-diffusers", 24, 24, {"qk_norm": None}),
+    "sd3.5-medium": _published(
+        "stabilityai/stable-diffusion-3.5-medium", 24, 24,
+        {"pos_embed_max_size": 384, "dual_attention_layers": list(range(13))},
+    ),
+    "sd3.5-large": _published("stabilityai/stable-diffusion-3.5-large", 38, 38, {}),
+    "sd3.5-large-turbo": _published(
+        "stabilityai/stable-diffusion-3.5-large-turbo", 38, 38, {}, guidance_scale=0.0, num_inference_steps=4
+    ),
+}
+
+
+# --- the adapter -----------------------------------------------------------------------------------------------------
+
+
+class SD3Adapter(ModelAdapter):
+    """A Stable Diffusion 3 or 3.5 pipeline in diffusers' format, with or without its T5.
+
+    Where a checkpoint's table of positions is not the one that diffusers would make, `configs` has an entry "positions"
+    with the coordinates of its first place and the step between places.
+    """
+
+    family = "StableDiffusion3Pipeline"
+    classes: ClassVar = {
+        "transformer": "diffusers:SD3Transformer2DModel",
+        "vae": "diffusers:AutoencoderKL",
+        "text_encoder": "transformers:CLIPTextModelWithProjection",
+        "text_encoder_2": "transformers:CLIPTextModelWithProjection",
+        "text_encoder_3": "transformers:T5EncoderModel",
+    }
+    optional = ("text_encoder_3",)
+    tokenizer_folders = ("tokenizer", "tokenizer_2", "tokenizer_3")
+    naming = NAMING
+    published = PUBLISHED
+
+    def __init__(
+        self,
+        components: Mapping[str, nn.Module],
+        configs: Configs,
+        tokenizers: Sequence[Tokenizer],
+        settings: Mapping[str, Any],
+    ) -> None:
+        config, values = components["transformer"].config, components["transformer"].pos_embed.pos_embed
+        if config.pos_embed_max_size and not values.is_meta:
+            expected = table_of({"transformer": dict(config)})
+            found = read_table(values, config.pos_embed_max_size, expected)
+            if found != expected:
+                configs = {**configs, "positions": {"first": list(found.first), "step": found.step}}
+        super().__init__(components, configs, tokenizers, settings)
+
+    @classmethod
+    def check(cls, configs: Configs, settings: Mapping[str, Any]) -> None:
+        """Refuse transformers that only look like Stable Diffusion 3's, and more text than diffusers takes."""
+        config = configs["transformer"]
+        channels, out = config["in_channels"], config.get("out_channels")
+        checks = {
+            f"{channels} channels in, {out} out": out in (None, channels),
+            f"patches of {config.get('patch_size')}": config.get("patch_size", PATCH) == PATCH,
+            "no table of positions": config.get("pos_embed_max_size"),
+            f"norms {config.get('qk_norm')} of queries and keys": config.get("qk_norm") in (None, "rms_norm"),
+        }
+        if wrong := [found for found, right in checks.items() if not right]:
+            raise UnsupportedModelError(
+                "a transformer that is not Stable Diffusion 3's or 3.5's", found=", ".join(wrong),
+                expected="a text-to-image model: as many channels out as in, patches of 2, RMS norms or none",
+            )
+        if settings["max_sequence_length"] > 512:
+            raise InputError(
+                "too many text tokens", found=settings["max_sequence_length"], expected="at most 512 of T5"
+            )
+
+    @classmethod
+    def usual(cls, configs: Configs) -> dict[str, Any]:
+        return {
+            "height": 1024,
+            "width": 1024,
+            "max_sequence_length": 256,
+            "guidance_scale": 7.0,
+            "num_inference_steps": 28,
+            "quantization": None,
+        }
+
+    @classmethod
+    def geometry_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelGeometry:
+        config = configs["transformer"]
+        pixels = 2 ** (len(configs["vae"]["block_out_channels"]) - 1) * PATCH
+        grid, size = image_grid(settings, pixels), config["pos_embed_max_size"]
+        if max(grid.shape) > size:
+            raise InputError(
+                "the image is larger than the model's table of positions",
+                found=f"{settings['height']} x {settings['width']}",
+                expected=f"sides of at most {size * pixels} pixels",
+            )
+        return ModelGeometry(
+            grid=grid,
+            latent_shape=(config["in_channels"], grid.shape[0] * PATCH, grid.shape[1] * PATCH),
+            patch=PATCH,
+            height=settings["height"],
+            width=settings["width"],
+            positions=cropped(table_of(configs), size, grid.shape),
+            text_tokens=configs["text_encoder"]["max_position_embeddings"] + settings["max_sequence_length"],
+        )
+
+    @classmethod
+    def defaults_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelDefaults:
+        """diffusers runs no second pass with a scale of 1 or less, such as the 0 of SD3.5-large-turbo."""
+        guidance = Guidance(true=max(1.0, settings["guidance_scale"]), argument="guidance_scale", negative="")
+        return ModelDefaults(guidance, settings["num_inference_steps"])
+
+    def arrange(self) -> None:
+        """Positions are inputs of the stages."""
+        self.components["transformer"].pos_embed.pos_embed = None
+
+    @classmethod
+    def tokenizer(cls, folder: str, configs: Configs, settings: Mapping[str, Any]) -> Tokenizer:
+        clip = configs["text_encoder"]["max_position_embeddings"]
+        return Tokenizer(folder, "", settings["max_sequence_length"] if folder == "tokenizer_3" else clip)
+
+    def native_sigmas(self, n: int) -> tuple[float, ...]:
+        """As StableDiffusion3Pipeline sets them: the scheduler's own, which end with a tiny step."""
+        return flow_sigmas(self.configs["scheduler"], n, mu=self._log_shift(), linear=False)
+
+    def _log_shift(self) -> float:
+        return resolution_shift(self.configs["scheduler"], self.geometry.grid.tokens)
+
+    def shift(self, n: int) -> float:
+        """The scheduler's: its last noise level but one is not on the curve."""
+        config = self.configs["scheduler"]
+        return math.exp(self._log_shift()) if config.get("use_dynamic_shifting") else config["shift"]
+
+    def text_spec(self, batch: int, dtype: str) -> EngineSpec:
+        clip = self.configs["text_encoder"]["max_position_embeddings"]
+        ids = [TensorSpec(name, (batch, clip), "int64") for name in ("clip_ids", "clip_ids_2")]
+        if "text_encoder_3" in self.components:
+            ids.append(TensorSpec("t5_ids", (batch, self._settings["max_sequence_length"]), "int64"))
+        return EngineSpec("text", tuple(ids), self._embeddings(batch, dtype))
+
+    def _embeddings(self, batch: int, dtype: str) -> tuple[TensorSpec, ...]:
+        config = self.components["transformer"].config
+        return (
+            TensorSpec("prompt_embeds", (batch, self.geometry.text_tokens, config.joint_attention_dim), dtype),
+            TensorSpec("pooled", (batch, config.pooled_projection_dim), dtype),
+        )
+
+    def condition_spec(self, batch: int, steps: int, dtype: str) -> EngineSpec:
+        transformer = self.components["transformer"]
+        d = transformer.inner_dim
+        width = d * (sum(image_width(b) + context_width(b) for b in transformer.transformer_blocks) + 2)
+        return EngineSpec(
+            "condition",
+            (*self._embeddings(batch, dtype), TensorSpec("sigmas", (steps,), "fp32")),
+            (
+                TensorSpec("modulation", (steps, batch, width), dtype, per_step=True),
+                TensorSpec("context", (batch, self.geometry.text_tokens, d), dtype),
+            ),
+        )
+
+    def module(self, name: str) -> nn.Module:
+        parts = self.components
+        if name == "text":
+            module: nn.Module = SD3Text(
+                parts["text_encoder"], parts["text_encoder_2"], parts.get("text_encoder_3"),
+                tokens=self._settings["max_sequence_length"], width=parts["transformer"].config.joint_attention_dim,
+            )
+        elif name == "condition":
+            module = SD3Condition(parts["transformer"])
+        elif name in ("preview", "decode"):
+            grid = self.geometry.grid
+            module = FluxDecode(parts["vae"], grid.halved() if name == "preview" else grid)
+        else:
+            module = SD3Stage(parts["transformer"])
+        return module.eval()
+
+
+def table_of(configs: Configs) -> SinCos:
+    """A model's whole table of positions: what its checkpoint was found to have, or else what diffusers makes."""
+    config = configs["transformer"]
+    width, size = config["num_attention_heads"] * config["attention_head_dim"], config["pos_embed_max_size"]
+    if found := configs.get("positions"):
+        return SinCos(width, tuple(found["first"]), found["step"])
+    return published_table(width, size, config["sample_size"] // PATCH)
