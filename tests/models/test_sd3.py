@@ -344,6 +344,19 @@ def test_specs_describe_what_the_modules_take_and_give(adapter, batch):
         assert [(tuple(t.shape), t.dtype) for t in out] == [(s.shape, DTYPES[s.dtype]) for s in spec.outputs]
 
 
+@pytest.mark.parametrize("name", ["text", "condition", "stage1", "decode"])
+def test_modules_export(adapter, name):
+    """With every shape fixed, on meta tensors, as backends take them."""
+    again = SD3Adapter.from_configs(adapter.configs, adapter.settings(), torch.float32)
+    schedule = StageSchedule(make_stages(96, [1, 1], [0.35, 1.0]), uniform_sigmas(2))
+    spec = next(s for s in again.specs(schedule, 2, "fp32") if s.name == name)
+    inputs = tuple(torch.empty(s.shape, dtype=DTYPES[s.dtype], device="meta") for s in spec.inputs)
+    with torch.no_grad():
+        program = torch.export.export(again.module(name), inputs)
+    outputs = next(n for n in program.graph.nodes if n.op == "output").args[0]
+    assert [tuple(o.meta["val"].shape) for o in outputs] == [s.shape for s in spec.outputs]
+
+
 def test_from_configs_rebuilds_the_same_modules(adapter):
     configs = json.loads(json.dumps(adapter.configs, default=str))
     rebuilt = SD3Adapter.from_configs(configs, adapter.settings(), torch.float32)
