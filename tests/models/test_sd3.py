@@ -507,6 +507,23 @@ def test_every_method_runs(bundle, method, steps, ratios):
     assert images.shape == (1, 3, 48, 32) and images.isfinite().all() and not torch.equal(images, other)
 
 
+def test_adapters_change_a_bundle_and_leave_it(bundle, tmp_path):
+    """In the names of kohya, whose projections hold diffusers' three."""
+    pipe = bundle(method="jit", custom=CustomSchedule((1, 1, 1), (0.35, 0.62, 1.0)))
+    generator, name = torch.Generator().manual_seed(0), "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    factors = {f"{name}.lora_down.weight": (4, 32), f"{name}.lora_up.weight": (96, 4)}
+    save_file({k: torch.randn(shape, generator=generator) for k, shape in factors.items()}, tmp_path / "x.safetensors")
+
+    def image():
+        return pipe("a red fox", generator=generators(1)[0], output_type="pt").images
+
+    before = image()
+    pipe.load_lora(tmp_path / "x.safetensors")
+    assert (image() - before).abs().max() > 1e-3
+    pipe.unload_lora()
+    assert torch.equal(image(), before)
+
+
 @pytest.mark.parametrize("name", ["sd3.5-large-turbo", "stabilityai/stable-diffusion-3.5-large-turbo"])
 def test_settings_of_a_published_model_go_with_its_weights(folder, name):
     """Nothing in SD3.5-large-turbo's folder says that it takes four steps without guidance."""
