@@ -350,6 +350,7 @@ def plan(
 
     from jitexport.build import schedule_entry
     from jitexport.models.sources import config_adapter, find_source
+    from jitexport.plan import DISTILLED_STEPS
     from jitexport.plan import plan as make_plan
 
     adapter = config_adapter(find_source(model, base), torch.float32, _settings(height, width, frames, text_tokens))
@@ -385,9 +386,10 @@ def plan(
         table.add_row("preview", "", "", "", "", _tera(made.preview / 1e12), "", "")
     table.add_row("all", str(made.schedule.nfe), "", "", "", _tera(made.tflops), "", "")
     out.print(table)
+    distilled = f", {made.over(50):.1f}x over 50" if made.reference_steps <= DISTILLED_STEPS else ""
     out.print(
         f"predicted speed-up {made.predicted_speedup:.2f}x over {made.reference_steps} full steps "
-        f"({_tera(made.reference_tflops)} TFLOP)",
+        f"({_tera(made.reference_tflops)} TFLOP){distilled}",
         soft_wrap=True,
     )
 

@@ -14,6 +14,9 @@ from jitexport.schedule import CustomSchedule, StageSchedule, Target, check_spee
 
 __all__ = ["CustomSchedule", "Plan", "parse_custom", "plan"]
 
+#: Models with no more steps than this were distilled from models with many, by which papers measure them as well.
+DISTILLED_STEPS = 8
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -49,7 +52,11 @@ class Plan:
     @property
     def predicted_speedup(self) -> float:
         """Reference FLOPs over the schedule's."""
-        return self.reference_tflops / self.tflops
+        return self.over(self.reference_steps)
+
+    def over(self, steps: int) -> float:
+        """The speed-up over so many steps at all tokens, such as those of a model before it was distilled."""
+        return steps * self.cost(self.grid_tokens) / 1e12 / self.tflops
 
 
 def plan(

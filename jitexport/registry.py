@@ -32,6 +32,9 @@ FAMILIES = {
         ("flux2-klein-4b", "flux2-klein-9b", "flux2-klein-4b-distilled", "flux2-klein-9b-distilled"),
     ),
     "QwenImagePipeline": Family("jitexport.models.qwen_image:QwenImageAdapter", ("qwen-image", "qwen-image-2512")),
+    "StableDiffusion3Pipeline": Family(
+        "jitexport.models.sd3:SD3Adapter", ("sd3", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo")
+    ),
 }
 
 #: What `--model` takes, beside folders and hub ids.

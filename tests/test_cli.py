@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -171,6 +172,14 @@ def test_plan_of_every_method(run, tiny_flux, method, first):
     assert plan["predicted_speedup"] >= 4.9 and plan["stages"][-1]["tokens"] == 96
     table = run("plan", "--model", tiny_flux, "--method", method, "--speedup", "5")[1]
     assert "predicted speed-up" in table and ("preview" in table) == (method == "ralu")
+
+
+@pytest.mark.parametrize("model", ["flux-schnell", "sd3.5-large-turbo"])
+def test_plan_of_models_of_four_steps(run, model):
+    """RALU's published schedule, over the model's own steps and over the 50 of one that is not distilled."""
+    table = run("plan", "--model", model, "--method", "ralu", "--speedup", "1.3")[1]
+    own, many = re.search(r"speed-up ([\d.]+)x over 4 full steps \(\d+ TFLOP\), ([\d.]+)x over 50", table).groups()
+    assert float(own) == pytest.approx(1.45, abs=0.03) and float(many) == pytest.approx(12.5 * float(own), rel=0.01)
 
 
 def test_schedules_that_do_not_fit_the_method(run, tiny_flux):

@@ -56,6 +56,7 @@ def test_few_reference_steps(schnell):
     assert schnell.defaults.num_inference_steps == 4
     made = plan(schnell, speedup=2)
     assert made.schedule.nfe <= 4 and made.predicted_speedup >= 2
+    assert made.over(50) == pytest.approx(made.predicted_speedup * 50 / 4)
     with pytest.raises(ScheduleError, match="at most 4"):
         plan(schnell, speedup=5)
 

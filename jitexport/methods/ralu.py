@@ -25,7 +25,6 @@ from jitexport.grid import TokenGrid, consecutive, gather_tokens, scatter_tokens
 from jitexport.methods.base import Draws, Method, Preview
 from jitexport.resample import KERNELS, Resampler
 from jitexport.schedule import (
-    PAPER_REFERENCE_STEPS,
     Stage,
     StageSchedule,
     Target,
@@ -131,20 +130,35 @@ def renoising(reached: float, sigma: float) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Setting:
-    """A schedule as the paper gives it: steps and end of each stage, share r of the cells enlarged early, h and c."""
+    """A schedule as the paper gives it: steps and end of each stage, share r of the cells enlarged early, h and c.
+
+    Without h and c, which are not printed for models of four steps, noise levels are matched to the model's own.
+    """
 
     steps: tuple[int, int, int]
     ends: tuple[float, float, float]
     ratio: float
-    h: tuple[float, float, float]
-    c: float
+    h: tuple[float, float, float] | None = None
+    c: float | None = None
 
 
-#: Published settings for FLUX (Table S1; 4x and all digits: the released code, which has r = .3 and .1 for 4x and 7x).
-PUBLISHED = {
-    4.0: Setting((5, 6, 7), (0.3, 0.45, 1.0), 0.3, (5.019, 2.589, 2.226), 6.317**-2),
-    5.0: Setting((4, 5, 6), (0.3, 0.45, 1.0), 0.2, (5.115, 2.642, 2.254), 7.522**-2),
-    7.0: Setting((2, 3, 5), (0.2, 0.3, 1.0), 0.2, (8.141, 2.856, 2.193), 6.261**-2),
+# Models of four steps (B.3; r is not printed): 1.34 times FLUX.1-schnell's speed, 1.31 times SD3.5-large-turbo's.
+_FOUR_STEPS = {1.3: Setting((1, 1, 2), (0.3, 0.45, 1.0), 0.3)}
+
+#: Published settings, by the model's family and the ordinary pipeline's steps, then by the speed-up that they are named
+#: after. FLUX and SD3: Table S1 (FLUX's 4x and all digits: the released code, which has r = .3 and .1 for 4x and 7x).
+PUBLISHED: dict[tuple[str, int], dict[float, Setting]] = {
+    ("FluxPipeline", 50): {
+        4.0: Setting((5, 6, 7), (0.3, 0.45, 1.0), 0.3, (5.019, 2.589, 2.226), 6.317**-2),
+        5.0: Setting((4, 5, 6), (0.3, 0.45, 1.0), 0.2, (5.115, 2.642, 2.254), 7.522**-2),
+        7.0: Setting((2, 3, 5), (0.2, 0.3, 1.0), 0.2, (8.141, 2.856, 2.193), 6.261**-2),
+    },
+    ("StableDiffusion3Pipeline", 28): {
+        2.0: Setting((5, 6, 9), (0.2, 0.3, 1.0), 0.3, (6.21, 2.23, 1.97), 0.0586),
+        3.0: Setting((3, 3, 6), (0.25, 0.3, 1.0), 0.2, (6.40, 2.60, 2.23), 0.0255),
+    },
+    ("FluxPipeline", 4): _FOUR_STEPS,
+    ("StableDiffusion3Pipeline", 4): _FOUR_STEPS,
 }
 
 # Between them: speed-up; shares of the steps after which the first two stages end; times at which they do; r.
@@ -160,6 +174,11 @@ _KNOTS = (
 
 # More of the cells than this in a solved schedule: the middle stage would be hardly cheaper than the last.
 _MOST_CELLS = 0.6
+
+
+def published_for(target: Target) -> dict[float, Setting]:
+    """The published settings of a model, by speed-up."""
+    return PUBLISHED.get((target.family, target.reference_steps), {})
 
 
 @dataclass(frozen=True)
@@ -310,14 +329,13 @@ class RALU(Method[RALUState]):
         return self.coarse.tokens + 3 * int(self.coarse.tokens * ratio)
 
     def schedule(self, target: Target) -> StageSchedule:
-        """The published settings for 4, 5 and 7 over 50 steps, solved ones elsewhere, noise levels matched.
+        """The published settings for the model where there are any, solved ones elsewhere, noise levels matched.
 
         By hand: the steps of the three stages, and, where wanted, token ratios 0.25, the middle stage's, and 1.
         """
         if target.custom is not None:
             steps, tokens, ends = self._custom(target)
-        elif target.speedup in PUBLISHED and target.reference_steps == PAPER_REFERENCE_STEPS:
-            published = PUBLISHED[target.speedup]
+        elif published := published_for(target).get(target.speedup):
             ratio = published.ratio if self.settings.ratio is None else self.settings.ratio
             steps, ends, tokens = published.steps, published.ends, self.tokens_at(ratio)
         else:
@@ -330,11 +348,12 @@ class RALU(Method[RALUState]):
     def _matched(
         self, steps: Sequence[int], ends: Sequence[float], target: Target
     ) -> tuple[tuple[float, ...], float]:
-        if self.settings.published:
-            for setting in PUBLISHED.values():
-                if (setting.steps, setting.ends) == (tuple(steps), tuple(ends)):
-                    return setting.h, setting.c
         own = self.settings.timesteps["shift"]
+        for setting in published_for(target).values():
+            if self.settings.published and (setting.steps, setting.ends) == (tuple(steps), tuple(ends)):
+                if setting.h is not None:
+                    return setting.h, setting.c
+                own = None
         return match_timesteps(steps, ends, target.own_shift(sum(steps)) if own is None else own)
 
     def _custom(self, target: Target) -> tuple[tuple[int, ...], int, tuple[float, ...]]:

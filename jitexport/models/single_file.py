@@ -33,12 +33,11 @@ def read_single_file(
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                name, _, leaf = key.rpartition(".")
-                target = resolver.find(name)
-                if target is None or target.partial or leaf not in _LEAVES:
+                target, leaf = _find(resolver, key, shapes)
+                if target is None or target.partial:
                     unknown.append(key)
                     continue
-                for full, value in _split(key, target, _LEAVES[leaf], file.get_tensor(key), shapes).items():
+                for full, value in _split(key, target, leaf, file.get_tensor(key), shapes).items():
                     if full in values:
                         raise InputError(f"{path} has {full} twice", found=key)
                     values[full] = value.to(dtype)
@@ -56,6 +55,18 @@ def read_single_file(
             remedy="another base, or a file with the transformer alone, not quantized",
         )  # fmt: skip
     return values
+
+
+def _find(resolver: Resolver, key: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Target | None, str]:
+    """The modules that a tensor of a file belongs to, and what the tensor is called in them."""
+    name, _, leaf = key.rpartition(".")
+    if leaf in _LEAVES:
+        return resolver.find(name), _LEAVES[leaf]
+    for module in (name, key):  # a table, which authors may have outside of the module that diffusers has it in
+        target = resolver.find(module)
+        if target is not None and f"{target.modules[0]}.{leaf}" in shapes:
+            return target, leaf
+    return None, leaf
 
 
 def _split(

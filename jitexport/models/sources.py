@@ -32,7 +32,8 @@ class ModelSource:
         file: a transformer in one file, for which `folder` has everything else.
         hub_id: of a model on the hub.
         pipeline_class: family, for models whose configuration is known without a download.
-        configs, settings: that configuration; see `ModelAdapter.from_configs`.
+        configs, settings: that configuration; see `ModelAdapter.from_configs`. The settings are the model's own also
+            where it is read with its weights.
     """
 
     name: str
@@ -84,7 +85,9 @@ def find_source(model: str, base: str | None = None) -> ModelSource:
     if model and path.is_dir():  # Path("") is the current folder
         return ModelSource(path.resolve().name, folder=path)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return ModelSource(model.split("/")[1], hub_id=model)
+        known = (published(name) for name in registry.MODELS)
+        source = next((s for s in known if s.hub_id == model), ModelSource("", hub_id=model))
+        return replace(source, name=model.split("/")[1])
     raise ModelNotFoundError(
         "no such model",
         found=model,
@@ -102,6 +105,7 @@ def load_adapter(source: ModelSource, dtype: torch.dtype, settings: dict[str, An
         MissingDependencyError: the `build` extra is not installed.
     """
     folder = source.folder or download(source)
+    settings = source.settings | {name: value for name, value in (settings or {}).items() if value is not None}
     if source.file is not None:
         return _adapter_class(folder).from_file(source.file, folder, dtype, settings)
     return _adapter_class(folder).from_folder(folder, dtype, settings)

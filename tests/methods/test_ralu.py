@@ -27,11 +27,13 @@ from jitexport.methods.ralu import (
     strongest_cells,
 )
 from jitexport.models.sources import config_adapter, published
+from jitexport.plan import plan
 from jitexport.sampler import draw, sample
 from jitexport.schedule import CustomSchedule, Target, stage_cost, uniform_sigmas
 
 GRID = TokenGrid((8, 12))
 LATENT = (2, 16, 24)
+FLUX = PUBLISHED["FluxPipeline", 50]
 
 
 def cost(tokens):
@@ -52,8 +54,8 @@ def ralu(preset="default", grid=GRID, patch=2, **changes):
     return RALU(grid, RALU.options(preset) | changes, patch)
 
 
-def target(speedup=None, custom=None, reference_steps=50, cost=cost, preview=0.0):
-    return Target(speedup, custom, cost, reference_steps, shifted_sigmas, preview)
+def target(speedup=None, custom=None, reference_steps=50, cost=cost, preview=0.0, family="FluxPipeline"):
+    return Target(speedup, custom, cost, reference_steps, shifted_sigmas, preview, family)
 
 
 def planned(method, speedup=5.0, **changes):
@@ -99,8 +101,10 @@ def test_table_s1(name):
 
 
 def test_published_settings_are_table_s1s():
-    for speedup, name in [(4.0, "FLUX 4x"), (5.0, "FLUX 5x"), (7.0, "FLUX 7x")]:
-        setting, (steps, ends, h, c) = PUBLISHED[speedup], TABLE_S1[name]
+    for name in TABLE_S1:
+        speedup = float(name[-2])
+        family, reference = ("FluxPipeline", 50) if name.startswith("FLUX") else ("StableDiffusion3Pipeline", 28)
+        setting, (steps, ends, h, c) = PUBLISHED[family, reference][speedup], TABLE_S1[name]
         assert (setting.steps, setting.ends) == (steps, ends)
         assert setting.h == pytest.approx(h, abs=0.006) and setting.c == pytest.approx(c, abs=5e-5)
 
@@ -189,7 +193,7 @@ def test_printed_values_are_taken_by_the_paper_preset_only():
 @given(st.floats(2, 10))
 @settings(max_examples=15)
 def test_any_speedup_is_reached_and_hardly_exceeded(speedup):
-    if speedup in PUBLISHED:
+    if speedup in FLUX:
         return
     method = ralu(grid=TokenGrid((64, 64)))
     schedule = method.schedule(target(speedup, cost=flux_cost, preview=2.5e12))
@@ -199,7 +203,7 @@ def test_any_speedup_is_reached_and_hardly_exceeded(speedup):
     assert [s.index for s in schedule.stages] == [2, 1, 0]
 
 
-@pytest.mark.parametrize("speedup", PUBLISHED)
+@pytest.mark.parametrize("speedup", FLUX)
 def test_published_schedules_are_as_fast_as_their_names(speedup):
     schedule = planned(ralu(grid=TokenGrid((64, 64))), speedup)
     assert 50 * flux_cost(4096) / (stage_cost(schedule.stages, flux_cost) + 2.5e12) >= speedup
@@ -210,6 +214,39 @@ def test_four_reference_steps_are_distilled_models():
     assert [s.steps for s in planned(method, 1.8, reference_steps=4, cost=flux_cost).stages] == [2, 1, 1]
     with pytest.raises(ScheduleError, match="less than one step"):
         planned(method, 4.0, reference_steps=4, cost=flux_cost)
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("family", ["FluxPipeline", "StableDiffusion3Pipeline"])
+def test_the_published_schedule_of_four_steps(family, preset):
+    """N = 1, 2, 4 and e = .3, .45; h and c, which are not printed, by matching to the model's own shift, here 2."""
+    steps, ends = (1, 1, 2), (0.3, 0.45, 1.0)
+    schedule = planned(ralu(preset, TokenGrid((64, 64))), 1.3, reference_steps=4, family=family)
+    assert shape(schedule) == [(1, 1024), (1, 4 * 307 + 717), (2, 4096)]
+    sigmas, reached = matched_sigmas(steps, ends, *match_timesteps(steps, ends, 2.0))
+    assert schedule.sigmas == pytest.approx(sigmas, abs=1e-3) and schedule.ends == reached
+
+
+def test_the_published_schedules_are_the_familys():
+    """Under the same name, SD3 has its own, and another family none."""
+    method = ralu("paper", TokenGrid((64, 64)))
+    for speedup, counts, name in [(2.0, (1024, 1945, 4096), "SD3 2x"), (3.0, (1024, 1636, 4096), "SD3 3x")]:
+        schedule = planned(method, speedup, reference_steps=28, family="StableDiffusion3Pipeline")
+        steps, ends, h, c = TABLE_S1[name]
+        assert shape(schedule) == list(zip(steps, counts, strict=True))
+        assert (schedule.sigmas, schedule.ends) == matched_sigmas(steps, ends, h, c)
+    assert shape(planned(method, 5.0, family="QwenImagePipeline")) != shape(planned(method, 5.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "speedup", "ratio"),
+    [("sd3", 2.0, 2.19), ("sd3", 3.0, 3.59), ("flux-schnell", 1.3, 1.47), ("sd3.5-large-turbo", 1.3, 1.47)],
+)
+def test_flops_of_published_schedules(name, speedup, ratio):
+    """Over the model's own steps, without the preview. Printed latencies of SD3: 1.98 and 2.93; 1.34 and 1.31."""
+    made = plan(config_adapter(published(name), torch.bfloat16), speedup=speedup, method="ralu", preset="paper")
+    reference = made.reference_steps * made.cost(4096)
+    assert reference / stage_cost(made.schedule.stages, made.cost) == pytest.approx(ratio, abs=0.01)
 
 
 @pytest.mark.parametrize("speedup", [0.5, 11, float("nan")])
