@@ -27,6 +27,9 @@ class Family(NamedTuple):
 #: By the diffusers pipeline class that a model folder names in model_index.json.
 FAMILIES = {
     "FluxPipeline": Family("jitexport.models.flux:FluxAdapter", ("flux", "flux-schnell")),
+    "HunyuanVideo15Pipeline": Family(
+        "jitexport.models.hunyuan_video15:HunyuanVideo15Adapter", ("hunyuan-video-1.5", "hunyuan-video-1.5-720p")
+    ),
 }
 
 #: What `--model` takes, beside folders and hub ids.

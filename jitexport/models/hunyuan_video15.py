@@ -14,13 +14,52 @@ The modules below run diffusers' own weights under their own names, arranged for
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jitexport.grid import TokenGrid
+from jitexport.errors import InputError, UnsupportedModelError
+from jitexport.grid import TokenGrid, unpack
+from jitexport.guidance import Guidance
 from jitexport.kernels.attention import Stream, attention
-from jitexport.models.flux import feed_forward, gated, modulate, run_linear, runs_in_int8, stream
+from jitexport.models.base import (
+    Configs,
+    ModelAdapter,
+    ModelDefaults,
+    ModelGeometry,
+    Published,
+    TiledDecoder,
+    image_grid,
+)
+from jitexport.models.language import LanguageText, keep_what_is_read
+from jitexport.models.layers import feed_forward, gated, modulate, run_linear, runs_in_int8, stream
+from jitexport.models.naming import Naming, Prefix, Target
+from jitexport.models.schedulers import flow_sigmas
+from jitexport.positions import Rotary
+from jitexport.prompting import Tokenizer
+from jitexport.specs import EngineSpec, TensorSpec
+from jitexport.tiling import Tiling
+
+#: The language model is asked to describe a video. Its lines are continued with eight blanks, as the model was trained.
+SYSTEM = (" " * 8).join((
+    "You are a helpful assistant. Describe the video by detailing the following aspects: ",
+    "1. The main content and theme of the video. ",
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects. ",
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects. ",
+    "4. background environment, light, style and atmosphere. ",
+    "5. camera angles, movements, and transitions used in the video.",
+))
+TEMPLATE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n"
+
+#: Tokens of the template in front of the prompt, whose states are dropped; and the language model's state that is read.
+DROPPED = 108
+STATE = -3
+
+#: Height and width that the ordinary pipeline has for each of a transformer's target sizes, at 16:9.
+SIZES = {640: (480, 848), 960: (720, 1280)}
 
 #: What masks add to the scores of padding: small enough for none to be left, and finite.
 HIDDEN = -1e30
@@ -31,7 +70,35 @@ def time_embedding(embed: nn.Module, embedder: nn.Module, sigmas: Tensor) -> Ten
     return embedder(embed(sigmas.float() * 1000).to(embedder.linear_1.weight.dtype))
 
 
-# --- what does not see the video ---
+# --- text ---
+
+
+def additive(mask: Tensor) -> Tensor:
+    """What a mask of 0 and 1, [B, T], adds to scores, fp32."""
+    return (1 - mask).float() * HIDDEN
+
+
+class HunyuanText(LanguageText):
+    """The language model and ByT5, with what masks of padding add to scores.
+
+    Ids and 0/1 mask of the prompt in its template [B, 108 + T1], and those of what it has in quotes [B, T2]
+    -> states [B, T1, E1] and mask [B, T1], glyphs [B, T2, E2] and mask [B, T2].
+    """
+
+    def __init__(self, text_encoder: nn.Module, text_encoder_2: nn.Module) -> None:
+        super().__init__(text_encoder)
+        self.text_encoder_2 = text_encoder_2
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, glyph_ids: Tensor, glyph_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (states,) = self.states(ids, mask, (STATE,))
+        # As scores: transformers would look into a mask of 0 and 1, which no graph can. Where nothing is in quotes,
+        # ByT5 sees padding, evenly, and nobody sees what it makes of it.
+        hidden = additive(glyph_mask)
+        glyphs = self.text_encoder_2(glyph_ids, attention_mask=hidden[:, None, None].to(states.dtype))[0]
+        return states[:, DROPPED:], additive(mask[:, DROPPED:]), glyphs, hidden
+
 
 
 def modulation_layers(transformer: nn.Module) -> list[nn.Linear]:
@@ -177,22 +244,21 @@ def frame_causal_attention(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class HunyuanDecode(nn.Module):
-    """Video of one tile: tokens [B, T * H * W, C] -> frames [B, 3, 4 T - 3, 16 H, 16 W] in [0, 1], fp32.
+    """Tokens [B, T * H * W, C], or latents of a tile [B, C, T, h, w] -> frames [B, 3, 4 T - 3, 16 h, 16 w] in [0, 1].
 
-    The decoder's layers are diffusers' own but for its attention. Values are not cut at 0 and 1 with `clamped=False`:
-    neighbouring tiles are blended before that.
+    fp32. The decoder's layers are diffusers' own but for its attention.
     """
 
-    def __init__(self, vae: nn.Module, grid: TokenGrid, *, clamped: bool = True) -> None:
+    def __init__(self, vae: nn.Module, grid: TokenGrid | None = None) -> None:
         super().__init__()
         self.vae = vae
         self.grid = grid
-        self.clamped = clamped
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> Tensor:
         decoder = self.vae.decoder
-        latents = self.grid.unflatten(tokens).permute(0, 4, 1, 2, 3) / self.vae.config.scaling_factor
-        latents = latents.to(decoder.conv_in.conv.weight.dtype)
+        if self.grid is not None:
+            latents = unpack(latents, self.grid, 1)
+        latents = (latents / self.vae.config.scaling_factor).to(decoder.conv_in.conv.weight.dtype)
         x = decoder.conv_in(latents) + latents.repeat_interleave(decoder.repeat, dim=1)
         first, *resnets = decoder.mid_block.resnets
         x = first(x)
@@ -200,5 +266,378 @@ class HunyuanDecode(nn.Module):
             x = resnet(frame_causal_attention(block, x))
         for block in decoder.up_blocks:
             x = block(x)
-        frames = decoder.conv_out(F.silu(decoder.norm_out(x))).float() / 2 + 0.5
-        return frames.clamp(0, 1) if self.clamped else frames
+        frames = decoder.conv_out(F.silu(decoder.norm_out(x)))
+        return (frames.float() / 2 + 0.5).clamp(0, 1)
+
+
+# --- names ---
+
+PREFIXES = (
+    Prefix("transformer.", "transformer"),
+    Prefix("text_encoder.", "text_encoder"),
+    Prefix("text_encoder_2.", "text_encoder_2"),
+    Prefix("diffusion_model.", "transformer"),  # ComfyUI, ai-toolkit
+    Prefix("model.diffusion_model.", "transformer"),
+    Prefix("lora_unet_", "transformer", flat=True),  # kohya, musubi-tuner
+    Prefix("lora_transformer_", "transformer", flat=True),  # OneTrainer
+    Prefix("lycoris_", "transformer", flat=True),
+    Prefix("", "transformer"),
+)
+
+_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+_ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+
+#: {name in a block of the authors: name in diffusers' block}
+BLOCK = {
+    "img_attn_q": "attn.to_q",
+    "img_attn_k": "attn.to_k",
+    "img_attn_v": "attn.to_v",
+    "img_attn_q_norm": "attn.norm_q",
+    "img_attn_k_norm": "attn.norm_k",
+    "img_attn_proj": "attn.to_out.0",
+    "txt_attn_q": "attn.add_q_proj",
+    "txt_attn_k": "attn.add_k_proj",
+    "txt_attn_v": "attn.add_v_proj",
+    "txt_attn_q_norm": "attn.norm_added_q",
+    "txt_attn_k_norm": "attn.norm_added_k",
+    "txt_attn_proj": "attn.to_add_out",
+    "img_mlp.fc1": "ff.net.0.proj",
+    "img_mlp.fc2": "ff.net.2",
+    "txt_mlp.fc1": "ff_context.net.0.proj",
+    "txt_mlp.fc2": "ff_context.net.2",
+    "img_mod.linear": "norm1.linear",
+    "txt_mod.linear": "norm1_context.linear",
+}
+
+#: Parts of blocks as ComfyUI has them, and diffusers' fused projections.
+BLOCK_ADAPTERS = {
+    "img_attn.qkv": _QKV,
+    "txt_attn.qkv": _ADDED,
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+FUSED = {"attn.to_qkv": _QKV, "attn.to_added_qkv": _ADDED}
+
+REFINER_BLOCK = {
+    "norm1": ("norm1",),
+    "norm2": ("norm2",),
+    "self_attn_qkv": _QKV,
+    "self_attn_proj": ("attn.to_out.0",),
+    "mlp.fc1": ("ff.net.0.proj",),
+    "mlp.fc2": ("ff.net.2",),
+    "adaLN_modulation.1": ("norm_out.linear",),
+}
+
+OUTSIDE = {
+    "img_in.proj": "x_embedder.proj",
+    "cond_type_embedding": "cond_type_embed",
+    "time_in.mlp.0": "time_embed.timestep_embedder.linear_1",
+    "time_in.mlp.2": "time_embed.timestep_embedder.linear_2",
+    "txt_in.input_embedder": "context_embedder.proj_in",
+    "txt_in.t_embedder.mlp.0": "context_embedder.time_text_embed.timestep_embedder.linear_1",
+    "txt_in.t_embedder.mlp.2": "context_embedder.time_text_embed.timestep_embedder.linear_2",
+    "txt_in.c_embedder.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
+    "txt_in.c_embedder.linear_2": "context_embedder.time_text_embed.text_embedder.linear_2",
+    "byt5_in.layernorm": "context_embedder_2.norm",
+    "byt5_in.fc1": "context_embedder_2.linear_1",
+    "byt5_in.fc2": "context_embedder_2.linear_2",
+    "byt5_in.fc3": "context_embedder_2.linear_3",
+    "vision_in.proj.0": "image_embedder.norm_in",
+    "vision_in.proj.1": "image_embedder.linear_1",
+    "vision_in.proj.3": "image_embedder.linear_2",
+    "vision_in.proj.4": "image_embedder.norm_out",
+    "final_layer.linear": "proj_out",
+}
+
+
+def aliases(modules: Iterable[str]) -> dict[str, Target]:
+    """See `jitexport.models.naming.Naming`."""
+    known = set(modules)
+    found: dict[str, Target] = {}
+
+    def add(name: str, owned: Iterable[str], *, swapped: bool = False, partial: bool = False) -> None:
+        targets = tuple(f"transformer.{module}" for module in owned)
+        if known.issuperset(targets):
+            found[f"transformer.{name}"] = Target(targets, swapped, partial)
+
+    for ours in _numbered(known, "transformer_blocks"):
+        theirs = ours.replace("transformer_blocks", "double_blocks")
+        for name, part in BLOCK.items():
+            add(f"{theirs}.{name}", [f"{ours}.{part}"])
+        for block, table in ((theirs, BLOCK_ADAPTERS), (ours, FUSED)):
+            for name, parts in table.items():
+                add(f"{block}.{name}", [f"{ours}.{p}" for p in parts], partial=True)
+    for ours in _numbered(known, "context_embedder.token_refiner.refiner_blocks"):
+        theirs = f"txt_in.individual_token_refiner.blocks.{ours.rpartition('.')[2]}"
+        for name, parts in REFINER_BLOCK.items():
+            add(f"{theirs}.{name}", [f"{ours}.{p}" for p in parts])
+    for name, part in OUTSIDE.items():
+        add(name, [part])
+    add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
+    return found
+
+
+def _numbered(modules: set[str], group: str) -> list[str]:
+    """The blocks of a group of the transformer, "<group>.<number>"."""
+    start = f"transformer.{group}."
+    numbers = {m.removeprefix(start).partition(".")[0] for m in modules if m.startswith(start)}
+    return [f"{group}.{number}" for number in sorted(numbers, key=int)]
+
+
+# --- the published models ---
+
+
+def _published(hub_id: str, target_size: int, shift: float) -> Published:
+    height, width = SIZES[target_size]
+    configs = {
+        "transformer": {
+            "in_channels": 65,
+            "out_channels": 32,
+            "num_attention_heads": 16,
+            "attention_head_dim": 128,
+            "num_layers": 54,
+            "num_refiner_layers": 2,
+            "mlp_ratio": 4.0,
+            "patch_size": 1,
+            "patch_size_t": 1,
+            "qk_norm": "rms_norm",
+            "text_embed_dim": 3584,
+            "text_embed_2_dim": 1472,
+            "image_embed_dim": 1152,
+            "rope_theta": 256.0,
+            "rope_axes_dim": [16, 56, 56],
+            "use_meanflow": False,
+            "target_size": target_size,
+            "task_type": "t2v",
+        },
+        "vae": {
+            "latent_channels": 32,
+            "block_out_channels": [128, 256, 512, 1024, 1024],
+            "layers_per_block": 2,
+            "spatial_compression_ratio": 16,
+            "temporal_compression_ratio": 4,
+            "scaling_factor": 1.03682,
+        },
+        "text_encoder": {  # Qwen2.5-VL-7B-Instruct
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        "text_encoder_2": {  # ByT5-small with Glyph-SDXL-v2's colours and fonts
+            "vocab_size": 1510,
+            "d_model": 1472,
+            "d_kv": 64,
+            "d_ff": 3584,
+            "num_layers": 12,
+            "num_heads": 6,
+            "feed_forward_proj": "gated-gelu",
+        },
+        "scheduler": {"num_train_timesteps": 1000, "shift": shift},
+        "guider": {"guidance_scale": 6.0},
+    }
+    return Published(hub_id, configs, {"height": height, "width": width})
+
+
+PUBLISHED = {
+    "hunyuan-video-1.5": _published("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v", 640, 5.0),
+    "hunyuan-video-1.5-720p": _published("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v", 960, 9.0),
+}
+
+
+class HunyuanVideo15Adapter(ModelAdapter):
+    """A text-to-video pipeline of HunyuanVideo-1.5 in diffusers' format.
+
+    Further settings: num_frames; glyph_length, tokens of quoted text; tile, height and width in pixels of what the
+    autoencoder decodes at once, a quarter of which overlaps.
+    """
+
+    family = "HunyuanVideo15Pipeline"
+    classes: ClassVar = {
+        "transformer": "diffusers:HunyuanVideo15Transformer3DModel",
+        "vae": "diffusers:AutoencoderKLHunyuanVideo15",
+        "text_encoder": "transformers:Qwen2_5_VLTextModel",
+        "text_encoder_2": "transformers:T5EncoderModel",
+    }
+    tokenizer_folders = ("tokenizer", "tokenizer_2")
+    plain_configs: ClassVar = {"guider": "guider_config.json"}
+    naming = Naming(PREFIXES, aliases)
+    published = PUBLISHED
+
+    @classmethod
+    def check(cls, configs: Configs, settings: Mapping[str, Any]) -> None:
+        """Image-to-video and step-distilled models have the same transformer class; guiders have further options."""
+        transformer, guider = configs["transformer"], configs["guider"]
+        if transformer.get("use_meanflow"):
+            raise UnsupportedModelError(
+                "HunyuanVideo-1.5 step-distilled by mean flow", found="use_meanflow: its steps see where they lead",
+                expected="HunyuanVideo-1.5's 480p_t2v or 720p_t2v, or a model like them",
+            )
+        if transformer.get("task_type", "t2v") != "t2v":
+            raise UnsupportedModelError(
+                "HunyuanVideo-1.5 for another task than text to video", found=f"task_type {transformer['task_type']}",
+                expected="a text-to-video model (t2v)",
+            )
+        fixed = {"patch_size": 1, "patch_size_t": 1, "qk_norm": "rms_norm"}
+        fixed |= {"in_channels": 2 * transformer["out_channels"] + 1}
+        _refuse_others("a transformer that is not HunyuanVideo-1.5's", transformer, fixed)
+        usual = {"guidance_rescale": 0.0, "use_original_formulation": False, "start": 0.0, "stop": 1.0}
+        usual |= {"_class_name": "ClassifierFreeGuidance"}
+        _refuse_others("a guider with options that are not supported", guider, usual)
+
+    @classmethod
+    def usual(cls, configs: Configs) -> dict[str, Any]:
+        height, width = SIZES.get(configs["transformer"].get("target_size", 640), SIZES[640])
+        guider = configs["guider"]
+        return {
+            "height": height,
+            "width": width,
+            "num_frames": 121,
+            "max_sequence_length": 1000,
+            "glyph_length": 256,
+            "tile": 256,
+            "guidance_scale": guider["guidance_scale"] if guider.get("enabled", True) else 1.0,
+            "num_inference_steps": 50,
+            "quantization": None,
+        }
+
+    @classmethod
+    def geometry_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelGeometry:
+        transformer, vae = configs["transformer"], configs["vae"]
+        frames, step = settings["num_frames"], vae["temporal_compression_ratio"]
+        if (frames - 1) % step:
+            raise InputError(
+                "number of frames does not fit the autoencoder", found=frames,
+                expected=f"1 more than a multiple of {step}",
+            )
+        pixels = vae["spatial_compression_ratio"]
+        rows, columns = image_grid(settings, pixels).shape
+        grid = TokenGrid(((frames - 1) // step + 1, rows, columns))
+        return ModelGeometry(
+            grid=grid,
+            latent_shape=(transformer["out_channels"], *grid.shape),
+            patch=1,
+            height=settings["height"],
+            width=settings["width"],
+            positions=Rotary(tuple(transformer["rope_axes_dim"]), transformer["rope_theta"], grid_axes=(0, 1, 2)),
+            text_tokens=settings["glyph_length"] + settings["max_sequence_length"],
+            frames=frames,
+            tiles=tiles((rows, columns), settings["tile"], pixels),
+        )
+
+    @classmethod
+    def defaults_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelDefaults:
+        guidance = Guidance(true=settings["guidance_scale"], argument="guidance_scale", negative="")
+        return ModelDefaults(guidance, settings["num_inference_steps"])
+
+    @classmethod
+    def tokenizer(cls, folder: str, configs: Configs, settings: Mapping[str, Any]) -> Tokenizer:
+        if folder == "tokenizer_2":
+            return Tokenizer(folder, "", settings["glyph_length"], quoted=True, mask=True)
+        length = DROPPED + settings["max_sequence_length"]
+        return Tokenizer(folder, "", length, template=TEMPLATE, empty=" ", mask=True)
+
+    def arrange(self) -> None:
+        """What only encodes, sees pictures or makes constants leaves the components."""
+        transformer = self.components["transformer"]
+        self.once = nn.ModuleList([transformer.time_embed, *modulation_layers(transformer)])
+        for block in transformer.transformer_blocks:
+            block.norm1.linear = block.norm1_context.linear = None
+        transformer.norm_out.linear = transformer.time_embed = transformer.image_embedder = None
+        self.components["vae"].encoder = None
+        keep_what_is_read(self.components["text_encoder"], (STATE,))
+
+    def native_sigmas(self, n: int) -> tuple[float, ...]:
+        """As the pipeline sets them: even steps, shifted by a constant."""
+        return flow_sigmas(self.configs["scheduler"], n)
+
+    def constants(self, sigmas: Tensor) -> dict[str, Tensor]:
+        time_embed, *layers = self.once
+        return {"modulation": modulation(time_embed, layers, sigmas)}
+
+    def constant_specs(self, steps: int, dtype: str) -> tuple[TensorSpec, ...]:
+        config = self.configs["transformer"]
+        vectors = 12 * config["num_layers"] + 2
+        return (TensorSpec("modulation", (steps, vectors * self._width), dtype, per_step=True),)
+
+    @property
+    def _width(self) -> int:
+        """D, channels of a token inside the transformer."""
+        config = self.configs["transformer"]
+        return config["num_attention_heads"] * config["attention_head_dim"]
+
+    def text_spec(self, batch: int, dtype: str) -> EngineSpec:
+        lengths = {"": DROPPED + self._settings["max_sequence_length"], "glyph_": self._settings["glyph_length"]}
+        ids = [
+            TensorSpec(f"{encoder}{what}", (batch, length), "int64")
+            for encoder, length in lengths.items() for what in ("ids", "mask")
+        ]
+        return EngineSpec("text", tuple(ids), self._embeddings(batch, dtype))
+
+    def _embeddings(self, batch: int, dtype: str) -> tuple[TensorSpec, ...]:
+        config, settings = self.configs["transformer"], self._settings
+        states, glyphs = (batch, settings["max_sequence_length"]), (batch, settings["glyph_length"])
+        return (
+            TensorSpec("states", (*states, config["text_embed_dim"]), dtype),
+            TensorSpec("states_mask", states, "fp32"),
+            TensorSpec("glyphs", (*glyphs, config["text_embed_2_dim"]), dtype),
+            TensorSpec("glyphs_mask", glyphs, "fp32"),
+        )
+
+    def condition_spec(self, batch: int, steps: int, dtype: str) -> EngineSpec:
+        text = self.geometry.text_tokens
+        return EngineSpec(
+            "condition",
+            (*self._embeddings(batch, dtype), TensorSpec("sigmas", (steps,), "fp32")),
+            (
+                TensorSpec("context", (steps, batch, text, self._width), dtype, per_step=True),
+                TensorSpec("mask", (batch, text), "fp32"),
+            ),
+        )
+
+    def module(self, name: str) -> nn.Module:
+        parts = self.components
+        if name == "text":
+            module: nn.Module = HunyuanText(parts["text_encoder"], parts["text_encoder_2"])
+        elif name == "condition":
+            module = HunyuanCondition(parts["transformer"])
+        elif name in ("preview", "decode"):
+            grid = self.geometry.grid.halved() if name == "preview" else self.geometry.grid
+            tiled = name == "decode" and self.geometry.tiles is not None
+            module = HunyuanDecode(parts["vae"], None if tiled else grid)
+        else:
+            module = HunyuanStage(parts["transformer"])
+        return module.eval()
+
+
+def tiles(size: tuple[int, int], tile: int, pixels: int) -> TiledDecoder | None:
+    """How latents of a size (H, W) are decoded in tiles of so many pixels; None where one tile takes them whole.
+
+    Raises:
+        InputError: a tile that is no multiple of a latent's pixels, or of less than two of them.
+    """
+    if tile % pixels or tile < 2 * pixels:
+        raise InputError("no tile of latents", found=tile, expected=f"a multiple of {pixels}, {2 * pixels} or more")
+    side = tile // pixels
+    if max(size) <= side:
+        return None
+    return TiledDecoder(Tiling((side, side), (side // 4, side // 4)).fitted(size), (pixels, pixels))
+
+
+def _refuse_others(what: str, config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse a configuration that has other values than these, where it says something.
+
+    Raises:
+        UnsupportedModelError: naming them.
+    """
+    others = {name: config[name] for name, value in expected.items() if config.get(name, value) != value}
+    if others:
+        raise UnsupportedModelError(what, found=others, expected={name: expected[name] for name in others})
