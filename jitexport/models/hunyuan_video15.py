@@ -74,15 +74,16 @@ def time_embedding(embed: nn.Module, embedder: nn.Module, sigmas: Tensor) -> Ten
 
 
 def additive(mask: Tensor) -> Tensor:
-    """What a mask of 0 and 1, [B, T], adds to scores, fp32."""
+    """What is added to scores, fp32, for 1 at tokens and 0 at padding."""
     return (1 - mask).float() * HIDDEN
 
 
 class HunyuanText(LanguageText):
-    """The language model and ByT5, with what masks of padding add to scores.
+    """The language model and ByT5.
 
-    Ids and 0/1 mask of the prompt in its template [B, 108 + T1], and those of what it has in quotes [B, T2]
-    -> states [B, T1, E1] and mask [B, T1], glyphs [B, T2, E2] and mask [B, T2].
+    Ids and mask of the prompt in its template [B, 108 + T1], and those of what it has in quotes [B, T2]
+    -> states [B, T1, E1] and mask [B, T1], glyphs [B, T2, E2] and mask [B, T2]; masks are 1 at tokens, 0 at padding,
+    given as int64, made as fp32.
     """
 
     def __init__(self, text_encoder: nn.Module, text_encoder_2: nn.Module) -> None:
@@ -95,9 +96,9 @@ class HunyuanText(LanguageText):
         (states,) = self.states(ids, mask, (STATE,))
         # As scores: transformers would look into a mask of 0 and 1, which no graph can. Where nothing is in quotes,
         # ByT5 sees padding, evenly, and nobody sees what it makes of it.
-        hidden = additive(glyph_mask)
-        glyphs = self.text_encoder_2(glyph_ids, attention_mask=hidden[:, None, None].to(states.dtype))[0]
-        return states[:, DROPPED:], additive(mask[:, DROPPED:]), glyphs, hidden
+        scores = additive(glyph_mask)[:, None, None].to(states.dtype)
+        glyphs = self.text_encoder_2(glyph_ids, attention_mask=scores)[0]
+        return states[:, DROPPED:], mask[:, DROPPED:].float(), glyphs, glyph_mask.float()
 
 
 
@@ -114,15 +115,16 @@ def modulation(time_embed: nn.Module, layers: list[nn.Linear], sigmas: Tensor) -
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x [B, T, E] over tokens whose additive mask [B, T] is 0, [B, E]."""
-    counts = (mask == 0).float()[..., None]
+    """Mean of x [B, T, E] over tokens with a mask [B, T] of 1, [B, E]."""
+    counts = mask[..., None]
     return ((x * counts).sum(dim=1) / counts.sum(dim=1)).to(x.dtype)
 
 
 def refiner_block(block: nn.Module, x: Tensor, emb: Tensor, mask: Tensor) -> Tensor:
     """A block of the text's refiner.
 
-    x [B, T, D] or, once it has seen the noise level, [S, B, T, D]; emb [S, B, D]; mask [B, T] -> [S, B, T, D].
+    x [B, T, D] or, once it has seen the noise level, [S, B, T, D]; emb [S, B, D]; mask [B, T], additive
+    -> [S, B, T, D].
     """
     attn = block.attn
     h = block.norm1(x).flatten(0, -3)
@@ -136,8 +138,8 @@ def refiner_block(block: nn.Module, x: Tensor, emb: Tensor, mask: Tensor) -> Ten
 class HunyuanCondition(nn.Module):
     """The text as the transformer's blocks take it, for every noise level.
 
-    states [B, T1, E1] of the language model and glyphs [B, T2, E2] of ByT5, each followed by its additive mask, and
-    sigmas [S] -> context [S, B, T2 + T1, D], mask [B, T2 + T1].
+    states [B, T1, E1] of the language model and glyphs [B, T2, E2] of ByT5, each followed by its mask, 1 at tokens and
+    0 at padding, fp32, and sigmas [S] -> context [S, B, T2 + T1, D], what is added to scores of its keys [B, T2 + T1].
     """
 
     def __init__(self, transformer: nn.Module) -> None:
@@ -154,10 +156,10 @@ class HunyuanCondition(nn.Module):
         emb = F.silu(time_embedding(embed.time_proj, embed.timestep_embedder, sigmas)[:, None] + pooled)  # [S, B, D]
         x = refiner.proj_in(states)
         for block in refiner.token_refiner.refiner_blocks:
-            x = refiner_block(block, x, emb, states_mask)
+            x = refiner_block(block, x, emb, additive(states_mask))
         kinds = model.cond_type_embed.weight  # of the language model's tokens, of glyphs, of a picture's
         glyphs = (model.context_embedder_2(glyphs) + kinds[1]).expand(len(sigmas), -1, -1, -1)
-        return torch.cat([glyphs, x + kinds[0]], dim=2), torch.cat([glyphs_mask, states_mask], dim=1)
+        return torch.cat([glyphs, x + kinds[0]], dim=2), additive(torch.cat([glyphs_mask, states_mask], dim=1))
 
 
 # --- the transformer ---
@@ -191,7 +193,8 @@ def double_block(
 class HunyuanStage(nn.Module):
     """One evaluation of the transformer on the active tokens.
 
-    tokens [B, m, C], cos and sin [B, m, Dh / 2], context [B, T, D], mask [B, T], modulation [M] -> velocity [B, m, C].
+    tokens [B, m, C], cos and sin [B, m, Dh / 2], context [B, T, D], key_mask [B, T], additive, modulation [M]
+    -> velocity [B, m, C].
     """
 
     #: Functions of repeated blocks, which a backend may compile once for all blocks.
@@ -203,12 +206,12 @@ class HunyuanStage(nn.Module):
         self.transformer = transformer
 
     def forward(
-        self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, mask: Tensor, modulation: Tensor
+        self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, key_mask: Tensor, modulation: Tensor
     ) -> Tensor:
         model = self.transformer
         blocks, d = model.transformer_blocks, context.shape[-1]
         *parts, out = modulation[None].split([12 * d] * len(blocks) + [2 * d], dim=-1)
-        mask = F.pad(mask, (tokens.shape[1], 0))
+        mask = F.pad(key_mask, (tokens.shape[1], 0))
 
         # The other input channels are a given frame's latents and where they are; both are zero here.
         embed = model.x_embedder.proj
@@ -586,10 +589,10 @@ class HunyuanVideo15Adapter(ModelAdapter):
         config, settings = self.configs["transformer"], self._settings
         states, glyphs = (batch, settings["max_sequence_length"]), (batch, settings["glyph_length"])
         return (
-            TensorSpec("states", (*states, config["text_embed_dim"]), dtype),
-            TensorSpec("states_mask", states, "fp32"),
-            TensorSpec("glyphs", (*glyphs, config["text_embed_2_dim"]), dtype),
-            TensorSpec("glyphs_mask", glyphs, "fp32"),
+            TensorSpec("prompt_embeds", (*states, config["text_embed_dim"]), dtype),
+            TensorSpec("prompt_embeds_mask", states, "fp32"),
+            TensorSpec("prompt_embeds_2", (*glyphs, config["text_embed_2_dim"]), dtype),
+            TensorSpec("prompt_embeds_mask_2", glyphs, "fp32"),
         )
 
     def condition_spec(self, batch: int, steps: int, dtype: str) -> EngineSpec:
@@ -599,7 +602,7 @@ class HunyuanVideo15Adapter(ModelAdapter):
             (*self._embeddings(batch, dtype), TensorSpec("sigmas", (steps,), "fp32")),
             (
                 TensorSpec("context", (steps, batch, text, self._width), dtype, per_step=True),
-                TensorSpec("mask", (batch, text), "fp32"),
+                TensorSpec("key_mask", (batch, text), "fp32"),
             ),
         )
 
@@ -609,10 +612,8 @@ class HunyuanVideo15Adapter(ModelAdapter):
             module: nn.Module = HunyuanText(parts["text_encoder"], parts["text_encoder_2"])
         elif name == "condition":
             module = HunyuanCondition(parts["transformer"])
-        elif name in ("preview", "decode"):
-            grid = self.geometry.grid.halved() if name == "preview" else self.geometry.grid
-            tiled = name == "decode" and self.geometry.tiles is not None
-            module = HunyuanDecode(parts["vae"], None if tiled else grid)
+        elif name == "decode":
+            module = HunyuanDecode(parts["vae"], None if self.geometry.tiles else self.geometry.grid)
         else:
             module = HunyuanStage(parts["transformer"])
         return module.eval()

@@ -9,12 +9,15 @@ from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideo15Pipeline
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from safetensors.torch import load_file, save_file
 
-from jitexport.errors import InputError, ModelNotFoundError, UnsupportedModelError
+import jitexport
+from jitexport.errors import InputError, JitExportError, ModelNotFoundError, UnsupportedModelError
 from jitexport.flops import count_flops, step_cost
 from jitexport.grid import TokenGrid
-from jitexport.models.hunyuan_video15 import HIDDEN, PUBLISHED, SIZES, HunyuanDecode, HunyuanVideo15Adapter
+from jitexport.models.hunyuan_video15 import PUBLISHED, SIZES, HunyuanDecode, HunyuanVideo15Adapter
+from jitexport.plan import CustomSchedule
 from jitexport.schedule import StageSchedule, make_stages, split_steps, uniform_sigmas
 from jitexport.specs import DTYPES
+from jitexport.verify import verify
 from tests import tiny_hunyuan_video15 as tiny
 
 PROMPTS = ["a fox on the snow", "", 'a house with "Hello" and “Hé 🎉” on it, "Hello"', "a fox on the snow " * 9]
@@ -93,8 +96,7 @@ def ours(adapter, tokens, places, where, texts, sigmas, step):
     """The adapter's modules as a runtime calls them: tokens [B, m, C] at `places` [P, 3] [`where` [B, m]]."""
     states, mask, glyphs, glyph_mask = texts
     levels = torch.tensor(sigmas)
-    masks = [(1.0 - m) * HIDDEN for m in (mask, glyph_mask)]
-    context, keys = adapter.module("condition")(states, masks[0], glyphs, masks[1], levels)
+    context, keys = adapter.module("condition")(states, mask.float(), glyphs, glyph_mask.float(), levels)
     positions = adapter.geometry.positions
     angles = positions.gather(positions.tables(places), where)
     vectors = adapter.constants(levels)["modulation"]
@@ -117,7 +119,7 @@ def test_text(adapter, pipe, dtype):
         expected = pipe.encode_prompt(PROMPTS, batch_size=len(PROMPTS))
     assert [int(m.sum()) for m in expected[3]] == [0, 0, tiny.GLYPH_TOKENS, 0]
     for found, found_mask, wanted, wanted_mask in ((states, mask, *expected[:2]), (glyphs, glyphs_mask, *expected[2:])):
-        assert torch.equal(found_mask, (1 - wanted_mask.float()) * HIDDEN)
+        assert torch.equal(found_mask, wanted_mask.float())
         assert_same(found[wanted_mask.bool()], wanted[wanted_mask.bool()], dtype)
         assert found.isfinite().all()
 
@@ -222,6 +224,86 @@ def test_byte_tokenizer(folder, text, length):
     expected = slow(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     found = read_tokenizer(folder / "tokenizer_2", Tokenizer("", "", length)).reader().encode([text])
     assert torch.equal(found.ids, expected.input_ids) and torch.equal(found.mask, expected.attention_mask)
+
+
+# --- whole bundles ---
+
+
+@pytest.fixture(scope="module")
+def ordinary(folder):
+    """diffusers' pipeline; videos one by one in its autoencoder, which cannot take several."""
+    pipe = tiny.short_texts(HunyuanVideo15Pipeline.from_pretrained(folder))
+    pipe.vae.enable_slicing()
+    return pipe
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def dense(request, folder, make_bundle):
+    """All tokens at every one of 4 native steps."""
+    return jitexport.load(make_bundle(str(folder), method="dense", custom=CustomSchedule((4,)), batch=request.param))
+
+
+@pytest.mark.parametrize("negative", [None, "a house", "“river” " * 9])
+def test_a_bundle_makes_diffusers_videos(dense, ordinary, negative):
+    """Prompts of all kinds, with the guider's guidance, with and without a negative prompt."""
+    size = {"height": tiny.HEIGHT, "width": tiny.WIDTH, "num_frames": tiny.FRAMES}
+    common = {"negative_prompt": negative, "output_type": "pt"}
+    with torch.no_grad():
+        expected = ordinary(PROMPTS, num_inference_steps=4, generator=seeded(0, 1, 2, 3), **size, **(
+            common | {"negative_prompt": None if negative is None else [negative] * len(PROMPTS)}
+        )).frames
+    found = dense(PROMPTS, generator=seeded(0, 1, 2, 3), **common).frames
+    assert found.shape == expected.shape == (4, tiny.FRAMES, 3, tiny.HEIGHT, tiny.WIDTH)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (found[0] - found[1]).abs().max() > 0.01
+
+
+def test_guidance_is_an_argument_here_and_the_guiders_there(dense, ordinary):
+    """1 is one pass; another scale is the guider's with that scale."""
+    size = {"height": tiny.HEIGHT, "width": tiny.WIDTH, "num_frames": tiny.FRAMES, "num_inference_steps": 4}
+    for scale in (1.0, 3.0):
+        ordinary.guider = ordinary.guider.new(guidance_scale=scale)
+        expected = ordinary("a fox", generator=seeded(5), output_type="latent", **size).frames
+        found = dense("a fox", generator=seeded(5), guidance_scale=scale, output_type="latent").frames
+        torch.testing.assert_close(found, expected.flatten(2).mT, atol=1e-4, rtol=1e-4)
+    ordinary.guider = ordinary.guider.new(guidance_scale=6.0)
+
+
+def test_embeddings_instead_of_prompts(dense, ordinary):
+    names = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+    with torch.no_grad():
+        given = dict(zip(names, ordinary.encode_prompt(PROMPTS[:1]), strict=True))
+        other = dict(zip(names, ordinary.encode_prompt([""]), strict=True))
+    expected = dense(PROMPTS[0], generator=seeded(0), output_type="latent").frames
+    negative = {f"negative_{name}": value for name, value in other.items()}
+    found = dense(**given, **negative, generator=seeded(0), output_type="latent").frames
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+SCHEDULES = {"jit": CustomSchedule((1, 1, 2), (0.35, 0.62, 1.0)), "ras": CustomSchedule((4,), (0.25,))}
+
+
+@pytest.mark.parametrize(("method", "custom"), SCHEDULES.items())
+def test_methods_run_on_the_grid_of_a_video(folder, make_bundle, method, custom):
+    """Three frames of 5 x 3 tokens: a video of a seed is the same alone and beside others; the bundle verifies."""
+    path = make_bundle(str(folder), method=method, custom=custom, batch=2, settings={"tile": 24})
+    pipe = jitexport.load(path)
+    together = pipe(PROMPTS[:3], generator=seeded(0, 1, 2), output_type="pt").frames
+    assert together.shape == (3, tiny.FRAMES, 3, tiny.HEIGHT, tiny.WIDTH) and together.isfinite().all()
+    for i in range(3):
+        alone = pipe(PROMPTS[i], generator=seeded(i), output_type="pt").frames
+        torch.testing.assert_close(together[i], alone[0], atol=1e-4, rtol=0)
+    assert verify(path).passed
+
+
+@pytest.mark.parametrize("method", ["ralu", "bottleneck"])
+def test_methods_that_change_the_resolution_are_refused(folder, make_bundle, method):
+    with pytest.raises(JitExportError, match="resolution changes are for images"):
+        make_bundle(str(folder), method=method, custom=CustomSchedule((1, 2, 2) if method == "ralu" else (1, 2)))
 
 
 # --- noise levels and sizes ---
