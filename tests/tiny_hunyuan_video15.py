@@ -122,7 +122,7 @@ def short_texts(pipe: HunyuanVideo15Pipeline) -> HunyuanVideo15Pipeline:
 
 def save_hunyuan_video15(folder: Path, **transformer: object) -> Path:
     hunyuan_video15(**transformer).save_pretrained(folder)
-    settings = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
+    settings = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES}
     settings |= {"max_sequence_length": TEXT_TOKENS, "glyph_length": GLYPH_TOKENS}
     (folder / "jitexport.json").write_text(json.dumps(settings))
     return folder

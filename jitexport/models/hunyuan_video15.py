@@ -459,7 +459,7 @@ PUBLISHED = {
 class HunyuanVideo15Adapter(ModelAdapter):
     """A text-to-video pipeline of HunyuanVideo-1.5 in diffusers' format.
 
-    Further settings: num_frames; glyph_length, tokens of quoted text; tile, height and width in pixels of what the
+    Further settings: glyph_length, tokens of quoted text; tile, height and width in pixels of what the
     autoencoder decodes at once, a quarter of which overlaps.
     """
 
@@ -503,7 +503,7 @@ class HunyuanVideo15Adapter(ModelAdapter):
         return {
             "height": height,
             "width": width,
-            "num_frames": 121,
+            "frames": 121,
             "max_sequence_length": 1000,
             "glyph_length": 256,
             "tile": 256,
@@ -515,7 +515,7 @@ class HunyuanVideo15Adapter(ModelAdapter):
     @classmethod
     def geometry_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelGeometry:
         transformer, vae = configs["transformer"], configs["vae"]
-        frames, step = settings["num_frames"], vae["temporal_compression_ratio"]
+        frames, step = settings["frames"], vae["temporal_compression_ratio"]
         if (frames - 1) % step:
             raise InputError(
                 "number of frames does not fit the autoencoder", found=frames,

@@ -268,7 +268,7 @@ def test_guidance_is_an_argument_here_and_the_guiders_there(dense, ordinary):
     for scale in (1.0, 3.0):
         ordinary.guider = ordinary.guider.new(guidance_scale=scale)
         expected = ordinary("a fox", generator=seeded(5), output_type="latent", **size).frames
-        found = dense("a fox", generator=seeded(5), guidance_scale=scale, output_type="latent").frames
+        found = dense("a fox", generator=seeded(5), guidance_scale=scale, output_type="latent", **size).frames
         torch.testing.assert_close(found, expected.flatten(2).mT, atol=1e-4, rtol=1e-4)
     ordinary.guider = ordinary.guider.new(guidance_scale=6.0)
 
@@ -306,6 +306,58 @@ def test_methods_that_change_the_resolution_are_refused(folder, make_bundle, met
         make_bundle(str(folder), method=method, custom=CustomSchedule((1, 2, 2) if method == "ralu" else (1, 2)))
 
 
+def lora(path, names, width=64):
+    """A file of low-rank changes of square layers, the same for each under its names."""
+    generator = torch.Generator().manual_seed(0)
+    parts = {kind: torch.randn(*shape, generator=generator) for kind, shape in
+             (("lora_A", (2, width)), ("lora_B", (width, 2)))}
+    save_file({f"{name}.{kind}.weight": value.clone() for name in names for kind, value in parts.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder, make_bundle):
+    """A pipeline of which every user leaves the weights as they were."""
+    return jitexport.load(make_bundle(str(folder), method="dense", custom=CustomSchedule((4,)), batch=1))
+
+
+def test_adapters_in_diffusers_and_in_the_authors_names(loaded, tmp_path):
+    def video():
+        return loaded("a fox", generator=seeded(0), output_type="latent").frames
+
+    plain = video()
+    loaded.load_lora(lora(tmp_path / "d.safetensors", ["transformer.transformer_blocks.0.attn.to_add_out"]))
+    expected = video()
+    loaded.unload_lora()
+    loaded.load_lora(lora(tmp_path / "a.safetensors", ["diffusion_model.double_blocks.0.txt_attn_proj"]))
+    found = video()
+    loaded.unload_lora()
+    assert torch.equal(found, expected)
+    assert (expected - plain).abs().max() > 1e-3
+    assert torch.equal(video(), plain)
+
+
+def test_adapters_of_layers_that_are_constants_are_refused(loaded, tmp_path):
+    with pytest.raises(JitExportError, match="norm1"):
+        loaded.load_lora(lora(tmp_path / "x.safetensors", ["transformer.transformer_blocks.0.norm1.linear"]))
+
+
+def test_another_checkpoint_brings_its_own_constants(loaded, folder, make_bundle, tmp_path):
+    """Of two checkpoints that differ in what makes modulation, one loaded into the other's bundle is itself."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    path = copy / "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["transformer_blocks.0.norm1.linear.bias"] += 0.5
+    save_file(weights, path, metadata={"format": "pt"})
+    other = jitexport.load(make_bundle(str(copy), method="dense", custom=CustomSchedule((4,)), batch=1))
+    expected, plain = (p("a fox", generator=seeded(0), output_type="latent").frames for p in (other, loaded))
+    loaded.load_checkpoint(copy)
+    found = loaded("a fox", generator=seeded(0), output_type="latent").frames
+    loaded.load_checkpoint(folder)
+    assert torch.equal(found, expected) and not torch.allclose(expected, plain)
+    assert torch.equal(loaded("a fox", generator=seeded(0), output_type="latent").frames, plain)
+
+
 # --- noise levels and sizes ---
 
 
@@ -335,7 +387,7 @@ def test_settings_come_from_the_folder_or_the_caller(folder, small, tmp_path):
     assert small.settings() == {
         "height": tiny.HEIGHT,
         "width": tiny.WIDTH,
-        "num_frames": tiny.FRAMES,
+        "frames": tiny.FRAMES,
         "max_sequence_length": tiny.TEXT_TOKENS,
         "glyph_length": tiny.GLYPH_TOKENS,
         "tile": 256,
@@ -346,7 +398,7 @@ def test_settings_come_from_the_folder_or_the_caller(folder, small, tmp_path):
     geometry = small.geometry
     assert (geometry.grid.shape, geometry.frames, geometry.latent_shape) == (tiny.GRID, 9, (4, 3, 5, 3))
     assert geometry.drawn == ((4, 3, 5, 3), 1)  # noise as `prepare_latents` draws it
-    other = HunyuanVideo15Adapter.from_folder(folder, torch.float32, {"num_frames": 1, "height": 16, "width": 32})
+    other = HunyuanVideo15Adapter.from_folder(folder, torch.float32, {"frames": 1, "height": 16, "width": 32})
     assert (other.geometry.grid.shape, other.geometry.frames) == ((1, 2, 4), 1)
     copy = shutil.copytree(folder, tmp_path / "model")
     (copy / "jitexport.json").unlink()
@@ -355,7 +407,7 @@ def test_settings_come_from_the_folder_or_the_caller(folder, small, tmp_path):
     assert (plain.defaults.guidance.true, plain.defaults.guidance.negative) == (6.0, "")
 
 
-@pytest.mark.parametrize("settings", [{"num_frames": 8}, {"height": 44}, {"width": 4}])
+@pytest.mark.parametrize("settings", [{"frames": 8}, {"height": 44}, {"width": 4}])
 def test_sizes_that_the_grid_does_not_divide(folder, settings):
     with pytest.raises(InputError, match="does not fit"):
         HunyuanVideo15Adapter.from_folder(folder, torch.float32, settings)
