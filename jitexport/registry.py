@@ -35,6 +35,9 @@ FAMILIES = {
     "StableDiffusion3Pipeline": Family(
         "jitexport.models.sd3:SD3Adapter", ("sd3", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo")
     ),
+    "HunyuanVideo15Pipeline": Family(
+        "jitexport.models.hunyuan_video15:HunyuanVideo15Adapter", ("hunyuan-video-1.5", "hunyuan-video-1.5-720p")
+    ),
 }
 
 #: What `--model` takes, beside folders and hub ids.

@@ -154,6 +154,7 @@ class ModelAdapter(ABC):
         classes: "library:Class" of each component that engines are made of.
         optional: components that a folder may lack.
         tokenizer_folders: in the order of the text engine's inputs.
+        plain_configs: folders with nothing but a configuration that matters, and the file that it is in.
         naming: the names that the modules have in adapters and in other checkpoints.
         published: models with known configurations, by the name that `--model` takes.
         timesteps: noise levels in place of a method's Beta distribution, which was fitted to other models: an option of
@@ -167,6 +168,7 @@ class ModelAdapter(ABC):
     classes: ClassVar[Mapping[str, str]]
     optional: ClassVar[Sequence[str]] = ()
     tokenizer_folders: ClassVar[Sequence[str]] = ("tokenizer",)
+    plain_configs: ClassVar[Mapping[str, str]] = {}
     naming: ClassVar[Naming]
     published: ClassVar[Mapping[str, Published]] = {}
     timesteps: ClassVar[Mapping[str, Any] | None] = None

@@ -10,8 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tokenizers
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
 
 from jitexport.errors import InputError, MissingDependencyError, ModelNotFoundError, UnsupportedModelError
@@ -44,7 +46,8 @@ def read_model(
     index = read_json(path) if (path := folder / "model_index.json").is_file() else {}
     present = [name for name in family.classes if name not in family.optional or (folder / name).is_dir()]
     folders = tokenizer_folders(family, folder)
-    if missing := [name for name in (*present, "scheduler", *folders) if not (folder / name).is_dir()]:
+    needed = (*present, "scheduler", *family.plain_configs, *folders)
+    if missing := [name for name in needed if not (folder / name).is_dir()]:
         raise ModelNotFoundError(
             "the pipeline folder is incomplete", found=f"{folder} without {', '.join(missing)}",
             expected=f"a folder written by {family.family}.save_pretrained", remedy="download the whole repository",
@@ -60,6 +63,7 @@ def read_model(
             components[name] = read_component(kind, folder / name, dtype)
         configs[name] = full_config(components[name])
     configs["scheduler"] = read_scheduler(folder / "scheduler")
+    configs |= {name: read_plain(folder / name / file) for name, file in family.plain_configs.items()}
     merged = merged_settings(family, folder, configs, settings)
     tokenizers = [
         read_tokenizer(folder / name, family.tokenizer(name, configs, merged)) for name in folders
@@ -133,6 +137,18 @@ def read_scheduler(folder: Path) -> dict[str, Any]:
         return dict(Scheduler.from_config(config).config)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"cannot read {folder}", found=error) from error
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """A configuration without a component.
+
+    Raises:
+        ModelNotFoundError: a file that is absent or damaged.
+    """
+    try:
+        return read_json(path)
+    except (OSError, UnsupportedModelError) as error:
+        raise ModelNotFoundError(f"cannot read {path}", found=error) from error
 
 
 def read_component(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -242,9 +258,10 @@ def read_tokenizer(folder: Path, use: Tokenizer) -> Tokenizer:
         UnsupportedModelError: the tokenizer has no fast implementation.
     """
     files = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    byt5 = "tokenizer_config.json" in files and _names_byt5(folder / "tokenizer_config.json")
     slow = "spiece.model" in files and "tokenizer.json" not in files
     # Without a vocabulary, transformers makes a tokenizer that knows no word.
-    if not slow and "tokenizer.json" not in files and not files.issuperset(("vocab.json", "merges.txt")):
+    if not (slow or byt5) and "tokenizer.json" not in files and not files.issuperset(("vocab.json", "merges.txt")):
         raise ModelNotFoundError(
             f"{folder} has no vocabulary", found=", ".join(sorted(files)) or "nothing",
             expected="tokenizer.json, vocab.json with merges.txt, or spiece.model",
@@ -260,7 +277,7 @@ def read_tokenizer(folder: Path, use: Tokenizer) -> Tokenizer:
                 remedy="pip install sentencepiece protobuf; or put the model's tokenizer.json beside it",
             ) from error
         raise ModelNotFoundError(f"cannot read {folder}", found=error) from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = byte_tokenizer(tokenizer) if byt5 else getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedModelError(
             "the tokenizer has no fast implementation",
@@ -270,3 +287,29 @@ def read_tokenizer(folder: Path, use: Tokenizer) -> Tokenizer:
     backend.enable_truncation(use.length)
     backend.enable_padding(length=use.length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
     return replace(use, name=folder.name, json=backend.to_str())
+
+
+def _names_byt5(path: Path) -> bool:
+    try:
+        return read_json(path).get("tokenizer_class") == "ByT5Tokenizer"
+    except UnsupportedModelError:  # whoever reads it for good says so
+        return False
+
+
+def byte_tokenizer(tokenizer: Any) -> FastTokenizer:
+    """A ByT5Tokenizer, of which transformers has no fast one, for `tokenizers`: a token for each byte, and the end.
+
+    A byte's id comes after those of padding, end and the unknown; special tokens keep their ids.
+    """
+    added = tokenizer.added_tokens_decoder
+    # Bytes as `tokenizers` writes them: letters and signs as they are, the others from 256 on, in order.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in plain}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - letters.keys()))}
+    vocabulary = {letter: byte + tokenizer.offset for byte, letter in letters.items()}
+    fast = FastTokenizer(tokenizers.models.BPE(vocabulary | {str(t): i for i, t in added.items()}, []))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.add_special_tokens([added[i] for i in sorted(added)])
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    fast.post_processor = tokenizers.processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    return fast
