@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from jitexport.models.base import ModelAdapter
 from jitexport.quant import unquantized
+from jitexport.regions import calls_through, kind_of
 from jitexport.schedule import Stage, StageSchedule
 from jitexport.specs import DTYPES, EngineSpec
 
 
 def count_flops(module: nn.Module, spec: EngineSpec) -> int:
-    """FLOPs of one run of a module that lives on the meta device."""
+    """FLOPs of one run of a module that lives on the meta device.
+
+    Of blocks that the module names as regions, each kind is counted once and taken as often as it runs.
+    """
     inputs = [torch.empty(s.shape, dtype=DTYPES[s.dtype], device="meta") for s in spec.inputs]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    counted: dict[object, tuple[int, Any]] = {}
+    repeated = 0
+
+    def once(name: str, region: Callable[..., Any], block: nn.Module, *tensors: Tensor) -> Any:
+        nonlocal repeated
+        key = kind_of(name, block, tensors)
+        if key in counted:
+            flops, outputs = counted[key]
+            repeated += flops
+            return outputs
+        before = counter.get_total_flops()
+        outputs = region(block, *tensors)
+        counted[key] = counter.get_total_flops() - before, outputs
+        return outputs
+
+    through = calls_through(module, once) if hasattr(module, "regions") else nullcontext()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, through:
         module(*inputs)
-    return counter.get_total_flops()
+    return counter.get_total_flops() + repeated
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def outline(module: nn.Module, example: Sequence[Tensor]) -> Outline | None:
                 found=", ".join(type(x).__name__ for x in (block, *inputs)),
             )
         weights = tensors_of(block)
-        key = (name, *make_of(block), *map(Layout.of, (*inputs, *weights.values())))
+        key = kind_of(name, block, inputs)
         if key not in kinds:
             several = sum(kind.name.split("-")[0] == name for kind in kinds.values())
             kind = kinds[key] = Kind(f"{name}-{several + 1}" if several else name, function, block, inputs)
@@ -204,6 +204,11 @@ def tensors_of(module: nn.Module, *, every_name: bool = False) -> dict[str, Tens
     """Parameters and buffers by name; those with several names under the first one, or under each."""
     tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=not every_name))
     return tensors | dict(module.named_buffers(remove_duplicate=not every_name))
+
+
+def kind_of(name: str, block: nn.Module, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What calls of a region have in common that are of one kind."""
+    return (name, *make_of(block), *map(Layout.of, (*inputs, *tensors_of(block).values())))
 
 
 def make_of(block: nn.Module) -> Iterator[tuple[Any, ...]]:

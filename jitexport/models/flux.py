@@ -19,19 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jitexport.errors import UnsupportedModelError
-from jitexport.grid import TokenGrid, unpack
 from jitexport.guidance import Guidance
 from jitexport.kernels.attention import attention
 from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
 from jitexport.models.flux_names import NAMING
-from jitexport.models.layers import feed_forward, gated, modulate, run_linear, runs_in_int8, stream
+from jitexport.models.layers import PackedDecode, feed_forward, gated, modulate, run_linear, runs_in_int8, stream
 from jitexport.models.schedulers import flow_sigmas, resolution_shift
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from diffusers import FluxTransformer2DModel
     from transformers import CLIPTextModel, T5EncoderModel
 
 PATCH = 2  # FLUX packs 2 x 2 latent pixels into a token
@@ -145,21 +144,6 @@ class FluxStage(nn.Module):
             x = self.single_block(block, x, part, cos, sin)
         scale, shift = out.chunk(2, dim=-1)
         return model.proj_out(modulate(model.norm_out.norm, x[:, text.shape[1] :], shift, scale))
-
-
-class FluxDecode(nn.Module):
-    """Packed latents [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32."""
-
-    def __init__(self, vae: AutoencoderKL, grid: TokenGrid) -> None:
-        super().__init__()
-        self.vae = vae
-        self.grid = grid
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        config = self.vae.config
-        latents = unpack(tokens, self.grid, PATCH) / config.scaling_factor + (config.shift_factor or 0.0)
-        picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return (picture.float() / 2 + 0.5).clamp(0, 1)
 
 
 # --- the published models --------------------------------------------------------------------------------------------
@@ -339,7 +323,7 @@ class FluxAdapter(ModelAdapter):
             module = FluxCondition(parts["transformer"])
         elif name in ("preview", "decode"):
             grid = self.geometry.grid
-            module = FluxDecode(parts["vae"], grid.halved() if name == "preview" else grid)
+            module = PackedDecode(parts["vae"], grid.halved() if name == "preview" else grid, PATCH)
         else:
             module = FluxStage(parts["transformer"])
         return module.eval()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from jitexport.grid import TokenGrid, unpack
 from jitexport.kernels.attention import Stream
 from jitexport.kernels.linear import linear
 from jitexport.quant import QuantizedLinear
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -40,3 +45,19 @@ def run_linear(layer: nn.Module, *parts: Tensor, gelu: bool = False, wide: bool 
 def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
     """diffusers' `FeedForward` with its tanh GELU, [B, L, D] -> [B, L, D]."""
     return run_linear(ff.net[2], run_linear(ff.net[0].proj, x, gelu=True), wide=True)
+
+
+class PackedDecode(nn.Module):
+    """Packed latents [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32."""
+
+    def __init__(self, vae: AutoencoderKL, grid: TokenGrid, patch: int) -> None:
+        super().__init__()
+        self.vae = vae
+        self.grid = grid
+        self.patch = patch
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        config = self.vae.config
+        latents = unpack(tokens, self.grid, self.patch) / config.scaling_factor + (config.shift_factor or 0.0)
+        picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return (picture.float() / 2 + 0.5).clamp(0, 1)

@@ -22,8 +22,7 @@ from jitexport.errors import InputError, UnsupportedModelError
 from jitexport.guidance import Guidance
 from jitexport.kernels.attention import Stream, attention
 from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
-from jitexport.models.flux import FluxDecode
-from jitexport.models.layers import feed_forward, gated, modulate, run_linear, runs_in_int8, stream
+from jitexport.models.layers import PackedDecode, feed_forward, gated, modulate, run_linear, runs_in_int8, stream
 from jitexport.models.naming import Naming, Prefix, Target
 from jitexport.models.schedulers import flow_sigmas, resolution_shift
 from jitexport.positions import Positions, Tables
@@ -650,7 +649,7 @@ class SD3Adapter(ModelAdapter):
             module = SD3Condition(parts["transformer"])
         elif name in ("preview", "decode"):
             grid = self.geometry.grid
-            module = FluxDecode(parts["vae"], grid.halved() if name == "preview" else grid)
+            module = PackedDecode(parts["vae"], grid.halved() if name == "preview" else grid, PATCH)
         else:
             module = SD3Stage(parts["transformer"])
         return module.eval()
