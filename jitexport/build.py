@@ -25,7 +25,6 @@ from jitexport.bundle import BundleWriter, Manifest
 from jitexport.bundle.golden import write_golden
 from jitexport.bundle.host import fingerprint
 from jitexport.bundle.manifest import (
-    CONSTANTS,
     FORMAT_VERSION,
     EngineEntry,
     GeometryEntry,
@@ -52,6 +51,7 @@ from jitexport.quant import check_kind
 from jitexport.runtime import Pipeline
 from jitexport.schedule import StageSchedule
 from jitexport.specs import DTYPE_NAMES, DTYPES, EngineSpec
+from jitexport.weights import CONSTANTS
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,9 @@ from jitexport.ambient import plain
 from jitexport.errors import InputError
 from jitexport.forks import Lock
 
+#: The component that a bundle's constants are stored as: see `jitexport.models.base`.
+CONSTANTS = "constants"
+
 _entering = Lock()
 
 

@@ -22,8 +22,6 @@ from jitexport.specs import EngineSpec, TensorSpec
 FORMAT_VERSION = 3
 FILE_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
-#: The component that a bundle's constants are stored as.
-CONSTANTS = "constants"
 
 
 class _Entry(BaseModel):
