@@ -428,11 +428,11 @@ def generate(
     import jitexport
     from jitexport.bundle.reading import read_manifest
 
-    if not trust:  # before anything is loaded
-        check_output(output, read_manifest(bundle).geometry.frames, fps)
     paths = numbered(output, num_images)
     for path in paths:
         check_place(path)
+    if not trust:  # before anything is loaded
+        check_output(output, read_manifest(bundle).geometry.frames, fps)
     if seed is None:
         seed = torch.Generator().seed() % 2**32
     pipe = jitexport.load(bundle, trust=trust)

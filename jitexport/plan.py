@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from jitexport.flops import StepCost, meta_adapter, preview_cost, step_cost
 from jitexport.methods.base import Method
 from jitexport.models.base import ModelAdapter
 from jitexport.schedule import CustomSchedule, StageSchedule, Target, check_speedup, stage_cost
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["CustomSchedule", "Plan", "parse_custom", "plan"]
 
@@ -102,6 +105,11 @@ def plan(
         speedup, custom, cost, reference_steps, adapter.native_sigmas, preview, adapter.family, adapter.shift
     )
     schedule = chosen.schedule(target)
+    if custom is None and schedule.nfe == 1 < reference_steps:
+        logger.warning(
+            "%g times faster than %d steps leaves a single step; ask for less, as --speedup 1, or for models of four "
+            "steps --method ralu --speedup 1.3", speedup, reference_steps,
+        )
     return Plan(schedule, cost, preview, geometry.grid.tokens, reference_steps, speedup, method, preset, options)
 
 

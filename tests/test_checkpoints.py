@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import jitexport
 from jitexport.checkpoints import compare_configs
 from jitexport.errors import InputError, MissingDependencyError, ModelError, ModelNotFoundError
-from jitexport.models import flux
+from jitexport.models import folders
 from jitexport.models.flux_names import aliases
 from jitexport.plan import CustomSchedule
 
@@ -302,7 +302,7 @@ def test_a_tokenizer_without_a_vocabulary(pipe, copied, name):
 
 
 def test_a_slow_tokenizer_names_the_libraries(pipe, copied, monkeypatch):
-    monkeypatch.setattr(flux, "_installed", lambda name: False)
+    monkeypatch.setattr(folders, "_installed", lambda name: False)
     tokenizer = copied / "tokenizer_2"
     for file in tokenizer.iterdir():
         file.unlink()

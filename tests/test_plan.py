@@ -121,3 +121,12 @@ def test_text_that_is_no_schedule(steps, ratios):
     with pytest.raises(ScheduleError, match="comma-separated numbers") as caught:
         parse_custom(steps, ratios)
     assert "--steps 7,4,7" in caught.value.expected
+
+
+def test_a_single_step_of_several_is_warned_of(schnell, caplog):
+    plan(schnell, speedup=4)
+    assert "leaves a single step" in caplog.text
+    caplog.clear()
+    plan(schnell, speedup=2)
+    plan(schnell, custom=CustomSchedule((1,), (1.0,)))
+    assert not caplog.records

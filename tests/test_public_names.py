@@ -31,6 +31,7 @@ SCHEDULE = {
     "--ratios",
     "--height",
     "--width",
+    "--frames",
     "--text-tokens",
     "--json",
 }
@@ -38,9 +39,12 @@ SCHEDULE = {
 OPTIONS = {
     "build": SCHEDULE
     | {"--backend", "--dtype", "--batch", "--output", "-o", "--device", "--target", "--weights", "--jobs", "--quant",
-       "--force"},
+       "--passes", "--force"},
     "plan": SCHEDULE,
-    "generate": {"bundle", "prompt", "--output", "-o", "--seed", "--num-images", "--guidance", "--trust", "--json"},
+    "generate": {
+        "bundle", "prompt", "--output", "-o", "--seed", "--num-images", "--guidance", "--negative", "--true-cfg-scale",
+        "--fps", "--trust", "--json",
+    },
     "inspect": {"bundle", "--json"},
     "verify": {"bundle", "--json"},
     "pack": {"bundle", "--output", "-o", "--force", "--json"},
