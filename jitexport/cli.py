@@ -458,7 +458,7 @@ def generate(
         return
     for path in paths:
         echo(path)
-    err.print(f"{num_images} image(s) in {seconds:.2f} s, seed {seed}")
+    err.print(f"{num_images} {'image' if pipe.geometry.frames is None else 'video'}(s) in {seconds:.2f} s, seed {seed}")
 
 
 def numbered(output: Path, count: int) -> list[Path]:

@@ -66,8 +66,14 @@ def bundle_source(path: Path, label: str | None = None) -> Source:
 
     Raises:
         BundleError: no bundle there.
+        InputError: a bundle that makes videos.
     """
     manifest = read_manifest(path)
+    if manifest.geometry.frames is not None:
+        raise InputError(
+            f"{path} makes videos, and these scores are of images", found=f"{manifest.geometry.frames} frames",
+            expected="a bundle that makes images",
+        )
     schedule = manifest.schedule
     stages = " / ".join(f"{s.steps} steps x {s.tokens}" for s in schedule.stages)
     return Source(

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from jitexport.backends.base import Engine
-from jitexport.png import encode_png
+from jitexport.png import encode_all
 from jitexport.profile.measure import PeakMemory, Timing, matmul_rate, now
 from jitexport.runtime import Pipeline
 
@@ -150,8 +150,7 @@ class Recorder:
         denoised = now(self.device)
         pictures = pipe.decode(latents)
         decoded = now(self.device)
-        for image in pipe.to_images(pictures, "pil"):
-            encode_png(image)
+        encode_all(pipe.to_images(pictures, "pil"))
         end = now(self.device)
 
         spans = [
@@ -309,8 +308,7 @@ def call_seconds(pipe: Pipeline, prompt: str, seed: int) -> float:
     """Seconds of one ordinary call for a full batch, up to PNG bytes."""
     begin = now(pipe.device)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(pipe.batch_size)]
-    for image in pipe([prompt] * pipe.batch_size, generator=generators).images:
-        encode_png(image)
+    encode_all(pipe([prompt] * pipe.batch_size, generator=generators).images)
     return now(pipe.device) - begin
 
 
@@ -321,8 +319,7 @@ def profile_call(call: Callable[[int], Sequence[Image.Image]], label: str, *, re
     for i in range(warmup + repeats):
         start = time.perf_counter()
         images = call(i)
-        for image in images:
-            encode_png(image)
+        encode_all(images)
         if i >= warmup:
             seconds.append(time.perf_counter() - start)
         count = len(images)
