@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,19 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import compile_once
+
 # No deadline: machines are shared. Derandomised: a run fails for a change, not by luck.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
+
+#: Of the run's first process; the others find the same on their PATH.
+_compiled = compile_once.install(os.environ)
+
+
+def pytest_unconfigure() -> None:
+    if _compiled is not None:
+        shutil.rmtree(_compiled, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
