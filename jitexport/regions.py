@@ -302,7 +302,8 @@ def step_of(node: torch.fx.Node) -> Step:
     """A node that calls an operator as a step."""
     outputs: tuple[str | None, ...] = (node.name,)
     if not isinstance(node.meta["val"], Tensor):
-        items = {user.args[1]: user.name for user in node.users}
+        # What is taken out and not used, as the text of a last block, needs no name.
+        items = {user.args[1]: user.name for user in node.users if user.users}
         outputs = tuple(items.get(i) for i in range(len(node.meta["val"])))
     if node.target is torch.ops.jitexport.region.default:
         inputs, step, _ = node.args

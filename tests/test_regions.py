@@ -80,6 +80,23 @@ def test_blocks_of_another_make_are_another_kind(inputs):
     torch.testing.assert_close(opened(made, tensors_of(net))(inputs)[0], net(*inputs), rtol=0, atol=0)
 
 
+def test_a_result_that_nobody_reads_is_left_out(net, inputs):
+    """As the text of a last block, which is taken out of its results and not used."""
+
+    def both(part, x, shift):
+        return block(part, x, shift), shift + 1
+
+    def forward(x, shifts):
+        for part in net.blocks:
+            x, _ = net.block(part, x, shifts[:, :4])
+        return x
+
+    net.block, net.forward = both, forward
+    made = outline(net, inputs)
+    check(made.program, tensors_of(net))
+    torch.testing.assert_close(opened(made, tensors_of(net))(inputs)[0], forward(*inputs), rtol=0, atol=0)
+
+
 def test_modules_without_regions_have_no_program(inputs):
     assert outline(nn.Linear(4, 4), inputs[:1]) is None
 

@@ -171,8 +171,9 @@ class QwenImageDecode(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         config, decoder = self.vae.config, self.vae.decoder
-        mean, std = (tokens.new_tensor(x)[:, None, None] for x in (config.latents_mean, config.latents_std))
-        latents = (unpack(tokens, self.grid, PATCH) * std + mean).to(decoder.conv_in.weight.dtype)
+        # Channel by channel with plain numbers: a tensor made here would be a weight that no bundle has.
+        channels = zip(unpack(tokens, self.grid, PATCH).unbind(1), config.latents_std, config.latents_mean, strict=True)
+        latents = torch.stack([x * std + mean for x, std, mean in channels], dim=1).to(decoder.conv_in.weight.dtype)
         x = convolve(decoder.conv_in, convolve(self.vae.post_quant_conv, latents))
         first, *others = decoder.mid_block.resnets
         x = residual(first, x)

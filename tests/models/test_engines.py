@@ -1,0 +1,73 @@
+"""Engines of the families that are not FLUX.1, on ONNX Runtime and AOTInductor, in the place of eager ones, fp32.
+
+Covered: ONNX graphs of every engine of a family but for FLUX.2-klein's text, whose 29 layers take a minute and run the
+code of Qwen-Image's text; AOTInductor engines of the stages by regions, masks of padding among their inputs, and of
+Qwen-Image's decoder. Each engine agrees with its eager module, and together they make the eager pipeline's image, with
+a second pass for the negative prompt.
+
+Not covered: AOTInductor engines of text, conditions and the other decoders, and whole bundles, which the tests of
+backends build of FLUX.1.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+from jitexport import registry
+from jitexport.backends.base import Engine
+from jitexport.build import eager_pipeline, probe_inputs, tolerance, verify_engine
+from jitexport.plan import CustomSchedule, plan
+from tests import tiny_flux2_klein, tiny_hunyuan_video15, tiny_qwen_image, tiny_sd3
+
+CPU = torch.device("cpu")
+FAMILIES = {
+    "HunyuanVideo15Pipeline": tiny_hunyuan_video15.save_hunyuan_video15,
+    "QwenImagePipeline": tiny_qwen_image.save,
+    "StableDiffusion3Pipeline": partial(tiny_sd3.save_sd3, medium35=True),
+    "Flux2KleinPipeline": tiny_flux2_klein.save_klein,
+}
+#: What AOTInductor compiles: stages, and a decoder that scales its latents by numbers of the configuration.
+COMPILED = {*((family, "stage0") for family in FAMILIES), ("QwenImagePipeline", "decode")}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def eager(request, tmp_path_factory):
+    """The adapter of a family's tiny model, and its eager pipeline of one stage, two steps."""
+    folder = FAMILIES[request.param](tmp_path_factory.mktemp("engines") / "model")
+    adapter = registry.family(request.param).from_folder(folder, torch.float32, {})
+    made = plan(adapter, method="dense", custom=CustomSchedule((2,)), dtype="fp32")
+    options = {"batch": 1, "dtype": "fp32", "device": CPU}
+    return adapter, eager_pipeline(adapter, made.schedule, made.method, made.options, **options)
+
+
+def image(pipe):
+    """With the family's usual guidance; the short prompt leaves padding, which masks hide."""
+    generator = torch.Generator().manual_seed(0)
+    return pipe("a fox", negative_prompt="the snow", generator=generator, output_type="pt").images
+
+
+@pytest.mark.parametrize("name", ["onnx", "aoti"])
+def test_engines_make_the_eager_image(eager, name, tmp_path, monkeypatch):
+    adapter, pipe = eager
+    backend = registry.backend(name)
+    if reason := backend.cannot_build(CPU, None):
+        pytest.skip(reason)
+    with torch.no_grad():
+        expected = image(pipe)
+        weights = dict(adapter.tensors())
+        for spec, inputs in list(probe_inputs(pipe)):
+            if (name == "aoti" and (adapter.family, spec.name) not in COMPILED) or (adapter.family, spec.name) == (
+                "Flux2KleinPipeline", "text"
+            ):
+                continue
+            directory = tmp_path / spec.name
+            directory.mkdir()
+            backend.build(spec, adapter.module(spec.name), inputs, directory)
+            raw = backend.load(spec, directory, weights, partial(adapter.module, spec.name), CPU)
+            engine = Engine(spec, raw, CPU)
+            verify_engine(spec, engine, pipe.engines[spec.name], inputs, tolerance("fp32", None))
+            monkeypatch.setitem(pipe.engines, spec.name, engine)
+        found = image(pipe)
+    assert expected.std() > 0.01 and not torch.equal(found, expected)
+    assert (found - expected).norm() <= tolerance("fp32", None) * expected.norm()
