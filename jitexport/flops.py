@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from jitexport.blocks import calls_through, make_of
 from jitexport.models.base import ModelAdapter
 from jitexport.quant import unquantized
-from jitexport.regions import calls_through, kind_of
 from jitexport.schedule import Stage, StageSchedule
 from jitexport.specs import DTYPES, EngineSpec
 
@@ -29,7 +29,7 @@ def count_flops(module: nn.Module, spec: EngineSpec) -> int:
 
     def once(name: str, region: Callable[..., Any], block: nn.Module, *tensors: Tensor) -> Any:
         nonlocal repeated
-        key = kind_of(name, block, tensors)
+        key = (name, *make_of(block), *((t.shape, t.dtype) for t in (*tensors, *block.parameters())))
         if key in counted:
             flops, outputs = counted[key]
             repeated += flops

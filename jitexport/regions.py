@@ -23,12 +23,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from jitexport.blocks import calls_through, make_of, tensors_of
 from jitexport.errors import CompileError
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Values = dict[str, Tensor]
-#: What tells blocks of one make apart from others, beside their modules and tensors.
-PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 class _Entry(BaseModel):
@@ -200,23 +199,9 @@ def outline(module: nn.Module, example: Sequence[Tensor]) -> Outline | None:
     return Outline(program_of(exported, found), {kind.name: kind for kind in kinds.values()})
 
 
-def tensors_of(module: nn.Module, *, every_name: bool = False) -> dict[str, Tensor]:
-    """Parameters and buffers by name; those with several names under the first one, or under each."""
-    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=not every_name))
-    return tensors | dict(module.named_buffers(remove_duplicate=not every_name))
-
-
 def kind_of(name: str, block: nn.Module, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
     """What calls of a region have in common that are of one kind."""
     return (name, *make_of(block), *map(Layout.of, (*inputs, *tensors_of(block).values())))
-
-
-def make_of(block: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """What a block is made of: the names, classes and plain attributes of its modules, the names of its tensors."""
-    for name, part in block.named_modules():
-        plain = sorted((key, repr(value)) for key, value in vars(part).items() if isinstance(value, PLAIN))
-        yield (name, type(part), *plain)
-    yield tuple(tensors_of(block))
 
 
 def unwrapped(results: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
@@ -231,24 +216,6 @@ def fake_tensors() -> Iterator[Any]:
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         yield mode
-
-
-@contextmanager
-def calls_through(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Calls of the module's regions go to function(name, region, block, *tensors)."""
-    instance = vars(module)
-    before = {name: instance[name] for name in module.regions if name in instance}
-
-    def through(name: str, region: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given: function(name, region, *given)
-
-    instance |= {name: through(name, getattr(module, name)) for name in module.regions}
-    try:
-        yield
-    finally:
-        for name in module.regions:
-            del instance[name]
-        instance |= before
 
 
 @torch.library.custom_op("jitexport::region", mutates_args=())

@@ -45,7 +45,7 @@ def manifest(make_bundle):
 def test_manifest_tells_the_model(manifest, tiny_flux):
     model = manifest.model
     assert (model.name, model.source, model.family) == ("tiny-flux", "tiny-flux", "FluxPipeline")
-    assert (model.guidance_scale, model.num_inference_steps) == (3.5, 50)
+    assert (manifest.defaults.guidance.distilled, manifest.defaults.num_inference_steps) == (3.5, 50)
     assert model.settings["height"] == tiny.HEIGHT and model.configs["transformer"]["num_layers"] == 1
     digest = hashlib.sha256(json.dumps(model.configs, sort_keys=True).encode()).hexdigest()
     assert model.config_digest == digest

@@ -68,3 +68,17 @@ def test_flux_dev():
     assert totals[1] / totals[4] == pytest.approx(4.14, abs=0.005)
     assert totals[1] / totals[7] == pytest.approx(6.96, abs=0.005)
     assert (cost.constant, cost.linear, cost.quadratic) == (6813006692352, 13628080128, 700416)
+
+
+def test_blocks_of_a_kind_are_counted_as_often_as_they_run(tiny_flux, monkeypatch):
+    adapter = meta_adapter(FluxAdapter.from_folder(tiny_flux, torch.float32), "fp32")
+    schedule = StageSchedule((Stage(0, 96, 1),), (1.0, 0.0))
+    spec = next(s for s in adapter.specs(schedule, 1, "fp32") if s.name == "stage0")
+    module = adapter.module("stage0")
+    runs = []
+    single = module.single_block
+    monkeypatch.setattr(type(module), "single_block", staticmethod(lambda *a: runs.append(1) or single(*a)))
+    once = count_flops(module, spec)
+    assert len(runs) == 1 and len(adapter.components["transformer"].single_transformer_blocks) == 2
+    monkeypatch.setattr(type(module), "regions", ())
+    assert count_flops(module, spec) == once and len(runs) == 3
