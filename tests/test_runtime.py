@@ -20,14 +20,11 @@ from jitexport.models.sources import DEMO_FOLDER
 from jitexport.plan import CustomSchedule
 from jitexport.schedule import beta_sigmas
 from tests import tiny
+from tests.parity import seeded
 from tests.test_sampler import released_loop
 
 THREE = CustomSchedule((2, 1, 2), (0.35, 0.62, 1.0))
 PROMPTS = ["a red fox", "the blue house in the snow", "green tree"]
-
-
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(s) for s in seeds]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -60,6 +66,23 @@ def randomise(module: nn.Module, generator: torch.Generator) -> None:
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
+def autoencoder() -> AutoencoderKL:
+    """With random weights; 4 channels of latents, half the sides of pictures."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+        scaling_factor=0.4,
+        shift_factor=0.1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
 def flux(*, guidance: bool, channels: int = 16) -> FluxPipeline:
     """The pipeline with random weights, the same at every call; `channels` of a head."""
     with torch.random.fork_rng():
@@ -75,19 +98,7 @@ def flux(*, guidance: bool, channels: int = 16) -> FluxPipeline:
             guidance_embeds=guidance,
             axes_dims_rope=(channels // 4, channels * 3 // 8, channels * 3 // 8),
         )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=32,
-            scaling_factor=0.4,
-            shift_factor=0.1,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        vae = autoencoder()
         ids = {"vocab_size": len(WORDS) + 4, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
         clip = CLIPTextModel(
             CLIPTextConfig(
@@ -117,9 +128,14 @@ def flux(*, guidance: bool, channels: int = 16) -> FluxPipeline:
     )
 
 
-def save_flux(folder: Path, *, guidance: bool, channels: int = 16) -> Path:
-    flux(guidance=guidance, channels=channels).save_pretrained(folder)
-    settings = {"height": HEIGHT, "width": WIDTH, "max_sequence_length": TEXT_TOKENS}
-    settings |= {} if guidance else {"num_inference_steps": 4}
+def save(pipe: DiffusionPipeline, folder: Path, **settings: int) -> Path:
+    """A pipeline's folder, with settings of ours."""
+    pipe.save_pretrained(folder)
     (folder / "jitexport.json").write_text(json.dumps(settings))
     return folder
+
+
+def save_flux(folder: Path, *, guidance: bool, channels: int = 16) -> Path:
+    steps = {} if guidance else {"num_inference_steps": 4}
+    sizes = {"height": HEIGHT, "width": WIDTH, "max_sequence_length": TEXT_TOKENS}
+    return save(flux(guidance=guidance, channels=channels), folder, **sizes, **steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from tests.tiny import randomise
+from tests.tiny import randomise, save
 
 HEIGHT, WIDTH = 48, 32
 GRID = (12, 8)
@@ -94,7 +93,5 @@ def klein(*, distilled: bool = False, channels: int = 16) -> Flux2KleinPipeline:
 
 
 def save_klein(folder: Path, *, distilled: bool = False, channels: int = 16) -> Path:
-    klein(distilled=distilled, channels=channels).save_pretrained(folder)
-    settings = {"height": HEIGHT, "width": WIDTH, "max_sequence_length": TEXT_TOKENS}
-    (folder / "jitexport.json").write_text(json.dumps(settings))
-    return folder
+    pipe = klein(distilled=distilled, channels=channels)
+    return save(pipe, folder, height=HEIGHT, width=WIDTH, max_sequence_length=TEXT_TOKENS)

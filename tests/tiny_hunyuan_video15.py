@@ -23,7 +23,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tests.tiny import randomise
+from tests.tiny import randomise, save
 
 HEIGHT, WIDTH, FRAMES = 40, 24, 9  # pixels
 GRID = (3, 5, 3)  # frames, rows and columns of tokens: 4 frames and 8 x 8 pixels each
@@ -121,8 +121,6 @@ def short_texts(pipe: HunyuanVideo15Pipeline) -> HunyuanVideo15Pipeline:
 
 
 def save_hunyuan_video15(folder: Path, **transformer: object) -> Path:
-    hunyuan_video15(**transformer).save_pretrained(folder)
-    settings = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES}
-    settings |= {"max_sequence_length": TEXT_TOKENS, "glyph_length": GLYPH_TOKENS}
-    (folder / "jitexport.json").write_text(json.dumps(settings))
-    return folder
+    sizes = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES}
+    texts = {"max_sequence_length": TEXT_TOKENS, "glyph_length": GLYPH_TOKENS}
+    return save(hunyuan_video15(**transformer), folder, **sizes, **texts)

@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from tests import tiny
 from tests.tiny import randomise
 
 HEIGHT, WIDTH = 56, 40
@@ -118,7 +119,4 @@ def pipeline() -> QwenImagePipeline:
 
 
 def save(folder: Path) -> Path:
-    pipeline().save_pretrained(folder)
-    settings = {"height": HEIGHT, "width": WIDTH, "max_sequence_length": TEXT_TOKENS}
-    (folder / "jitexport.json").write_text(json.dumps(settings))
-    return folder
+    return tiny.save(pipeline(), folder, height=HEIGHT, width=WIDTH, max_sequence_length=TEXT_TOKENS)

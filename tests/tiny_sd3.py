@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from tests.tiny import CLIP_TOKENS, HEIGHT, TEXT_TOKENS, WIDTH, WORDS, randomise, tokenizer
+from tests.tiny import CLIP_TOKENS, HEIGHT, TEXT_TOKENS, WIDTH, WORDS, autoencoder, randomise, save, tokenizer
 
 #: Places in a row and a column of the position tables, and coordinates from one side to the other.
 TABLE, BASE = 18, 8
@@ -42,19 +41,7 @@ def sd3(*, medium35: bool) -> StableDiffusion3Pipeline:
             dual_attention_layers=(0,) if medium35 else (),
             qk_norm="rms_norm" if medium35 else None,
         )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=32,
-            scaling_factor=0.4,
-            shift_factor=0.1,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        vae = autoencoder()
         encoders = [clip(8, 2), clip(12, 1)]
         if medium35:
             shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
@@ -78,7 +65,4 @@ def sd3(*, medium35: bool) -> StableDiffusion3Pipeline:
 
 
 def save_sd3(folder: Path, *, medium35: bool) -> Path:
-    sd3(medium35=medium35).save_pretrained(folder)
-    settings = {"height": HEIGHT, "width": WIDTH, "max_sequence_length": TEXT_TOKENS}
-    (folder / "jitexport.json").write_text(json.dumps(settings))
-    return folder
+    return save(sd3(medium35=medium35), folder, height=HEIGHT, width=WIDTH, max_sequence_length=TEXT_TOKENS)

@@ -392,6 +392,19 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise InputError("settings that a model cannot have", found=wrong, expected="positive numbers, sizes whole")
 
 
+def with_settings(usual: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Usual settings with those that are given, where None says nothing.
+
+    Raises:
+        InputError: a setting that there is not, or with a value that it cannot have.
+    """
+    given = {name: value for name, value in (given or {}).items() if value is not None}
+    if unknown := given.keys() - usual.keys():
+        raise InputError("unknown settings", found=sorted(unknown), expected=f"some of {sorted(usual)}")
+    check_settings(merged := dict(usual) | given)
+    return merged
+
+
 def image_grid(settings: Mapping[str, Any], pixels: int) -> TokenGrid:
     """The token grid of an image whose tokens are `pixels` wide and high.
 

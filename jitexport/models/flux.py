@@ -22,15 +22,28 @@ from jitexport.errors import UnsupportedModelError
 from jitexport.guidance import Guidance
 from jitexport.kernels.attention import attention
 from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
+from jitexport.models.components import AUTOENCODER_16, T5_XXL, clip
 from jitexport.models.flux_names import NAMING
-from jitexport.models.layers import PackedDecode, feed_forward, gated, modulate, run_linear, runs_in_int8, stream
+from jitexport.models.layers import (
+    PackedDecode,
+    TransformerPart,
+    gated,
+    image_side,
+    joint_block,
+    last_layer,
+    modulate,
+    run_linear,
+    runs_in_int8,
+    stream,
+    text_side,
+    time_embedding,
+)
 from jitexport.models.schedulers import flow_sigmas, resolution_shift
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
 
 if TYPE_CHECKING:
-    from diffusers import FluxTransformer2DModel
     from transformers import CLIPTextModel, T5EncoderModel
 
 PATCH = 2  # FLUX packs 2 x 2 latent pixels into a token
@@ -49,7 +62,7 @@ class FluxText(nn.Module):
         return self.text_encoder_2(t5_ids)[0], self.text_encoder(clip_ids).pooler_output
 
 
-class FluxCondition(nn.Module):
+class FluxCondition(TransformerPart):
     """Everything of the transformer that does not see the image.
 
     prompt_embeds [B, T, E], pooled [B, P], sigmas [S], guidance [B] -> modulation [S, B, M], context [B, T, D].
@@ -58,21 +71,14 @@ class FluxCondition(nn.Module):
     the output norm (2 D).
     """
 
-    def __init__(self, transformer: FluxTransformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
-
     def forward(
         self, prompt_embeds: Tensor, pooled: Tensor, sigmas: Tensor, guidance: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         model = self.transformer
         embed = model.time_text_embed
-        dtype = pooled.dtype
-        # Angles of up to 1000 radians: made in fp32 whatever the model's dtype.
-        time = embed.timestep_embedder(embed.time_proj(sigmas.float() * 1000).to(dtype))  # [S, D]
-        time = time[:, None]
+        time = time_embedding(embed.time_proj, embed.timestep_embedder, sigmas)[:, None]
         if guidance is not None:
-            time = time + embed.guidance_embedder(embed.time_proj(guidance.float() * 1000).to(dtype))
+            time = time + time_embedding(embed.time_proj, embed.guidance_embedder, guidance)
         emb = F.silu(time + embed.text_embedder(pooled))  # [S, B, D]
         layers = [norm.linear for b in model.transformer_blocks for norm in (b.norm1, b.norm1_context)]
         layers += [b.norm.linear for b in model.single_transformer_blocks]
@@ -84,24 +90,13 @@ def double_block(
     block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own; modulation [B, 12 D]."""
-    shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2, *rest = modulation.chunk(12, dim=-1)
-    shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = rest
     attn = block.attn
-    d = attn.head_dim
-
-    x = modulate(block.norm1.norm, image, shift_i, scale_i)
-    c = modulate(block.norm1_context.norm, text, shift_t, scale_t)
-    streams = [
-        stream(c, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k), d),
-        stream(x, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), d),
-    ]
-    a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_q)).flatten(2)
-    c, x = a.split([text.shape[1], image.shape[1]], dim=1)
-
-    image = gated(image, gate_i, run_linear(attn.to_out[0], x, wide=True))
-    image = gated(image, gate_i2, feed_forward(block.ff, modulate(block.norm2, image, shift_i2, scale_i2)))
-    text = gated(text, gate_t, run_linear(attn.to_add_out, c, wide=True))
-    text = gated(text, gate_t2, feed_forward(block.ff_context, modulate(block.norm2_context, text, shift_t2, scale_t2)))
+    sides = (
+        text_side(attn, block.norm1_context.norm, block.norm2_context, block.ff_context),
+        image_side(attn, block.norm1.norm, block.norm2, block.ff),
+    )
+    of_image, of_text = modulation.chunk(2, dim=-1)
+    text, image = joint_block(attn, sides, (text, image), (of_text, of_image), cos, sin)
     return image, text
 
 
@@ -116,7 +111,7 @@ def single_block(block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, s
     return gated(x, gate, run_linear(block.proj_out, a, run_linear(block.proj_mlp, h, gelu=True), wide=True))
 
 
-class FluxStage(nn.Module):
+class FluxStage(TransformerPart):
     """One evaluation of the transformer on the active tokens.
 
     tokens [B, m, C], cos and sin [B, T + m, Dh / 2], modulation [B, M], context [B, T, D] -> velocity [B, m, C].
@@ -125,10 +120,6 @@ class FluxStage(nn.Module):
     #: Functions of repeated blocks, which a backend may compile once for all blocks.
     regions = ("double_block", "single_block")
     double_block, single_block = staticmethod(double_block), staticmethod(single_block)
-
-    def __init__(self, transformer: FluxTransformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
 
     def forward(self, tokens: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
         model = self.transformer
@@ -142,8 +133,7 @@ class FluxStage(nn.Module):
         x = torch.cat([text, image], dim=1)
         for block, part in zip(singles, parts[len(doubles) :], strict=True):
             x = self.single_block(block, x, part, cos, sin)
-        scale, shift = out.chunk(2, dim=-1)
-        return model.proj_out(modulate(model.norm_out.norm, x[:, text.shape[1] :], shift, scale))
+        return last_layer(model, x[:, text.shape[1] :], out)
 
 
 # --- the published models --------------------------------------------------------------------------------------------
@@ -164,35 +154,9 @@ def _published(
             "axes_dims_rope": [16, 56, 56],
         }
         | transformer,
-        "vae": {
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "block_out_channels": [128, 256, 512, 512],
-            "layers_per_block": 2,
-            "latent_channels": 16,
-            "scaling_factor": 0.3611,
-            "shift_factor": 0.1159,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
-        "text_encoder": {
-            "vocab_size": 49408,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "projection_dim": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 77,
-        },
-        "text_encoder_2": {
-            "vocab_size": 32128,
-            "d_model": 4096,
-            "d_kv": 64,
-            "d_ff": 10240,
-            "num_layers": 24,
-            "num_heads": 64,
-            "feed_forward_proj": "gated-gelu",
-        },
+        "vae": AUTOENCODER_16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+        "text_encoder": clip(768, 12, 12),
+        "text_encoder_2": T5_XXL,
         "scheduler": {
             "num_train_timesteps": 1000,
             "base_image_seq_len": 256,

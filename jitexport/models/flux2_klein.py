@@ -12,8 +12,6 @@ The modules below run diffusers' own weights under their own names, arranged for
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,10 +24,23 @@ from jitexport.grid import TokenGrid, unpack
 from jitexport.guidance import Guidance
 from jitexport.kernels.attention import Stream, attention
 from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
+from jitexport.models.components import AUTOENCODER
+from jitexport.models.flux_names import ATTENTION, NORMS
 from jitexport.models.language import LanguageText, keep_what_is_read
-from jitexport.models.layers import gated, modulate, run_linear, runs_in_int8, stream
-from jitexport.models.naming import Naming, Prefix, Target
-from jitexport.models.schedulers import flow_sigmas
+from jitexport.models.layers import (
+    TransformerPart,
+    gated,
+    image_side,
+    joint_block,
+    last_layer,
+    modulate,
+    run_linear,
+    runs_in_int8,
+    text_side,
+    time_embedding,
+)
+from jitexport.models.naming import FUSED, TRANSFORMER, Aliases, Naming, Prefix, Target
+from jitexport.models.schedulers import flow_sigmas, scheduler_shift
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
@@ -66,9 +77,7 @@ def detach_modulation(transformer: Flux2Transformer2DModel) -> nn.ModuleDict:
 def modulation(once: nn.ModuleDict, sigmas: Tensor) -> Tensor:
     """The vectors of `PARTS` at noise levels sigmas [S] -> [S, 17 D], of the layers' dtype."""
     embed = once["time_guidance_embed"]
-    # Angles of up to 1000 radians: made in fp32 whatever the model's dtype.
-    time = embed.time_proj(sigmas.float() * 1000).to(once["norm_out"].weight.dtype)
-    time = F.silu(embed.timestep_embedder(time))  # [S, D]
+    time = F.silu(time_embedding(embed.time_proj, embed.timestep_embedder, sigmas))  # [S, D]
     layers = [
         once["double_stream_modulation_img"].linear, once["double_stream_modulation_txt"].linear,
         once["single_stream_modulation"].linear, once["norm_out"],
@@ -96,12 +105,8 @@ class KleinText(LanguageText):
         return torch.cat(self.states(ids, mask, TEXT_LAYERS), dim=-1)
 
 
-class KleinCondition(nn.Module):
+class KleinCondition(TransformerPart):
     """prompt_embeds [B, T, E] -> context [B, T, D]."""
-
-    def __init__(self, transformer: Flux2Transformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
 
     def forward(self, prompt_embeds: Tensor) -> Tensor:
         return self.transformer.context_embedder(prompt_embeds)
@@ -122,24 +127,13 @@ def double_block(
     block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own; modulation [1, 12 D]."""
-    shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2, *rest = modulation.chunk(12, dim=-1)
-    shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = rest
     attn = block.attn
-    d = attn.head_dim
-
-    x = modulate(block.norm1, image, shift_i, scale_i)
-    c = modulate(block.norm1_context, text, shift_t, scale_t)
-    streams = [
-        stream(c, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k), d),
-        stream(x, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), d),
-    ]
-    a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_q)).flatten(2)
-    c, x = a.split([text.shape[1], image.shape[1]], dim=1)
-
-    image = gated(image, gate_i, run_linear(attn.to_out[0], x, wide=True))
-    image = gated(image, gate_i2, feed_forward(block.ff, modulate(block.norm2, image, shift_i2, scale_i2)))
-    text = gated(text, gate_t, run_linear(attn.to_add_out, c, wide=True))
-    text = gated(text, gate_t2, feed_forward(block.ff_context, modulate(block.norm2_context, text, shift_t2, scale_t2)))
+    sides = (
+        text_side(attn, block.norm1_context, block.norm2_context, block.ff_context),
+        image_side(attn, block.norm1, block.norm2, block.ff),
+    )
+    of_image, of_text = modulation.chunk(2, dim=-1)
+    text, image = joint_block(attn, sides, (text, image), (of_text, of_image), cos, sin, mlp=feed_forward)
     return image, text
 
 
@@ -156,7 +150,7 @@ def single_block(block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, s
     return gated(x, gate, run_linear(attn.to_out, a, swiglu(mlp), wide=True))
 
 
-class KleinStage(nn.Module):
+class KleinStage(TransformerPart):
     """One evaluation of the transformer on the active tokens.
 
     tokens [B, m, C], cos and sin [B, T + m, Dh / 2], context [B, T, D], modulation [17 D] -> velocity [B, m, C].
@@ -165,10 +159,6 @@ class KleinStage(nn.Module):
     #: Functions of repeated blocks, which a backend may compile once for all blocks.
     regions = ("double_block", "single_block")
     double_block, single_block = staticmethod(double_block), staticmethod(single_block)
-
-    def __init__(self, transformer: Flux2Transformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
 
     def forward(self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, modulation: Tensor) -> Tensor:
         model = self.transformer
@@ -180,8 +170,7 @@ class KleinStage(nn.Module):
         x = torch.cat([text, image], dim=1)
         for block in model.single_transformer_blocks:
             x = self.single_block(block, x, single, cos, sin)
-        scale, shift = out.chunk(2, dim=-1)
-        return model.proj_out(modulate(model.norm_out.norm, x[:, text.shape[1] :], shift, scale))
+        return last_layer(model, x[:, text.shape[1] :], out)
 
 
 class KleinDecode(nn.Module):
@@ -202,41 +191,14 @@ class KleinDecode(nn.Module):
 
 # --- names of the same modules elsewhere -----------------------------------------------------------------------------
 
-PREFIXES = (
-    Prefix("transformer.", "transformer"),
-    Prefix("text_encoder.", "text_encoder"),
-    Prefix("diffusion_model.", "transformer"),  # ComfyUI, ai-toolkit
-    Prefix("model.diffusion_model.", "transformer"),
-    Prefix("lora_unet_", "transformer", flat=True),  # kohya, musubi-tuner
-    Prefix("lora_transformer_", "transformer", flat=True),  # OneTrainer
-    Prefix("lycoris_", "transformer", flat=True),  # LyCORIS' wrapper
-    Prefix("", "transformer"),
-)
-
-_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-_ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-
-#: {name in a double block of the authors: names in diffusers' block}
-DOUBLE = {
-    "img_attn.qkv": _QKV,
-    "txt_attn.qkv": _ADDED,
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_attn.norm.query_norm": ("attn.norm_q",),
-    "img_attn.norm.key_norm": ("attn.norm_k",),
-    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
-    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+#: {name in a block of the authors: names in diffusers' block}
+DOUBLE = ATTENTION | {
     "img_mlp.0": ("ff.linear_in",),
     "img_mlp.2": ("ff.linear_out",),
     "txt_mlp.0": ("ff_context.linear_in",),
     "txt_mlp.2": ("ff_context.linear_out",),
 }
-SINGLE = {
-    "linear1": ("attn.to_qkv_mlp_proj",),
-    "linear2": ("attn.to_out",),
-    "norm.query_norm": ("attn.norm_q",),
-    "norm.key_norm": ("attn.norm_k",),
-}
+SINGLE = NORMS | {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)}
 OUTSIDE = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -247,39 +209,24 @@ OUTSIDE = {
     "single_stream_modulation.lin": "single_stream_modulation.linear",
     "final_layer.linear": "proj_out",
 }
-#: diffusers' fused projections: parts of blocks that checkpoints do not have so.
-FUSED = {"attn.to_qkv": _QKV, "attn.to_added_qkv": _ADDED}
 
 
 def aliases(modules: Iterable[str]) -> dict[str, Target]:
     """See `jitexport.models.naming.Naming`."""
-    known = set(modules)
-    found: dict[str, Target] = {}
-
-    def add(name: str, owned: Iterable[str], *, swapped: bool = False, partial: bool = False) -> None:
-        targets = tuple(f"transformer.{module}" for module in owned)
-        if known.issuperset(targets):
-            found[f"transformer.{name}"] = Target(targets, swapped, partial)
-
-    for module in known:
-        component, _, name = module.partition(".")
-        block = re.match(r"(single_)?transformer_blocks\.(\d+)\.", name)
-        if component != "transformer" or block is None:
-            continue
-        theirs = f"{'single' if block[1] else 'double'}_blocks.{block[2]}"
-        for short, parts in (SINGLE if block[1] else DOUBLE).items():
-            add(f"{theirs}.{short}", [f"{block[0]}{part}" for part in parts])
-        if not block[1]:
-            for short, parts in FUSED.items():
-                add(f"{block[0]}{short}", [f"{block[0]}{part}" for part in parts], partial=True)
+    names = Aliases(modules)
+    for block in names.blocks("transformer_blocks"):
+        names.add_all(block.replace("transformer_blocks", "double_blocks"), block, DOUBLE)
+        names.add_all(block, block, FUSED, partial=True)
+    for block in names.blocks("single_transformer_blocks"):
+        names.add_all(block.replace("single_transformer_blocks", "single_blocks"), block, SINGLE)
     for name, part in OUTSIDE.items():
-        add(name, [part])
-    add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
-    # The authors' norms call their weight "scale", which some formats take for a module.
-    return found | {f"{n}.scale": Target(t.modules, partial=True) for n, t in found.items() if n.endswith("_norm")}
+        names.add(name, [part])
+    names.add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
+    names.add_scales()
+    return names.found
 
 
-NAMING = Naming(PREFIXES, aliases)
+NAMING = Naming((*TRANSFORMER, Prefix("text_encoder.", "text_encoder")), aliases)
 
 
 # --- published models ------------------------------------------------------------------------------------------------
@@ -307,14 +254,7 @@ def _published(size: str, hub_id: str, *, distilled: bool) -> Published:
             "timestep_guidance_channels": 256,
             "guidance_embeds": False,
         },
-        "vae": {
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "block_out_channels": [128, 256, 512, 512],
-            "layers_per_block": 2,
-            "latent_channels": 32,
-            "batch_norm_eps": 1e-4,
-        },
+        "vae": AUTOENCODER | {"latent_channels": 32, "batch_norm_eps": 1e-4},
         # Qwen3-4B and Qwen3-8B.
         "text_encoder": {
             "vocab_size": 151936,
@@ -433,11 +373,7 @@ class KleinAdapter(ModelAdapter):
 
     def shift(self, n: int) -> float:
         """Of n steps, on which the shift depends."""
-        config = self.configs["scheduler"]
-        if not config.get("use_dynamic_shifting"):
-            return config.get("shift", 1.0)
-        mu = log_shift(self.geometry.grid.tokens, n)
-        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+        return scheduler_shift(self.configs["scheduler"], log_shift(self.geometry.grid.tokens, n))
 
     def text_spec(self, batch: int, dtype: str) -> EngineSpec:
         shape = (batch, self.geometry.text_tokens)

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
 
-from jitexport.errors import InputError, MissingDependencyError, ModelNotFoundError, UnsupportedModelError
-from jitexport.models.base import ModelAdapter, check_settings, full_config, read_json
+from jitexport.errors import MissingDependencyError, ModelNotFoundError, UnsupportedModelError
+from jitexport.models.base import ModelAdapter, full_config, read_json, with_settings
 from jitexport.models.single_file import read_single_file
 from jitexport.prompting import Tokenizer
 
@@ -87,12 +87,7 @@ def merged_settings(
     """
     usual = family.usual(configs)
     stored = read_json(folder / "jitexport.json") if (folder / "jitexport.json").is_file() else {}
-    given = {k: v for k, v in (settings or {}).items() if v is not None}
-    if unknown := given.keys() - usual.keys():
-        raise InputError("unknown settings", found=sorted(unknown), expected=f"some of {sorted(usual)}")
-    merged = usual | {k: v for k, v in stored.items() if k in usual} | given
-    check_settings(merged)
-    return merged
+    return with_settings(usual | {k: v for k, v in stored.items() if k in usual}, settings)
 
 
 # --- components -------------------------------------------------------------------------------------------------------

@@ -34,9 +34,17 @@ from jitexport.models.base import (
     TiledDecoder,
     image_grid,
 )
+from jitexport.models.components import QWEN2_5_VL_7B
 from jitexport.models.language import LanguageText, keep_what_is_read
-from jitexport.models.layers import feed_forward, gated, modulate, run_linear, runs_in_int8, stream
-from jitexport.models.naming import Naming, Prefix, Target
+from jitexport.models.layers import (
+    TransformerPart,
+    image_side,
+    joint_block,
+    last_layer,
+    text_side,
+    time_embedding,
+)
+from jitexport.models.naming import ADDED, FUSED, QKV, TRANSFORMER, Aliases, Naming, Prefix, Target
 from jitexport.models.schedulers import flow_sigmas
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
@@ -63,11 +71,6 @@ SIZES = {640: (480, 848), 960: (720, 1280)}
 
 #: What masks add to the scores of padding: small enough for none to be left, and finite.
 HIDDEN = -1e30
-
-
-def time_embedding(embed: nn.Module, embedder: nn.Module, sigmas: Tensor) -> Tensor:
-    """Noise levels [S] by a module's sines and two layers -> [S, D]. Angles of up to 1000 radians are made in fp32."""
-    return embedder(embed(sigmas.float() * 1000).to(embedder.linear_1.weight.dtype))
 
 
 # --- text ---
@@ -135,16 +138,12 @@ def refiner_block(block: nn.Module, x: Tensor, emb: Tensor, mask: Tensor) -> Ten
     return x + gate_2[:, :, None] * block.ff(block.norm2(x))
 
 
-class HunyuanCondition(nn.Module):
+class HunyuanCondition(TransformerPart):
     """The text as the transformer's blocks take it, for every noise level.
 
     states [B, T1, E1] of the language model and glyphs [B, T2, E2] of ByT5, each followed by its mask, 1 at tokens and
     0 at padding, fp32, and sigmas [S] -> context [S, B, T2 + T1, D], what is added to scores of its keys [B, T2 + T1].
     """
-
-    def __init__(self, transformer: nn.Module) -> None:
-        super().__init__()
-        self.transformer = transformer
 
     def forward(
         self, states: Tensor, states_mask: Tensor, glyphs: Tensor, glyphs_mask: Tensor, sigmas: Tensor
@@ -169,28 +168,16 @@ def double_block(
     block: nn.Module, video: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of video [B, m, D] and text [B, T, D] with weights of their own; modulation [1, 12 D]."""
-    shift_v, scale_v, gate_v, shift_v2, scale_v2, gate_v2, *rest = modulation.chunk(12, dim=-1)
-    shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = rest
     attn = block.attn
-    d = attn.to_q.weight.shape[0] // attn.heads
-
-    x = modulate(block.norm1.norm, video, shift_v, scale_v)
-    c = modulate(block.norm1_context.norm, text, shift_t, scale_t)
-    streams = [
-        stream(x, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), d),
-        stream(c, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k), d),
-    ]
-    a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_q), mask=mask).flatten(2)
-    x, c = a.split([video.shape[1], text.shape[1]], dim=1)
-
-    video = gated(video, gate_v, run_linear(attn.to_out[0], x, wide=True))
-    video = gated(video, gate_v2, feed_forward(block.ff, modulate(block.norm2, video, shift_v2, scale_v2)))
-    text = gated(text, gate_t, run_linear(attn.to_add_out, c, wide=True))
-    text = gated(text, gate_t2, feed_forward(block.ff_context, modulate(block.norm2_context, text, shift_t2, scale_t2)))
+    sides = (
+        image_side(attn, block.norm1.norm, block.norm2, block.ff),
+        text_side(attn, block.norm1_context.norm, block.norm2_context, block.ff_context),
+    )
+    video, text = joint_block(attn, sides, (video, text), modulation.chunk(2, dim=-1), cos, sin, mask)
     return video, text
 
 
-class HunyuanStage(nn.Module):
+class HunyuanStage(TransformerPart):
     """One evaluation of the transformer on the active tokens.
 
     tokens [B, m, C], cos and sin [B, m, Dh / 2], context [B, T, D], key_mask [B, T], additive, modulation [M]
@@ -200,10 +187,6 @@ class HunyuanStage(nn.Module):
     #: Functions of repeated blocks, which a backend may compile once for all blocks.
     regions = ("double_block",)
     double_block = staticmethod(double_block)
-
-    def __init__(self, transformer: nn.Module) -> None:
-        super().__init__()
-        self.transformer = transformer
 
     def forward(
         self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, key_mask: Tensor, modulation: Tensor
@@ -219,8 +202,7 @@ class HunyuanStage(nn.Module):
         text = context
         for block, part in zip(blocks, parts, strict=True):
             video, text = self.double_block(block, video, text, part, cos, sin, mask)
-        scale, shift = out.chunk(2, dim=-1)
-        return model.proj_out(modulate(model.norm_out.norm, video, shift, scale))
+        return last_layer(model, video, out)
 
 
 # --- the autoencoder ---
@@ -276,46 +258,37 @@ class HunyuanDecode(nn.Module):
 # --- names ---
 
 PREFIXES = (
-    Prefix("transformer.", "transformer"),
+    *TRANSFORMER,
     Prefix("text_encoder.", "text_encoder"),
     Prefix("text_encoder_2.", "text_encoder_2"),
-    Prefix("diffusion_model.", "transformer"),  # ComfyUI, ai-toolkit
-    Prefix("model.diffusion_model.", "transformer"),
-    Prefix("lora_unet_", "transformer", flat=True),  # kohya, musubi-tuner
-    Prefix("lora_transformer_", "transformer", flat=True),  # OneTrainer
-    Prefix("lycoris_", "transformer", flat=True),
-    Prefix("", "transformer"),
 )
 
-_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
-_ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-
-#: {name in a block of the authors: name in diffusers' block}
+#: {name in a block of the authors: names in diffusers' block}
 BLOCK = {
-    "img_attn_q": "attn.to_q",
-    "img_attn_k": "attn.to_k",
-    "img_attn_v": "attn.to_v",
-    "img_attn_q_norm": "attn.norm_q",
-    "img_attn_k_norm": "attn.norm_k",
-    "img_attn_proj": "attn.to_out.0",
-    "txt_attn_q": "attn.add_q_proj",
-    "txt_attn_k": "attn.add_k_proj",
-    "txt_attn_v": "attn.add_v_proj",
-    "txt_attn_q_norm": "attn.norm_added_q",
-    "txt_attn_k_norm": "attn.norm_added_k",
-    "txt_attn_proj": "attn.to_add_out",
-    "img_mlp.fc1": "ff.net.0.proj",
-    "img_mlp.fc2": "ff.net.2",
-    "txt_mlp.fc1": "ff_context.net.0.proj",
-    "txt_mlp.fc2": "ff_context.net.2",
-    "img_mod.linear": "norm1.linear",
-    "txt_mod.linear": "norm1_context.linear",
+    "img_attn_q": ("attn.to_q",),
+    "img_attn_k": ("attn.to_k",),
+    "img_attn_v": ("attn.to_v",),
+    "img_attn_q_norm": ("attn.norm_q",),
+    "img_attn_k_norm": ("attn.norm_k",),
+    "img_attn_proj": ("attn.to_out.0",),
+    "txt_attn_q": ("attn.add_q_proj",),
+    "txt_attn_k": ("attn.add_k_proj",),
+    "txt_attn_v": ("attn.add_v_proj",),
+    "txt_attn_q_norm": ("attn.norm_added_q",),
+    "txt_attn_k_norm": ("attn.norm_added_k",),
+    "txt_attn_proj": ("attn.to_add_out",),
+    "img_mlp.fc1": ("ff.net.0.proj",),
+    "img_mlp.fc2": ("ff.net.2",),
+    "txt_mlp.fc1": ("ff_context.net.0.proj",),
+    "txt_mlp.fc2": ("ff_context.net.2",),
+    "img_mod.linear": ("norm1.linear",),
+    "txt_mod.linear": ("norm1_context.linear",),
 }
 
-#: Parts of blocks as ComfyUI has them, and diffusers' fused projections.
+#: Parts of blocks as ComfyUI has them.
 BLOCK_ADAPTERS = {
-    "img_attn.qkv": _QKV,
-    "txt_attn.qkv": _ADDED,
+    "img_attn.qkv": QKV,
+    "txt_attn.qkv": ADDED,
     "img_attn.proj": ("attn.to_out.0",),
     "txt_attn.proj": ("attn.to_add_out",),
     "img_mlp.0": ("ff.net.0.proj",),
@@ -323,12 +296,11 @@ BLOCK_ADAPTERS = {
     "txt_mlp.0": ("ff_context.net.0.proj",),
     "txt_mlp.2": ("ff_context.net.2",),
 }
-FUSED = {"attn.to_qkv": _QKV, "attn.to_added_qkv": _ADDED}
 
 REFINER_BLOCK = {
     "norm1": ("norm1",),
     "norm2": ("norm2",),
-    "self_attn_qkv": _QKV,
+    "self_attn_qkv": QKV,
     "self_attn_proj": ("attn.to_out.0",),
     "mlp.fc1": ("ff.net.0.proj",),
     "mlp.fc2": ("ff.net.2",),
@@ -359,36 +331,19 @@ OUTSIDE = {
 
 def aliases(modules: Iterable[str]) -> dict[str, Target]:
     """See `jitexport.models.naming.Naming`."""
-    known = set(modules)
-    found: dict[str, Target] = {}
-
-    def add(name: str, owned: Iterable[str], *, swapped: bool = False, partial: bool = False) -> None:
-        targets = tuple(f"transformer.{module}" for module in owned)
-        if known.issuperset(targets):
-            found[f"transformer.{name}"] = Target(targets, swapped, partial)
-
-    for ours in _numbered(known, "transformer_blocks"):
-        theirs = ours.replace("transformer_blocks", "double_blocks")
-        for name, part in BLOCK.items():
-            add(f"{theirs}.{name}", [f"{ours}.{part}"])
-        for block, table in ((theirs, BLOCK_ADAPTERS), (ours, FUSED)):
-            for name, parts in table.items():
-                add(f"{block}.{name}", [f"{ours}.{p}" for p in parts], partial=True)
-    for ours in _numbered(known, "context_embedder.token_refiner.refiner_blocks"):
-        theirs = f"txt_in.individual_token_refiner.blocks.{ours.rpartition('.')[2]}"
-        for name, parts in REFINER_BLOCK.items():
-            add(f"{theirs}.{name}", [f"{ours}.{p}" for p in parts])
+    names = Aliases(modules)
+    for block in names.blocks("transformer_blocks"):
+        theirs = block.replace("transformer_blocks", "double_blocks")
+        names.add_all(theirs, block, BLOCK)
+        names.add_all(theirs, block, BLOCK_ADAPTERS, partial=True)
+        names.add_all(block, block, FUSED, partial=True)
+    refiner = "context_embedder.token_refiner.refiner_blocks"
+    for block in names.blocks(refiner):
+        names.add_all(block.replace(refiner, "txt_in.individual_token_refiner.blocks"), block, REFINER_BLOCK)
     for name, part in OUTSIDE.items():
-        add(name, [part])
-    add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
-    return found
-
-
-def _numbered(modules: set[str], group: str) -> list[str]:
-    """The blocks of a group of the transformer, "<group>.<number>"."""
-    start = f"transformer.{group}."
-    numbers = {m.removeprefix(start).partition(".")[0] for m in modules if m.startswith(start)}
-    return [f"{group}.{number}" for number in sorted(numbers, key=int)]
+        names.add(name, [part])
+    names.add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
+    return names.found
 
 
 # --- the published models ---
@@ -425,16 +380,7 @@ def _published(hub_id: str, target_size: int, shift: float) -> Published:
             "temporal_compression_ratio": 4,
             "scaling_factor": 1.03682,
         },
-        "text_encoder": {  # Qwen2.5-VL-7B-Instruct
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        },
+        "text_encoder": QWEN2_5_VL_7B,
         "text_encoder_2": {  # ByT5-small with Glyph-SDXL-v2's colours and fonts
             "vocab_size": 1510,
             "d_model": 1472,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from jitexport.grid import TokenGrid, unpack
-from jitexport.kernels.attention import Stream
+from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear
 from jitexport.quant import QuantizedLinear
 
@@ -45,6 +45,95 @@ def run_linear(layer: nn.Module, *parts: Tensor, gelu: bool = False, wide: bool 
 def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
     """diffusers' `FeedForward` with its tanh GELU, [B, L, D] -> [B, L, D]."""
     return run_linear(ff.net[2], run_linear(ff.net[0].proj, x, gelu=True), wide=True)
+
+
+def time_embedding(embed: nn.Module, embedder: nn.Module, levels: Tensor) -> Tensor:
+    """Noise levels, or guidance, [S] by a module's sines and an embedder's two layers -> [S, D].
+
+    Angles of up to 1000 radians are made in fp32 whatever the model's dtype.
+    """
+    return embedder(embed(levels.float() * 1000).to(embedder.linear_1.weight.dtype))
+
+
+def last_layer(model: nn.Module, x: Tensor, modulation: Tensor) -> Tensor:
+    """A transformer's output norm and projection of image tokens x [B, m, D]; modulation [B, 2 D]."""
+    scale, shift = modulation.chunk(2, dim=-1)
+    return model.proj_out(modulate(model.norm_out.norm, x, shift, scale))
+
+
+class Side(NamedTuple):
+    """What a joint block has for one of its streams.
+
+    Attributes:
+        norm, mlp_norm: before attention and before the MLP.
+        projections: of queries, keys and values.
+        qk_norms: of queries and keys.
+        out: behind attention.
+        mlp: the feed-forward module.
+    """
+
+    norm: nn.Module
+    projections: Sequence[nn.Module]
+    qk_norms: Sequence[nn.Module]
+    out: nn.Module
+    mlp_norm: nn.Module
+    mlp: nn.Module
+
+
+def image_side(attn: nn.Module, norm: nn.Module, mlp_norm: nn.Module, mlp: nn.Module) -> Side:
+    """The image's or video's, by diffusers' names in a joint attention."""
+    return Side(norm, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), attn.to_out[0], mlp_norm, mlp)
+
+
+def text_side(attn: nn.Module, norm: nn.Module, mlp_norm: nn.Module, mlp: nn.Module) -> Side:
+    """The text's."""
+    projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    return Side(norm, projections, (attn.norm_added_q, attn.norm_added_k), attn.to_add_out, mlp_norm, mlp)
+
+
+def joint_block(
+    attn: nn.Module,
+    sides: Sequence[Side],
+    tokens: Sequence[Tensor],
+    modulation: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | None = None,
+    *,
+    mlp: Callable[[Any, Tensor], Tensor] = feed_forward,
+) -> list[Tensor]:
+    """Attention over all streams together, then an MLP of each, with weights of its own (MM-DiT).
+
+    Args:
+        sides, tokens, modulation: of the streams in the order of attention; tokens [B, L, D], modulation
+            [B or 1, 6 D]: shift, scale and gate of attention, then of the MLP.
+        cos, sin, mask: see `attention`.
+        mlp: runs a side's feed-forward module.
+
+    Returns:
+        The streams after the block.
+    """
+    head_dim = attn.to_q.weight.shape[0] // attn.heads
+    vectors = [part.chunk(6, dim=-1) for part in modulation]
+    streams = [
+        stream(modulate(side.norm, x, shift, scale), side.projections, side.qk_norms, head_dim)
+        for side, x, (shift, scale, *_) in zip(sides, tokens, vectors, strict=True)
+    ]
+    a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_q), mask=mask).flatten(2)
+    after = []
+    parts = a.split([x.shape[1] for x in tokens], dim=1)
+    for side, x, part, (_, _, gate, shift, scale, mlp_gate) in zip(sides, tokens, parts, vectors, strict=True):
+        x = gated(x, gate, run_linear(side.out, part, wide=True))
+        after.append(gated(x, mlp_gate, mlp(side.mlp, modulate(side.mlp_norm, x, shift, scale))))
+    return after
+
+
+class TransformerPart(nn.Module):
+    """Base of engines that are parts of a transformer, with its weights under their own names."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
 
 
 class PackedDecode(nn.Module):

@@ -33,6 +33,62 @@ class Prefix:
     flat: bool = False
 
 
+#: What files put in front of the names of a transformer's modules.
+TRANSFORMER = (
+    Prefix("transformer.", "transformer"),
+    Prefix("diffusion_model.", "transformer"),  # ComfyUI, ai-toolkit
+    Prefix("model.diffusion_model.", "transformer"),
+    Prefix("lora_unet_", "transformer", flat=True),  # kohya, musubi-tuner
+    Prefix("lora_transformer_", "transformer", flat=True),  # OneTrainer
+    Prefix("lycoris_", "transformer", flat=True),  # LyCORIS' wrapper
+    Prefix("", "transformer"),
+)
+
+#: Joint attention's projections of the image and of the text, as diffusers names them in a block.
+QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+ADDED = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+#: diffusers' fused projections: parts of blocks that checkpoints do not have so.
+FUSED = {"attn.to_qkv": QKV, "attn.to_added_qkv": ADDED}
+
+
+class Aliases:
+    """Collects further names of a transformer's modules, of those that are there.
+
+    Args:
+        modules: full names of a model's modules.
+
+    Attributes:
+        found: see `Naming.aliases`.
+    """
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self.known = set(modules)
+        self.found: dict[str, Target] = {}
+
+    def add(self, name: str, owned: Iterable[str], *, swapped: bool = False, partial: bool = False) -> None:
+        """A foreign name of modules, all without "transformer."; nothing where one of them is not there."""
+        targets = tuple(f"transformer.{module}" for module in owned)
+        if self.known.issuperset(targets):
+            self.found[f"transformer.{name}"] = Target(targets, swapped, partial)
+
+    def add_all(self, theirs: str, ours: str, table: Mapping[str, Sequence[str]], *, partial: bool = False) -> None:
+        """The names in a table, {name in `theirs`: names in `ours`}."""
+        for name, parts in table.items():
+            self.add(f"{theirs}.{name}", [f"{ours}.{part}" for part in parts], partial=partial)
+
+    def blocks(self, group: str) -> list[str]:
+        """The blocks of a group, "<group>.<number>", in order."""
+        start = f"transformer.{group}."
+        numbers = {m.removeprefix(start).partition(".")[0] for m in self.known if m.startswith(start)}
+        return [f"{group}.{number}" for number in sorted(numbers, key=int)]
+
+    def add_scales(self) -> None:
+        """Names of norms with "scale" behind them: so FLUX's authors call a norm's weight, and formats take it for a
+        module."""
+        norms = {name: target for name, target in self.found.items() if name.endswith("_norm")}
+        self.found |= {f"{name}.scale": Target(target.modules, partial=True) for name, target in norms.items()}
+
+
 @dataclass(frozen=True)
 class Naming:
     """A family's names.

@@ -11,7 +11,6 @@ The modules below run diffusers' own weights under their own names, arranged for
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,12 +21,18 @@ from torch import Tensor, nn
 from jitexport.errors import InputError, UnsupportedModelError
 from jitexport.grid import TokenGrid, unpack
 from jitexport.guidance import Guidance
-from jitexport.kernels.attention import attention
 from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
+from jitexport.models.components import QWEN2_5_VL_7B
 from jitexport.models.language import LanguageText, keep_what_is_read
-from jitexport.models.layers import feed_forward, gated, modulate, run_linear, runs_in_int8, stream
-from jitexport.models.naming import Naming, Prefix, Target
-from jitexport.models.schedulers import flow_sigmas, resolution_shift
+from jitexport.models.layers import (
+    TransformerPart,
+    image_side,
+    joint_block,
+    last_layer,
+    text_side,
+)
+from jitexport.models.naming import FUSED, TRANSFORMER, Aliases, Naming, Prefix, Target
+from jitexport.models.schedulers import flow_sigmas, resolution_shift, scheduler_shift
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
@@ -85,50 +90,35 @@ class QwenImageModulation(nn.Module):
         return torch.cat([layer(emb) for layer in self.layers], dim=-1)
 
 
-class QwenImageCondition(nn.Module):
+class QwenImageCondition(TransformerPart):
     """What the transformer makes of the text before its blocks.
 
     prompt_embeds [B, T, E], their mask [B, T] -> context [B, T, D], what is added to scores of its keys [B, T].
     """
-
-    def __init__(self, transformer: QwenImageTransformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
 
     def forward(self, prompt_embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         context = self.transformer.txt_in(self.transformer.txt_norm(prompt_embeds))
         return context, (1 - mask) * PADDING
 
 
-def joint_block(
+def double_block(
     block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own.
 
     modulation [1, 12 D], angles [B, T + m, Dh / 2], mask of keys [B, T + m].
     """
-    shift_i, scale_i, gate_i, shift_i2, scale_i2, gate_i2, *rest = modulation.chunk(12, dim=-1)
-    shift_t, scale_t, gate_t, shift_t2, scale_t2, gate_t2 = rest
     attn = block.attn
-    d = attn.inner_dim // attn.heads
-
-    x = modulate(block.img_norm1, image, shift_i, scale_i)
-    c = modulate(block.txt_norm1, text, shift_t, scale_t)
-    streams = [
-        stream(c, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k), d),
-        stream(x, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), d),
-    ]
-    a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_q), mask=mask).flatten(2)
-    c, x = a.split([text.shape[1], image.shape[1]], dim=1)
-
-    image = gated(image, gate_i, run_linear(attn.to_out[0], x, wide=True))
-    image = gated(image, gate_i2, feed_forward(block.img_mlp, modulate(block.img_norm2, image, shift_i2, scale_i2)))
-    text = gated(text, gate_t, run_linear(attn.to_add_out, c, wide=True))
-    text = gated(text, gate_t2, feed_forward(block.txt_mlp, modulate(block.txt_norm2, text, shift_t2, scale_t2)))
+    sides = (
+        text_side(attn, block.txt_norm1, block.txt_norm2, block.txt_mlp),
+        image_side(attn, block.img_norm1, block.img_norm2, block.img_mlp),
+    )
+    of_image, of_text = modulation.chunk(2, dim=-1)
+    text, image = joint_block(attn, sides, (text, image), (of_text, of_image), cos, sin, mask)
     return image, text
 
 
-class QwenImageStage(nn.Module):
+class QwenImageStage(TransformerPart):
     """One evaluation of the transformer on the active tokens.
 
     tokens [B, m, C], cos and sin [B, T + m, Dh / 2], context [B, T, D], key_mask [B, T] (added to the scores of the
@@ -136,12 +126,8 @@ class QwenImageStage(nn.Module):
     """
 
     #: The function of the repeated blocks, which a backend may compile once for all blocks.
-    regions = ("joint_block",)
-    joint_block = staticmethod(joint_block)
-
-    def __init__(self, transformer: QwenImageTransformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
+    regions = ("double_block",)
+    double_block = staticmethod(double_block)
 
     def forward(
         self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, key_mask: Tensor, modulation: Tensor
@@ -153,9 +139,8 @@ class QwenImageStage(nn.Module):
 
         image, text = model.img_in(tokens), context
         for block, part in zip(blocks, parts, strict=True):
-            image, text = self.joint_block(block, image, text, part, cos, sin, mask)
-        scale, shift = out.chunk(2, dim=-1)
-        return model.proj_out(modulate(model.norm_out.norm, image, shift, scale))
+            image, text = self.double_block(block, image, text, part, cos, sin, mask)
+        return last_layer(model, image, out)
 
 
 class QwenImageDecode(nn.Module):
@@ -215,33 +200,17 @@ def attend(block: nn.Module, x: Tensor) -> Tensor:
 
 # --- names in adapters and checkpoints -------------------------------------------------------------------------------
 
-#: Diffusers' fused projections, which checkpoints do not have so.
-FUSED = {
-    "attn.to_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "attn.to_added_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-}
-
 
 def aliases(modules: Iterable[str]) -> dict[str, Target]:
     """See `jitexport.models.naming.Naming`: the authors' own names are diffusers'."""
-    known = set(modules)
-    blocks = {name.removesuffix(".attn.to_q") for name in known if name.endswith(".attn.to_q")}
-    fused = {f"{b}.{name}": tuple(f"{b}.{part}" for part in parts) for b in blocks for name, parts in FUSED.items()}
-    return {name: Target(parts, partial=True) for name, parts in fused.items() if known.issuperset(parts)}
+    names = Aliases(modules)
+    for block in names.blocks("transformer_blocks"):
+        names.add_all(block, block, FUSED, partial=True)
+    return names.found
 
 
 NAMING = Naming(
-    (
-        Prefix("transformer.", "transformer"),
-        Prefix("text_encoder.", "text_encoder"),
-        Prefix("diffusion_model.", "transformer"),  # ComfyUI, ai-toolkit
-        Prefix("model.diffusion_model.", "transformer"),
-        Prefix("lora_unet_", "transformer", flat=True),  # kohya
-        Prefix("lora_transformer_", "transformer", flat=True),  # OneTrainer
-        Prefix("lycoris_", "transformer", flat=True),  # LyCORIS' wrapper
-        Prefix("lora_te_", "text_encoder", flat=True),
-        Prefix("", "transformer"),
-    ),
+    (*TRANSFORMER, Prefix("text_encoder.", "text_encoder"), Prefix("lora_te_", "text_encoder", flat=True)),
     aliases,
     constant=("img_mod", "txt_mod", "time_text_embed", "norm_out"),
 )
@@ -278,17 +247,7 @@ CONFIGS = {
         ],
     },
     "text_encoder": {
-        "text_config": {
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 128000,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
-        },
+        "text_config": QWEN2_5_VL_7B | {"max_position_embeddings": 128000},
         "vision_config": {"hidden_size": 1280, "out_hidden_size": 3584},
     },
     "scheduler": {
@@ -401,10 +360,7 @@ class QwenImageAdapter(ModelAdapter):
     def shift(self, n: int) -> float:
         """That before the levels are stretched to end at 0.02."""
         config = self.configs["scheduler"]
-        if not config.get("use_dynamic_shifting"):
-            return config.get("shift", 1.0)
-        mu = resolution_shift(config, self.geometry.grid.tokens)
-        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+        return scheduler_shift(config, resolution_shift(config, self.geometry.grid.tokens))
 
     def text_spec(self, batch: int, dtype: str) -> EngineSpec:
         length = DROPPED + self.geometry.text_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,3 +33,10 @@ def resolution_shift(config: Mapping[str, Any], tokens: int) -> float:
     base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (most - base) / (high - low)
     return tokens * slope + (base - slope * low)
+
+
+def scheduler_shift(config: Mapping[str, Any], mu: float) -> float:
+    """The shift h, sigma = h u / (1 + (h - 1) u), of a scheduler: its own, or that of mu where it is dynamic."""
+    if not config.get("use_dynamic_shifting"):
+        return config.get("shift", 1.0)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)

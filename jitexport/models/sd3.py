@@ -22,15 +22,26 @@ from jitexport.errors import InputError, UnsupportedModelError
 from jitexport.guidance import Guidance
 from jitexport.kernels.attention import Stream, attention
 from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
-from jitexport.models.layers import PackedDecode, feed_forward, gated, modulate, run_linear, runs_in_int8, stream
-from jitexport.models.naming import Naming, Prefix, Target
-from jitexport.models.schedulers import flow_sigmas, resolution_shift
+from jitexport.models.components import AUTOENCODER_16, T5_XXL, clip
+from jitexport.models.layers import (
+    PackedDecode,
+    TransformerPart,
+    feed_forward,
+    gated,
+    last_layer,
+    modulate,
+    run_linear,
+    runs_in_int8,
+    stream,
+    time_embedding,
+)
+from jitexport.models.naming import ADDED, FUSED, QKV, TRANSFORMER, Aliases, Naming, Prefix, Target
+from jitexport.models.schedulers import flow_sigmas, resolution_shift, scheduler_shift
 from jitexport.positions import Positions, Tables
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
 
 if TYPE_CHECKING:
-    from diffusers import SD3Transformer2DModel
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 PATCH = 2  # a token is 2 x 2 latent pixels
@@ -219,7 +230,7 @@ def image_width(block: nn.Module) -> int:
     return 9 if block.use_dual_attention else 6
 
 
-class SD3Condition(nn.Module):
+class SD3Condition(TransformerPart):
     """Everything of the transformer that does not see the image.
 
     prompt_embeds [B, T, E], pooled [B, P], sigmas [S] -> modulation [S, B, M], context [B, T, D].
@@ -228,14 +239,10 @@ class SD3Condition(nn.Module):
     block 2 D), and of the output norm (2 D).
     """
 
-    def __init__(self, transformer: SD3Transformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
-
     def forward(self, prompt_embeds: Tensor, pooled: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         model = self.transformer
         embed = model.time_text_embed
-        time = embed.timestep_embedder(embed.time_proj(sigmas.float() * 1000).to(pooled.dtype))  # [S, D]
+        time = time_embedding(embed.time_proj, embed.timestep_embedder, sigmas)  # [S, D]
         emb = F.silu(time[:, None] + embed.text_embedder(pooled))  # [S, B, D]
         layers = [norm.linear for b in model.transformer_blocks for norm in (b.norm1, b.norm1_context)]
         layers += [model.norm_out.linear]
@@ -295,7 +302,7 @@ def last_block(block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor
     return image_update(block, image, modulate(block.norm1_context.norm, text, shift, scale), mine)[0]
 
 
-class SD3Stage(nn.Module):
+class SD3Stage(TransformerPart):
     """One evaluation of the transformer on the active tokens.
 
     tokens [B, m, C], positions [B, m, D], modulation [B, M], context [B, T, D] -> velocity [B, m, C].
@@ -304,10 +311,6 @@ class SD3Stage(nn.Module):
     #: Functions of repeated blocks, which a backend may compile once for all blocks.
     regions = ("joint_block", "last_block")
     joint_block, last_block = staticmethod(joint_block), staticmethod(last_block)
-
-    def __init__(self, transformer: SD3Transformer2DModel) -> None:
-        super().__init__()
-        self.transformer = transformer
 
     def forward(self, tokens: Tensor, positions: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
         model = self.transformer
@@ -321,8 +324,7 @@ class SD3Stage(nn.Module):
         for block, part in zip(model.transformer_blocks[:-1], parts[:-1], strict=True):
             image, text = self.joint_block(block, image, text, part)
         image = self.last_block(model.transformer_blocks[-1], image, text, parts[-1])
-        scale, shift = out.chunk(2, dim=-1)
-        velocity = model.proj_out(modulate(model.norm_out.norm, image, shift, scale))
+        velocity = last_layer(model, image, out)
         # The model writes a token's channels last, and reads them first: [p, q, C] -> [C, p, q].
         return velocity.unflatten(-1, (PATCH**2, -1)).transpose(-1, -2).flatten(-2)
 
@@ -330,43 +332,34 @@ class SD3Stage(nn.Module):
 # --- names of the same modules elsewhere -----------------------------------------------------------------------------
 
 PREFIXES = (
-    Prefix("transformer.", "transformer"),
+    *TRANSFORMER,
     Prefix("text_encoder.", "text_encoder"),
     Prefix("text_encoder_2.", "text_encoder_2"),
     Prefix("text_encoder_3.", "text_encoder_3"),
-    Prefix("diffusion_model.", "transformer"),  # ComfyUI, ai-toolkit
-    Prefix("model.diffusion_model.", "transformer"),
     Prefix("text_encoders.clip_l.transformer.", "text_encoder"),
     Prefix("text_encoders.clip_g.transformer.", "text_encoder_2"),
     Prefix("text_encoders.t5xxl.transformer.", "text_encoder_3"),
-    Prefix("lora_unet_", "transformer", flat=True),  # kohya
-    Prefix("lora_transformer_", "transformer", flat=True),  # OneTrainer
-    Prefix("lycoris_", "transformer", flat=True),  # LyCORIS' wrapper
     Prefix("lora_te1_", "text_encoder", flat=True),
     Prefix("lora_te2_", "text_encoder_2", flat=True),
     Prefix("lora_te3_", "text_encoder_3", flat=True),
-    Prefix("", "transformer"),
 )
 
-
-def _of_qkv(attn: str, form: str) -> tuple[str, ...]:
-    return tuple(f"{attn}.{form.format(x)}" for x in "qkv")
-
+AGAIN = ("attn2.to_q", "attn2.to_k", "attn2.to_v")  # of SD3.5-medium's second attention
 
 #: {name in a block of the authors: names in diffusers' block}
 BLOCK = {
-    "x_block.attn.qkv": _of_qkv("attn", "to_{}"),
+    "x_block.attn.qkv": QKV,
     "x_block.attn.proj": ("attn.to_out.0",),
     "x_block.attn.ln_q": ("attn.norm_q",),
     "x_block.attn.ln_k": ("attn.norm_k",),
-    "x_block.attn2.qkv": _of_qkv("attn2", "to_{}"),
+    "x_block.attn2.qkv": AGAIN,
     "x_block.attn2.proj": ("attn2.to_out.0",),
     "x_block.attn2.ln_q": ("attn2.norm_q",),
     "x_block.attn2.ln_k": ("attn2.norm_k",),
     "x_block.mlp.fc1": ("ff.net.0.proj",),
     "x_block.mlp.fc2": ("ff.net.2",),
     "x_block.adaLN_modulation.1": ("norm1.linear",),
-    "context_block.attn.qkv": _of_qkv("attn", "add_{}_proj"),
+    "context_block.attn.qkv": ADDED,
     "context_block.attn.proj": ("attn.to_add_out",),
     "context_block.attn.ln_q": ("attn.norm_added_q",),
     "context_block.attn.ln_k": ("attn.norm_added_k",),
@@ -382,57 +375,28 @@ OUTSIDE = {
     "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
     "final_layer.linear": "proj_out",
 }
-#: diffusers' fused projections: parts of blocks that checkpoints do not have so.
-FUSED = {
-    "attn.to_qkv": _of_qkv("attn", "to_{}"),
-    "attn.to_added_qkv": _of_qkv("attn", "add_{}_proj"),
-    "attn2.to_qkv": _of_qkv("attn2", "to_{}"),
-}
 
 
 def aliases(modules: Iterable[str]) -> dict[str, Target]:
     """See `jitexport.models.naming.Naming`."""
-    known = set(modules)
-    found: dict[str, Target] = {}
-
-    def add(name: str, owned: Iterable[str], *, swapped: bool = False, partial: bool = False) -> None:
-        targets = tuple(f"transformer.{module}" for module in owned)
-        if known.issuperset(targets):
-            found[f"transformer.{name}"] = Target(targets, swapped, partial)
-
-    start = "transformer.transformer_blocks."
-    blocks = sorted({int(m.removeprefix(start).partition(".")[0]) for m in known if m.startswith(start)})
-    for i in blocks:
-        ours, theirs = f"transformer_blocks.{i}", f"joint_blocks.{i}"
-        for name, parts in BLOCK.items():
-            # The last block's text has scale and shift alone, as the output's norm.
-            swapped = i == blocks[-1] and name == "context_block.adaLN_modulation.1"
-            add(f"{theirs}.{name}", [f"{ours}.{part}" for part in parts], swapped=swapped)
-        for name, parts in FUSED.items():
-            add(f"{ours}.{name}", [f"{ours}.{part}" for part in parts], partial=True)
+    names = Aliases(modules)
+    blocks = names.blocks("transformer_blocks")
+    for block in blocks:
+        names.add_all(block.replace("transformer_blocks", "joint_blocks"), block, BLOCK)
+        names.add_all(block, block, FUSED | {"attn2.to_qkv": AGAIN}, partial=True)
     for name, part in OUTSIDE.items():
-        add(name, [part])
-    add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
-    return found
+        names.add(name, [part])
+    # The last block's text has scale and shift alone, as the output's norm.
+    for block in blocks[-1:]:
+        theirs = block.replace("transformer_blocks", "joint_blocks")
+        names.add(f"{theirs}.context_block.adaLN_modulation.1", [f"{block}.norm1_context.linear"], swapped=True)
+    names.add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
+    return names.found
 
 
 NAMING = Naming(PREFIXES, aliases)
 
 # --- the published models --------------------------------------------------------------------------------------------
-
-
-def _clip(width: int, layers: int, heads: int, activation: str) -> dict[str, Any]:
-    return {
-        "vocab_size": 49408,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "projection_dim": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "max_position_embeddings": 77,
-        "hidden_act": activation,
-        "eos_token_id": 2,
-    }
 
 
 def _published(hub_id: str, blocks: int, heads: int, transformer: dict[str, Any], **settings: Any) -> Published:
@@ -453,28 +417,10 @@ def _published(hub_id: str, blocks: int, heads: int, transformer: dict[str, Any]
             "qk_norm": "rms_norm",
         }
         | transformer,
-        "vae": {
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "block_out_channels": [128, 256, 512, 512],
-            "layers_per_block": 2,
-            "latent_channels": 16,
-            "scaling_factor": 1.5305,
-            "shift_factor": 0.0609,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
-        "text_encoder": _clip(768, 12, 12, "quick_gelu"),
-        "text_encoder_2": _clip(1280, 32, 20, "gelu"),
-        "text_encoder_3": {
-            "vocab_size": 32128,
-            "d_model": 4096,
-            "d_kv": 64,
-            "d_ff": 10240,
-            "num_layers": 24,
-            "num_heads": 64,
-            "feed_forward_proj": "gated-gelu",
-        },
+        "vae": AUTOENCODER_16 | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+        "text_encoder": clip(768, 12, 12, hidden_act="quick_gelu", eos_token_id=2),
+        "text_encoder_2": clip(1280, 32, 20, hidden_act="gelu", eos_token_id=2),
+        "text_encoder_3": T5_XXL,
         "scheduler": {"num_train_timesteps": 1000, "shift": 3.0},
     }
     return Published(hub_id, configs, settings)
@@ -608,8 +554,7 @@ class SD3Adapter(ModelAdapter):
 
     def shift(self, n: int) -> float:
         """The scheduler's: its last noise level but one is not on the curve."""
-        config = self.configs["scheduler"]
-        return math.exp(self._log_shift()) if config.get("use_dynamic_shifting") else config["shift"]
+        return scheduler_shift(self.configs["scheduler"], self._log_shift())
 
     def text_spec(self, batch: int, dtype: str) -> EngineSpec:
         clip = self.configs["text_encoder"]["max_position_embeddings"]

@@ -12,7 +12,7 @@ import torch
 
 from jitexport import registry
 from jitexport.errors import InputError, MissingDependencyError, ModelNotFoundError, UnsupportedModelError
-from jitexport.models.base import ModelAdapter, check_settings, read_json
+from jitexport.models.base import ModelAdapter, read_json, with_settings
 
 Made = TypeVar("Made")
 
@@ -116,12 +116,8 @@ def config_adapter(source: ModelSource, dtype: torch.dtype, settings: dict[str, 
     if not source.configs:
         return load_adapter(source, dtype, settings)
     family = _require(lambda: registry.family(source.pipeline_class))
-    usual = family.usual(source.configs) | source.settings
-    given = {k: v for k, v in (settings or {}).items() if v is not None}
-    if unknown := given.keys() - usual.keys():
-        raise InputError("unknown settings", found=sorted(unknown), expected=f"some of {sorted(usual)}")
-    check_settings(usual | given)
-    return _require(lambda: family.from_configs(source.configs, usual | given, dtype))
+    merged = with_settings(family.usual(source.configs) | source.settings, settings)
+    return _require(lambda: family.from_configs(source.configs, merged, dtype))
 
 
 def _require(find: Callable[[], Made]) -> Made:

@@ -7,6 +7,7 @@ import jitexport
 from jitexport.bundle.reading import read_manifest
 from jitexport.plan import CustomSchedule
 from jitexport.verify import verify
+from tests.parity import seeded
 
 #: Method, schedule, and the token counts of the stage engines that it needs, all on 96 tokens.
 CASES = {
@@ -20,10 +21,6 @@ CASES = {
 def bundle(request, make_bundle):
     custom, _ = CASES[request.param]
     return request.param, make_bundle(method=request.param, custom=custom, batch=2)
-
-
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(s) for s in seeds]
 
 
 def test_a_bundle_has_the_engines_that_the_schedule_needs(bundle):

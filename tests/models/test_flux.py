@@ -16,21 +16,13 @@ from jitexport.prompting import Tokenizer as PromptTokenizer
 from jitexport.schedule import PAPER_PRESETS, StageSchedule, beta_sigmas, make_stages, split_steps, uniform_sigmas
 from jitexport.specs import DTYPES
 from tests import tiny
+from tests.parity import assert_same
 
 PROMPTS = ["a red fox in the snow", "the blue house", "a dog under the green tree near a river on a hill in the sky"]
 
 # diffusers makes the angles of time and guidance in the model's dtype, we in fp32: bf16 keeps these values exactly.
 SIGMAS = (1.0, 0.512)
 GUIDANCE = 4.0
-
-
-def assert_same(found, expected, dtype):
-    """fp32: to 1e-5 everywhere. bf16, which keeps 8 bits: 2% of the whole."""
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    if dtype == "fp32":
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    else:
-        assert (found.float() - expected.float()).norm() <= 0.02 * expected.float().norm()
 
 
 @pytest.fixture(scope="module", params=["guided", "schnell"])

@@ -25,6 +25,7 @@ from jitexport.quant import QuantizedLinear
 from jitexport.schedule import Stage, StageSchedule, make_stages, uniform_sigmas
 from jitexport.specs import DTYPES
 from tests import tiny_flux2_klein as tiny
+from tests.parity import assert_same, seeded
 
 PROMPTS = ["a red fox", "", "a long prompt about a red fox that goes on until the template's end is cut off"]
 
@@ -32,19 +33,6 @@ PROMPTS = ["a red fox", "", "a long prompt about a red fox that goes on until th
 SIGMAS = (1.0, 0.512)
 
 SIZES = [(tiny.HEIGHT, tiny.WIDTH), (20, 28)]  # 12 x 8 and 5 x 7 tokens
-
-
-def assert_same(found, expected, dtype):
-    """fp32: to 1e-5 everywhere. bf16, which keeps 8 bits: 2% of the whole."""
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    if dtype == "fp32":
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    else:
-        assert (found.float() - expected.float()).norm() <= 0.02 * expected.float().norm()
-
-
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(s) for s in seeds]
 
 
 @pytest.fixture(scope="module")

@@ -19,20 +19,12 @@ from jitexport.schedule import StageSchedule, make_stages, split_steps, uniform_
 from jitexport.specs import DTYPES
 from jitexport.verify import verify
 from tests import tiny_hunyuan_video15 as tiny
+from tests.parity import assert_same, seeded
 
 PROMPTS = ["a fox on the snow", "", 'a house with "Hello" and “Hé 🎉” on it, "Hello"', "a fox on the snow " * 9]
 
 # diffusers rounds timesteps to the model's dtype before it makes angles, we do not: bf16 keeps these exactly.
 SIGMAS = (1.0, 0.512)
-
-
-def assert_same(found, expected, dtype):
-    """fp32: to 1e-5 of the largest values. bf16, which keeps 8 bits: 2% of the whole."""
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    if dtype == "fp32":
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    else:
-        assert (found.float() - expected.float()).norm() <= 0.02 * expected.float().norm()
 
 
 @pytest.fixture(scope="module")
@@ -235,10 +227,6 @@ def ordinary(folder):
     pipe = tiny.short_texts(HunyuanVideo15Pipeline.from_pretrained(folder))
     pipe.vae.enable_slicing()
     return pipe
-
-
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(s) for s in seeds]
 
 
 @pytest.fixture(scope="module", params=[1, 2])

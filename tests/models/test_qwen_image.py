@@ -21,20 +21,12 @@ from jitexport.schedule import PAPER_PRESETS, StageSchedule, beta_sigmas, make_s
 from jitexport.specs import DTYPES
 from jitexport.verify import verify
 from tests import tiny_qwen_image as tiny
+from tests.parity import assert_same, seeded
 
 PROMPTS = ["a red fox in the snow", "", "the red fox under the green trees of the image, a quantity of snow, a fox"]
 
 # diffusers makes the angles of time in the model's dtype, we in fp32: bf16 keeps these values exactly.
 SIGMAS = (1.0, 0.5)
-
-
-def assert_same(found, expected, dtype):
-    """fp32: to 1e-5 everywhere. bf16, which keeps 8 bits: 2% of the whole."""
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    if dtype == "fp32":
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    else:
-        assert (found.float() - expected.float()).norm() <= 0.02 * expected.float().norm()
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -500,10 +492,6 @@ def reference(folder):
         ).images  # fmt: skip
 
     return call
-
-
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(s) for s in seeds]
 
 
 def close(found, expected):

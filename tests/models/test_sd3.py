@@ -34,7 +34,7 @@ from jitexport.plan import CustomSchedule
 from jitexport.schedule import StageSchedule, make_stages, uniform_sigmas
 from jitexport.specs import DTYPES
 from tests import tiny, tiny_sd3
-from tests.models.test_flux import assert_same
+from tests.parity import assert_same
 
 PROMPTS = ["a red fox in the snow", "", "a dog under the green tree near a river on a hill in the sky"]
 GRIDS = [(12, 8), (5, 7)]
