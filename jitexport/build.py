@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from datetime import UTC, datetime
@@ -121,7 +121,7 @@ def eager_pipeline(
         schedule=schedule,
         geometry=adapter.geometry,
         defaults=adapter.defaults,
-        tokenizers=adapter.tokenizers(),
+        readers=[tokenizer.reader() for tokenizer in adapter.tokenizers()],
         batch_size=batch,
         passes=passes,
         constants={name: t.to(device) for name, t in adapter.constants(noise_levels(schedule)).items()},
@@ -130,23 +130,26 @@ def eager_pipeline(
     )
 
 
-def faster_passes(adapter: ModelAdapter, eager: Callable[..., Pipeline]) -> tuple[int, str | None]:
+def faster_passes(one: Pipeline, both: Pipeline) -> tuple[Pipeline, str]:
     """Whether one run of all tokens at twice the batch is faster than two, measured on the modules before compiling.
 
+    Args:
+        one, both: eager pipelines whose stages run one pass, and both at once.
+
     Returns:
-        What to build, and why; 1 and None for models whose ordinary pipeline has no second pass.
+        The faster one, and why.
     """
-    scale = adapter.defaults.guidance.true
-    if scale is None or scale <= 1:
-        return 1, None
-    seconds = {}
-    for passes in (1, 2):
-        pipeline = eager(passes=passes)
-        run, inputs = next((pipeline.engines[s.name], i) for s, i in probe_inputs(pipeline) if s.name == "stage0")
-        seconds[passes] = shortest(lambda: run(*inputs), pipeline.device, 1.0) / passes  # noqa: B023 - called at once
-    best = min(seconds, key=seconds.__getitem__)
-    one, two = (seconds[n] * 2e3 for n in (1, 2))
-    return best, f"two passes take {one:.3g} ms one after the other and {two:.3g} ms at once, before compiling"
+    *_, stage = one.schedule.engines
+    tokens = torch.randn((one.batch_size, stage.tokens, one.geometry.channels), device=one.device)
+    where = torch.arange(stage.tokens, device=one.device).expand(one.batch_size, -1)
+    condition = one.encode([PROBE_PROMPT] * one.batch_size, one.defaults.guidance.distilled)
+    seconds = []
+    for pipeline in (one, both):
+        run, inputs = pipeline.engines[stage.name], pipeline.stage_inputs(stage, where, condition)(tokens, 0)
+        seconds.append(shortest(lambda: run(*inputs), one.device, 1.0))  # noqa: B023 - called at once
+    twice, at_once = 2e3 * seconds[0], 1e3 * seconds[1]
+    reason = f"two passes take {twice:.3g} ms one after the other and {at_once:.3g} ms at once, before compiling"
+    return (one if twice <= at_once else both), reason
 
 
 def noise_levels(schedule: StageSchedule) -> Tensor:
@@ -335,11 +338,10 @@ def build(
             eager_pipeline, adapter, made.schedule, made.method, made.options, batch=batch, dtype=dtype,
             device=module_device,
         )
-        reasons = chosen.reasons
-        if passes is None:
-            passes, reason = (1, None) if target is not None else faster_passes(adapter, eager)
-            reasons = reasons if reason is None else {**reasons, "passes": reason}
-        reference = eager(passes=passes)
+        reasons, reference = chosen.reasons, eager(passes=passes or 1)
+        if passes is None and target is None and (adapter.defaults.guidance.true or 1) > 1:
+            reference, reason = faster_passes(reference, eager(passes=2))
+            reasons = {**reasons, "passes": reason}
         progress.begin(["read the model", "weights", *(f"engine {name}" for name in reference.engines), "digests"])
         progress.step("weights")
         tensors = dict(adapter.tensors())

@@ -153,8 +153,7 @@ def _custom(steps: str | None, ratios: str | None) -> Any:
 def _settings(
     height: int | None, width: int | None, frames: int | None, text_tokens: int | None
 ) -> dict[str, Any]:
-    sizes = {"height": height, "width": width, "max_sequence_length": text_tokens}
-    return sizes if frames is None else sizes | {"frames": frames}
+    return {"height": height, "width": width, "frames": frames, "max_sequence_length": text_tokens}
 
 
 def _tera(tflops: float) -> str:
@@ -320,8 +319,8 @@ def build(
     )
 
 
-def _frames(manifest: Any) -> str:
-    return "" if manifest.geometry.frames is None else f"{manifest.geometry.frames} frames, "
+def _frames(geometry: Any) -> str:
+    return "" if geometry.frames is None else f"{geometry.frames} frames, "
 
 
 def _example_prompt(manifest: Any) -> str:
@@ -359,10 +358,9 @@ def plan(
         echo(schedule_entry(made).model_dump_json())
         return
     geometry, guidance = adapter.geometry, adapter.defaults.guidance
-    frames = "" if geometry.frames is None else f"{geometry.frames} frames, "
     twice = ", twice that with a negative prompt" if (guidance.true or 0) > 1 else ""
     err.print(
-        f"{model}: {geometry.height} x {geometry.width} pixels, {frames}{made.grid_tokens} image tokens, "
+        f"{model}: {geometry.height} x {geometry.width} pixels, {_frames(geometry)}{made.grid_tokens} image tokens, "
         f"{geometry.text_tokens} text tokens; full step {_tera(made.cost(made.grid_tokens) / 1e12)} TFLOP{twice}",
         soft_wrap=True,
     )
@@ -437,7 +435,8 @@ def generate(
         seed = torch.Generator().seed() % 2**32
     pipe = jitexport.load(bundle, trust=trust)
     interrupts.check()
-    check_output(output, pipe.geometry.frames, fps)
+    if trust:
+        check_output(output, pipe.geometry.frames, fps)
     scales = {"guidance_scale": guidance, "true_cfg_scale": true_cfg_scale}
     if guidance is not None and pipe.defaults.guidance.scale is None and true_cfg_scale is None:
         scales = {"true_cfg_scale": guidance}  # the only guidance that the model has
@@ -523,7 +522,7 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
     for name, value in {
         "model": f"{manifest.model.name} ({manifest.model.family}, from {manifest.model.source})",
         "image" if manifest.geometry.frames is None else "video": f"{manifest.geometry.height} x "
-        f"{manifest.geometry.width} pixels, {_frames(manifest)}"
+        f"{manifest.geometry.width} pixels, {_frames(manifest.geometry)}"
         f"{manifest.geometry.grid} tokens, batch {manifest.batch}",
         "method": f"{manifest.method.name}, preset {manifest.method.preset}",
         "speed-up": f"{schedule.predicted_speedup:.2f}x predicted over {schedule.reference_steps} steps "

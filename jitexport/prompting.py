@@ -67,12 +67,13 @@ class Reader:
 
     def encode(self, prompts: Sequence[str]) -> Encoded:
         """Ids and masks of prompts."""
-        encodings = self.fast.encode_batch([self.text(prompt) for prompt in prompts])
+        texts = [self.text(prompt) for prompt in prompts]
+        encodings = self.fast.encode_batch(texts)
         cut = [prompt for prompt, encoding in zip(prompts, encodings, strict=True) if encoding.overflowing]
         ids, mask = (
             torch.tensor([getattr(e, part) for e in encodings], dtype=torch.int64, device="cpu")
             for part in ("ids", "attention_mask")
         )
         if self.tokenizer.quoted:  # without quotations not even the end of a text
-            mask = mask * torch.tensor([[bool(self.text(p))] for p in prompts], device="cpu")
+            mask = mask * torch.tensor([[bool(text)] for text in texts], device="cpu")
         return Encoded(ids, mask, cut)

@@ -227,7 +227,7 @@ class Bench:
             schedule=made.schedule,
             geometry=adapter.geometry,
             defaults=adapter.defaults,
-            tokenizers=[],
+            readers=[],
             batch_size=1,
             dtype=self.dtype,
             device=self.device,

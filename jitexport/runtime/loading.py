@@ -92,9 +92,8 @@ def load(
             remedy="build the bundle again",
         )
     with _declared("tokenizers"):
-        tokenizers = [t.tokenizer((bundle.path / t.path).read_text(encoding="utf-8")) for t in manifest.tokenizers]
-        for tokenizer in tokenizers:
-            tokenizer.reader()
+        texts = [(bundle.path / entry.path).read_text(encoding="utf-8") for entry in manifest.tokenizers]
+        readers = [e.tokenizer(text).reader() for e, text in zip(manifest.tokenizers, texts, strict=True)]
     with machine.threads(threads or machine.default_threads()):  # some backends' engines keep the number
         opened = {entry.name: engines.open(entry) for entry in manifest.engines}
     pipeline = Pipeline(
@@ -103,7 +102,7 @@ def load(
         schedule=manifest.schedule.schedule(),
         geometry=geometry,
         defaults=manifest.defaults,
-        tokenizers=tokenizers,
+        readers=readers,
         batch_size=manifest.batch,
         passes=manifest.passes,
         constants=engines.constants(),

@@ -38,7 +38,7 @@ from jitexport.grid import unpack
 from jitexport.methods.base import Draws, Method
 from jitexport.models.base import ModelDefaults, ModelGeometry
 from jitexport.models.naming import Naming
-from jitexport.prompting import Tokenizer
+from jitexport.prompting import Reader
 from jitexport.runtime.changing import ChangingWeights, ReadCheckpoint
 from jitexport.runtime.conditions import Condition, Guided, by_name, from_names
 from jitexport.runtime.draws import Drawing
@@ -95,7 +95,7 @@ class Pipeline(ChangingWeights):
         schedule: StageSchedule,
         geometry: ModelGeometry,
         defaults: ModelDefaults,
-        tokenizers: Sequence[Tokenizer],
+        readers: Sequence[Reader],
         batch_size: int,
         passes: int = 1,
         constants: Mapping[str, Tensor] | None = None,
@@ -113,7 +113,7 @@ class Pipeline(ChangingWeights):
         self.schedule = schedule
         self.geometry = geometry
         self.defaults = defaults
-        self.readers = [tokenizer.reader() for tokenizer in tokenizers]
+        self.readers = list(readers)
         self.batch_size = batch_size
         self.passes = passes
         self.constants = dict(constants or {})
