@@ -171,9 +171,9 @@ def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]
 
     ids = pipeline.tokenize([PROBE_PROMPT] * batch)
     yield ready("text", ids)
-    guidance = pipeline.defaults.guidance.distilled
-    yield ready("condition", pipeline.condition_inputs(pipeline.engines["text"](*ids), guidance))
-    condition = pipeline.encode([PROBE_PROMPT] * batch, guidance)
+    embeddings, guidance = pipeline.engines["text"](*ids), pipeline.defaults.guidance.distilled
+    yield ready("condition", pipeline.condition_inputs(embeddings, guidance))
+    condition = pipeline.condition(embeddings, guidance)
     for stage in pipeline.schedule.engines:
         where = torch.arange(stage.tokens, device=device).expand(batch, -1)
         step = pipeline.schedule.steps_of(stage)[0]

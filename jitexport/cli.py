@@ -358,7 +358,7 @@ def plan(
         echo(schedule_entry(made).model_dump_json())
         return
     geometry, guidance = adapter.geometry, adapter.defaults.guidance
-    twice = ", twice that with a negative prompt" if (guidance.true or 0) > 1 else ""
+    twice = ", twice that with classifier-free guidance" if (guidance.true or 0) > 1 else ""
     err.print(
         f"{model}: {geometry.height} x {geometry.width} pixels, {_frames(geometry)}{made.grid_tokens} image tokens, "
         f"{geometry.text_tokens} text tokens; full step {_tera(made.cost(made.grid_tokens) / 1e12)} TFLOP{twice}",
@@ -399,7 +399,7 @@ def generate(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="PNG to write, or of videos MP4 or a folder of frames; numbered for several."
+            "--output", "-o", help="PNG to write; of a video, MP4 or a folder of frames. Several are numbered."
         ),
     ] = Path("image.png"),
     seed: Annotated[
@@ -420,7 +420,7 @@ def generate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make images from a bundle."""
+    """Make images, or videos, from a bundle."""
     import torch
 
     import jitexport
