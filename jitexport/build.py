@@ -26,6 +26,7 @@ from jitexport.bundle.golden import write_golden
 from jitexport.bundle.host import fingerprint
 from jitexport.bundle.manifest import (
     FORMAT_VERSION,
+    CacheEntry,
     EngineEntry,
     GeometryEntry,
     MethodEntry,
@@ -38,14 +39,17 @@ from jitexport.bundle.manifest import (
 )
 from jitexport.bundle.references import find_references
 from jitexport.bundle.staging import check_text
+from jitexport.calibration import read_calibration
 from jitexport.choice import AUTO, choose
 from jitexport.compiling import Compilers, Recipe, Task, check_jobs, default_jobs
 from jitexport.errors import BackendUnavailableError, InputError, VerificationError
 from jitexport.files import temporary_folder
 from jitexport.kernels.native import read_record
+from jitexport.methods.temporal.base import Cache, parse_cache
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import ModelSource, download, find_source, load_adapter
-from jitexport.plan import CustomSchedule, Plan, plan
+from jitexport.models.stages import TAKES
+from jitexport.plan import CustomSchedule, Plan, make_cache, plan
 from jitexport.profile.measure import shortest
 from jitexport.quant import check_kind
 from jitexport.runtime import Pipeline
@@ -109,10 +113,16 @@ def eager_pipeline(
     dtype: str,
     device: torch.device,
     passes: int = 1,
+    cache: Cache[Any] | None = None,
+    further: Sequence[str] = (),
 ) -> Pipeline:
-    """The adapter's modules as a pipeline, without compiling anything: the reference for every backend."""
+    """The adapter's modules as a pipeline, without compiling anything: the reference for every backend.
+
+    Args:
+        further: actions that stages have engines for beside those that the schedule's steps have.
+    """
     chosen = registry.method(method)(adapter.geometry.grid, options, adapter.geometry.patch)
-    specs = adapter.specs(schedule, batch, dtype, preview=chosen.previews, passes=passes)
+    specs = adapter.specs(schedule, batch, dtype, preview=chosen.previews, passes=passes, further=further)
     for component in adapter.components.values():
         component.to(device)
     return Pipeline(
@@ -124,6 +134,7 @@ def eager_pipeline(
         readers=[tokenizer.reader() for tokenizer in adapter.tokenizers()],
         batch_size=batch,
         passes=passes,
+        cache=cache,
         constants={name: t.to(device) for name, t in adapter.constants(noise_levels(schedule)).items()},
         dtype=DTYPES[dtype],
         device=device,
@@ -145,7 +156,8 @@ def faster_passes(one: Pipeline, both: Pipeline) -> tuple[Pipeline, str]:
     condition = one.encode([PROBE_PROMPT] * one.batch_size, one.defaults.guidance.distilled)
     seconds = []
     for pipeline in (one, both):
-        run, inputs = pipeline.engines[stage.name], pipeline.stage_inputs(stage, where, condition)(tokens, 0)
+        run = pipeline.engines[stage.name]
+        inputs = pipeline.stage_inputs(where, condition)(run.spec, tokens, 0)
         seconds.append(shortest(lambda: run(*inputs), one.device, 1.0))  # noqa: B023 - called at once
     twice, at_once = 2e3 * seconds[0], 1e3 * seconds[1]
     reason = f"two passes take {twice:.3g} ms one after the other and {at_once:.3g} ms at once, before compiling"
@@ -174,11 +186,16 @@ def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]
     embeddings, guidance = pipeline.engines["text"](*ids), pipeline.defaults.guidance.distilled
     yield ready("condition", pipeline.condition_inputs(embeddings, guidance))
     condition = pipeline.condition(embeddings, guidance)
-    for stage in pipeline.schedule.engines:
+    for action, stage in pipeline.schedule.runs:
         where = torch.arange(stage.tokens, device=device).expand(batch, -1)
         step = pipeline.schedule.steps_of(stage)[0]
-        run = pipeline.stage_inputs(stage, where, condition)
-        yield ready(stage.name, run(noise(stage.tokens), step))
+        spec = pipeline.engines[f"{action}{stage.index}"].spec
+        inputs = pipeline.stage_inputs(where, condition)
+        beside = [
+            torch.randn(s.shape, generator=generator).to(device, DTYPES[s.dtype])
+            for s in spec.inputs if s.name in TAKES.get(action, ())
+        ]
+        yield ready(spec.name, inputs(spec, noise(stage.tokens), step, *beside))
     if "preview" in pipeline.engines:
         yield ready("preview", [noise(geometry.grid.halved().tokens)])
     latents = torch.randn(pipeline.engines["decode"].spec.inputs[0].shape, generator=generator)
@@ -254,6 +271,8 @@ def build(
     custom: CustomSchedule | None = None,
     method: str = "jit",
     preset: str | None = None,
+    cache: str | None = None,
+    calibration: str | Path | None = None,
     backend: str = AUTO,
     dtype: str = AUTO,
     batch: int = 1,
@@ -275,7 +294,8 @@ def build(
         base: for one file, what everything else comes from: any of the others.
         output: the bundle's directory; engines/<model>-<speed-up>x by default, with the method's name unless it is jit,
             and the quantization.
-        speedup, custom, method, preset: see `jitexport.plan.plan`.
+        speedup, custom, method, preset, cache: see `jitexport.plan.plan`.
+        calibration: a file that `jitexport.calibration.calibrate` wrote: the cache with the steps that it found.
         backend: a registered backend, or "auto": see `jitexport.choice`, also for the next two.
         dtype: "bf16" or "fp32", of weights and engines, or "auto"; the sampler's state is fp32 in any case. What the
             device emulates is built all the same, with a warning in the log that says how slow it is.
@@ -313,6 +333,11 @@ def build(
         check_text(source.folder, "the model")
     label = f"{speedup:g}x" if custom is None else "custom"
     label = label if method == "jit" else f"{method}-{label}"
+    found = None if calibration is None else read_calibration(calibration, cache)
+    cache = cache if found is None else found.cache
+    if cache is not None:
+        label = f"{label}-{parse_cache(cache)[0]}"
+        settings = (settings or {}) | {"features": make_cache(cache).features}
     if quantization is not None:
         settings = (settings or {}) | {"quantization": quantization}
         label = f"{label}-{quantization}"
@@ -332,11 +357,13 @@ def build(
         source = replaced(source, folder=folder)
         adapter = load_adapter(source, DTYPES[dtype], settings)
         check_quantization(adapter.settings().get("quantization"), engine_backend, target_device)  # the folder's own
-        made = plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset, dtype=dtype)
+        made = plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset, cache=cache, dtype=dtype)
+        if found is not None:
+            found.check(adapter, made.schedule)
         module_device = target_device if target is None else torch.device("cpu")
         eager = partial(
             eager_pipeline, adapter, made.schedule, made.method, made.options, batch=batch, dtype=dtype,
-            device=module_device,
+            device=module_device, cache=made.cache,
         )
         reasons, reference = chosen.reasons, eager(passes=passes or 1)
         if passes is None and target is None and (adapter.defaults.guidance.true or 1) > 1:
@@ -384,6 +411,9 @@ def build(
                 ),
                 geometry=GeometryEntry.of(adapter.geometry),
                 method=MethodEntry(name=made.method, preset=made.preset, options=made.options),
+                cache=None if made.cache is None else CacheEntry(
+                    name=made.cache.name, options=made.cache.options, evidence=found and found.evidence
+                ),
                 schedule=schedule_entry(made),
                 backend=backend,
                 dtype=dtype,
@@ -512,6 +542,7 @@ def schedule_entry(made: Plan) -> ScheduleEntry:
         ),
         sigmas=made.schedule.sigmas,
         ends=made.schedule.ends,
+        actions=made.schedule.actions,
         speedup=made.speedup,
         predicted_speedup=made.predicted_speedup,
         reference_steps=made.reference_steps,

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -64,13 +65,20 @@ Base = Annotated[
     typer.Option(help="For a model in one .safetensors file: the folder or model that everything else comes from."),
 ]
 Speedup = Annotated[
-    float, typer.Option(min=1, max=10, help="Denoising speed-up over the model's usual steps, 1 to 10.")
+    float, typer.Option(min=1, max=20, help="Denoising speed-up over the model's usual steps, 1 to 20.")
 ]
 Steps = Annotated[str | None, typer.Option(help="Custom schedule: steps per stage, as 7,4,7.")]
 Ratios = Annotated[str | None, typer.Option(help="Custom schedule: token ratios per stage, as 0.35,0.62,1.")]
 Method = Annotated[str, typer.Option(help=f"Acceleration method: {', '.join(registry.METHODS)}.")]
 Preset = Annotated[
     str | None, typer.Option(help="The method's settings by name: default, paper, ...; another name lists them.")
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Temporal method: {', '.join(registry.CACHES)}; with options as taylor:order=2, taylorseer:every=7, or "
+        "reuse:computed=0+1+4."
+    ),
 ]
 Height = Annotated[int | None, typer.Option(min=1, help="Image height in pixels; the model's usual one by default.")]
 Width = Annotated[int | None, typer.Option(min=1, help="Image width in pixels; the model's usual one by default.")]
@@ -245,6 +253,10 @@ def build(
     ] = None,
     method: Method = "jit",
     preset: Preset = None,
+    cache: Cache = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="The cache with the steps that `jitexport calibrate` wrote to this file.")
+    ] = None,
     steps: Steps = None,
     ratios: Ratios = None,
     height: Height = None,
@@ -285,6 +297,8 @@ def build(
             custom=custom,
             method=method,
             preset=preset,
+            cache=cache,
+            calibration=calibration,
             backend=backend,
             dtype=dtype,
             batch=batch,
@@ -334,6 +348,7 @@ def plan(
     speedup: Speedup = 4,
     method: Method = "jit",
     preset: Preset = None,
+    cache: Cache = None,
     steps: Steps = None,
     ratios: Ratios = None,
     height: Height = None,
@@ -351,9 +366,10 @@ def plan(
     from jitexport.models.sources import config_adapter, find_source
     from jitexport.plan import DISTILLED_STEPS
     from jitexport.plan import plan as make_plan
+    from jitexport.schedule import COMPUTED
 
     adapter = config_adapter(find_source(model, base), torch.float32, _settings(height, width, frames, text_tokens))
-    made = make_plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset)
+    made = make_plan(adapter, speedup=speedup, custom=custom, method=method, preset=preset, cache=cache)
     if as_json:
         echo(schedule_entry(made).model_dump_json())
         return
@@ -364,32 +380,99 @@ def plan(
         f"{geometry.text_tokens} text tokens; full step {_tera(made.cost(made.grid_tokens) / 1e12)} TFLOP{twice}",
         soft_wrap=True,
     )
-    table = Table("stage", "steps", "tokens", "share", "TFLOP/step", "TFLOP", "sigma from", "to")
+    table = Table("stage", "steps", "computed", "tokens", "share", "TFLOP/step", "TFLOP", "sigma from", "to")
     for stage, runs in groupby(made.schedule, key=lambda run: run[0].index):  # stages in a row on one engine
         stages, steps_of_stages = zip(*runs, strict=True)
         count, tokens = sum(s.steps for s in stages), stages[0].tokens
-        step = made.cost(tokens) / 1e12
+        actions = [step.action for steps in steps_of_stages for step in steps]
         table.add_row(
             str(stage),
             str(count),
+            str(actions.count(COMPUTED)),
             str(tokens),
             f"{tokens / made.grid_tokens:.0%}",
-            _tera(step),
-            _tera(step * count),
+            _tera(made.cost(tokens) / 1e12),
+            _tera(sum(made.costs[action](tokens) for action in actions) / 1e12),
             f"{steps_of_stages[0][0].sigma:.3f}",
             f"{steps_of_stages[-1][-1].sigma_next:.3f}",
         )
     table.add_section()
     if made.preview:
-        table.add_row("preview", "", "", "", "", _tera(made.preview / 1e12), "", "")
-    table.add_row("all", str(made.schedule.nfe), "", "", "", _tera(made.tflops), "", "")
+        table.add_row("preview", "", "", "", "", "", _tera(made.preview / 1e12), "", "")
+    computed = made.schedule.computed
+    table.add_row("all", str(made.schedule.nfe), str(len(computed)), "", "", "", _tera(made.tflops), "", "")
     out.print(table)
+    if made.cache is not None:
+        out.print(f"computed steps: {', '.join(map(str, computed))}; the others: {_others(made)}", soft_wrap=True)
     distilled = f", {made.over(50):.1f}x over 50" if made.reference_steps <= DISTILLED_STEPS else ""
     out.print(
         f"predicted speed-up {made.predicted_speedup:.2f}x over {made.reference_steps} full steps "
         f"({_tera(made.reference_tflops)} TFLOP){distilled}",
         soft_wrap=True,
     )
+
+
+def _others(made: Any) -> str:
+    """What the steps that are not computed do, and what one of them costs at all tokens."""
+    actions = {action: made.schedule.actions.count(action) for action in made.schedule.actions if action != "stage"}
+    said = [
+        f"{count} {action}, {_tera(made.costs[action](made.grid_tokens) / 1e12)} TFLOP each at all tokens"
+        for action, count in actions.items()
+    ]
+    return f"{made.cache.name}: {'; '.join(said) or 'none'}"
+
+
+@app.command()
+def calibrate(
+    model: Model = "demo",
+    base: Base = None,
+    cache: Annotated[
+        str, typer.Option(help="A temporal method that decides while it runs, with options: teacache:threshold=0.6.")
+    ] = "teacache",
+    speedup: Speedup = 1,
+    method: Method = "jit",
+    preset: Preset = None,
+    steps: Steps = None,
+    ratios: Ratios = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    text_tokens: TextTokens = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="One prompt a line, or GenEval's .jsonl; captions of the demo model, or ours.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Take that many prompts.")] = 16,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32; auto is bf16 where the processor computes in it.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto is cuda where torch can use a GPU.")] = "auto",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File for what was found, for `build --calibration`.")
+    ] = Path("calibration.json"),
+    as_json: Json = False,
+) -> None:
+    """Run a cache that decides by data, uncompiled, over prompts, and write down which steps it computes."""
+    check_writable(output)
+    custom = _custom(steps, ratios)
+    _quiet_libraries()
+    from jitexport.calibration import calibrate_model
+
+    with Progress(text_column("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                  TimeRemainingColumn(), console=err) as bar:
+        task = bar.add_task("images", total=limit)
+        found = calibrate_model(
+            model, base, cache, prompts=prompts, limit=limit, speedup=speedup, custom=custom, method=method,
+            preset=preset, dtype=dtype, device=device, settings=_settings(height, width, frames, text_tokens),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    found.write(output)
+    if as_json:
+        echo(json.dumps(asdict(found)))
+        return
+    table = Table("images", "compute these steps")
+    for text, count in found.lists.items():
+        table.add_row(str(count), text.replace("+", ", "))
+    out.print(table)
+    out.print(f"most compute {len(found.computed)} of {len(found.shares)} steps: {', '.join(map(str, found.computed))}")
+    out.print(f"next: jitexport build --model {shlex.quote(model)} --calibration {shlex.quote(str(output))} ...")
 
 
 @app.command()
@@ -508,6 +591,18 @@ def _kernels(engines: Sequence[Any]) -> str:
     return "; ".join(f"{kernels} in {', '.join(of)}" for kernels, of in names.items())
 
 
+def _cache(manifest: Any) -> str:
+    """The temporal method, its settings, and which steps are computed."""
+    if manifest.cache is None:
+        return ""
+    schedule = manifest.schedule.schedule()
+    said = ", ".join(f"{k} {v}" for k, v in manifest.cache.options.items() if k != "computed")
+    evidence = manifest.cache.evidence
+    seen = "" if evidence is None else f", by calibration over {evidence['prompts']} images"
+    steps = ", ".join(map(str, schedule.computed))
+    return f"{manifest.cache.name} ({said}): of {schedule.nfe} steps these are computed{seen}: {steps}"
+
+
 @app.command()
 def inspect(bundle: Bundle, as_json: Json = False) -> None:
     """Show what a bundle holds. Reads the manifest only; nothing is checked or opened."""
@@ -525,6 +620,7 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
         f"{manifest.geometry.width} pixels, {_frames(manifest.geometry)}"
         f"{manifest.geometry.grid} tokens, batch {manifest.batch}",
         "method": f"{manifest.method.name}, preset {manifest.method.preset}",
+        "cache": _cache(manifest),
         "speed-up": f"{schedule.predicted_speedup:.2f}x predicted over {schedule.reference_steps} steps "
         f"({_tera(schedule.tflops)} of {_tera(schedule.reference_tflops)} TFLOP)",
         "engines": f"{manifest.backend}, {manifest.precision}, built on {manifest.host.system} {manifest.host.machine} "
@@ -537,15 +633,18 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
         if value:
             facts.add_row(name, value)
     out.print(facts)
-    stages = {f"stage{s.index}": s for s in schedule.stages}
-    steps = {name: sum(s.steps for s in schedule.stages if s.index == stage.index) for name, stage in stages.items()}
+    stages = {s.index: s for s in schedule.stages}
+    steps = Counter(f"{step.action}{stage.index}" for stage, steps in schedule.schedule() for step in steps)
     sizes = {
         e.name: sum(f.size for f in manifest.files if f.path.startswith(e.directory + "/")) for e in manifest.engines
     }
     table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error")
     for engine in manifest.engines:
-        stage = stages.get(engine.name)
-        cells = (str(steps[engine.name]), str(stage.tokens), _tera(stage.step_tflops)) if stage else ("", "", "")
+        cells = ("", "", "")
+        if engine.name in steps:
+            stage = stages[int(engine.name.lstrip("abcdefghijklmnopqrstuvwxyz"))]
+            flops = _tera(stage.step_tflops) if engine.name.startswith("stage") else ""
+            cells = (str(steps[engine.name]), str(stage.tokens), flops)
         error = "not run" if engine.relative_error is None else f"{engine.relative_error:.1g}"
         table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", error)
     out.print(table)

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jitexport.blocks import calls_through, make_of
 from jitexport.models.base import ModelAdapter
+from jitexport.models.stages import ACTS, INDICATOR
 from jitexport.quant import unquantized
-from jitexport.schedule import Stage, StageSchedule
+from jitexport.schedule import COMPUTED, FORECAST, Stage, StageSchedule
 from jitexport.specs import DTYPES, EngineSpec
 
 
@@ -61,7 +62,11 @@ class StepCost:
         return self.constant + tokens * (self.linear + tokens * self.quadratic)
 
 
-def step_cost(adapter: ModelAdapter, dtype: str) -> StepCost:
+#: Of a forecast outside of any engine.
+NOTHING = StepCost(0.0, 0.0, 0.0)
+
+
+def step_cost(adapter: ModelAdapter, dtype: str, action: str = COMPUTED) -> StepCost:
     """Measure a model's cost at three token counts, on meta tensors, and take the parabola through them.
 
     As in the ordinary pipeline, a step counts its conditioning (time and guidance embedding, modulation, text
@@ -69,18 +74,33 @@ def step_cost(adapter: ModelAdapter, dtype: str) -> StepCost:
 
     Args:
         adapter: a model on the meta device: see `meta_adapter`.
+        action: of the step; see `jitexport.models.stages`.
     """
 
     def at(tokens: int) -> int:
-        schedule = StageSchedule((Stage(0, tokens, 1),), (1.0, 0.0))
+        if action == COMPUTED:
+            schedule, names = StageSchedule((Stage(0, tokens, 1),), (1.0, 0.0)), ("condition", "stage0")
+        else:
+            actions = (COMPUTED, action, COMPUTED)
+            schedule, names = StageSchedule((Stage(0, tokens, 3),), (1.0, 0.8, 0.4, 0.0), (), actions), (f"{action}0",)
         specs = {s.name: s for s in adapter.specs(schedule, 1, dtype)}
-        return sum(count_flops(adapter.module(name), specs[name]) for name in ("condition", "stage0"))
+        return sum(count_flops(adapter.module(name), specs[name]) for name in names)
 
     a, b, c = at(64), at(128), at(192)  # equally spaced by h = 64
     h = 64
     quadratic = (a - 2 * b + c) / (2 * h * h)
     linear = (b - a) / h - quadratic * (64 + 128)
     return StepCost(a - linear * 64 - quadratic * 64**2, linear, quadratic)
+
+
+def step_costs(adapter: ModelAdapter, dtype: str) -> dict[str, StepCost]:
+    """The cost of every action that a step of a model can have; a forecast outside of any engine costs nothing.
+
+    Args:
+        adapter: a model on the meta device, with the features that its stage engines are to have.
+    """
+    actions = [action for action in ACTS[adapter.settings()["features"]] if action != INDICATOR]
+    return {FORECAST: NOTHING} | {action: step_cost(adapter, dtype, action) for action in actions}
 
 
 def preview_cost(adapter: ModelAdapter, dtype: str) -> float:
@@ -94,6 +114,11 @@ def preview_cost(adapter: ModelAdapter, dtype: str) -> float:
     return count_flops(adapter.module("preview"), spec)
 
 
-def meta_adapter(adapter: ModelAdapter, dtype: str) -> ModelAdapter:
-    """The same model without weights, on the meta device, before any quantization, which leaves FLOPs alone."""
-    return type(adapter).from_configs(adapter.configs, unquantized(adapter.settings()), DTYPES[dtype])
+def meta_adapter(adapter: ModelAdapter, dtype: str, features: str | None = None) -> ModelAdapter:
+    """The same model without weights, on the meta device, before any quantization, which leaves FLOPs alone.
+
+    Args:
+        features: that its stage engines are to have.
+    """
+    settings = unquantized(adapter.settings()) | {"features": features}
+    return type(adapter).from_configs(adapter.configs, settings, DTYPES[dtype])

@@ -22,18 +22,21 @@ from jitexport.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+#: What is recorded gives a tensor, or several.
+Output = Tensor | Sequence[Tensor]
+
 #: Reads the tensors that it is given by name, and nothing else that changes between calls.
-Function = Callable[[Mapping[str, Tensor]], Tensor]
+Function = Callable[[Mapping[str, Tensor]], Output]
 
 
 class Recorder(Protocol):
     """Turns work on fixed tensors into something that can be done again."""
 
-    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def record(self, work: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
         """Run `work` until it has allocated and compiled all that it needs, then record it.
 
         Returns:
-            What does it again, and the tensor that then holds its result.
+            What does it again, and the tensors that then hold its result.
         """
 
     def before(self) -> None:
@@ -59,7 +62,7 @@ class CUDARecorder:
         self._stream = torch.cuda.Stream(device)
         self._done: torch.cuda.Event | None = None
 
-    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def record(self, work: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
         """See `Recorder`.
 
         Raises:
@@ -104,10 +107,10 @@ class Recording:
         self._lock = lock
         self._replay: Callable[[], None] | None = None
         self._buffers: dict[str, Tensor] = {}
-        self._output: Tensor | None = None
+        self._output: Output | None = None
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The function's value at `inputs`; the tensor is the caller's own.
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Output:
+        """The function's value at `inputs`; the tensors are the caller's own.
 
         Raises:
             InputError: other names, shapes or dtypes than at the first call.
@@ -122,7 +125,8 @@ class Recording:
             for name, buffer in self._buffers.items():
                 buffer.copy_(inputs[name])
             self._replay()
-            result = self._output.clone()
+            output = self._output
+            result = output.clone() if isinstance(output, Tensor) else [tensor.clone() for tensor in output]
             self._recorder.after()
         return result
 
@@ -139,15 +143,15 @@ def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], to
 
 
 class RecordedEngine:
-    """An engine with one output, recorded."""
+    """An engine, recorded."""
 
     def __init__(self, engine: Engine, recorder: Recorder, lock: threading.RLock) -> None:
         self.spec = engine.spec
         self.device = engine.device
-        self._recording = Recording(lambda named: engine(*named.values())[0], recorder, lock)
+        self._recording = Recording(lambda named: engine(*named.values()), recorder, lock)
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        return [self._recording({spec.name: value for spec, value in zip(self.spec.inputs, inputs, strict=True)})]
+        return self._recording({spec.name: value for spec, value in zip(self.spec.inputs, inputs, strict=True)})
 
 
 class LoopGraph:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jitexport import registry
 from jitexport.errors import ScheduleError
-from jitexport.flops import StepCost, meta_adapter, preview_cost, step_cost
+from jitexport.flops import StepCost, meta_adapter, preview_cost, step_costs
 from jitexport.methods.base import Method
+from jitexport.methods.temporal.base import Cache, parse_cache
 from jitexport.models.base import ModelAdapter
-from jitexport.schedule import CustomSchedule, StageSchedule, Target, check_speedup, stage_cost
+from jitexport.schedule import COMPUTED, CustomSchedule, StageSchedule, Target, check_speedup, too_fast
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +29,14 @@ class Plan:
 
     Attributes:
         speedup: as asked for; None for a custom schedule.
-        cost: FLOPs of a step of one image by its tokens.
+        costs: FLOPs of a step of one image by its tokens, for each action of the schedule's steps.
         preview: FLOPs of the picture that the method looks at between stages, 0 where it does not.
-        method, preset, options: of the acceleration method.
+        method, preset, options: of the spatial acceleration method.
+        cache: the temporal method; None for none.
     """
 
     schedule: StageSchedule
-    cost: StepCost
+    costs: Mapping[str, StepCost]
     preview: float
     grid_tokens: int
     reference_steps: int
@@ -41,11 +44,17 @@ class Plan:
     method: str
     preset: str
     options: dict[str, Any]
+    cache: Cache[Any] | None = None
+
+    @property
+    def cost(self) -> StepCost:
+        """FLOPs of a computed step of one image by its tokens."""
+        return self.costs[COMPUTED]
 
     @property
     def tflops(self) -> float:
         """TFLOPs of all steps of one image, and of the preview where there is one."""
-        return (stage_cost(self.schedule.stages, self.cost) + self.preview) / 1e12
+        return (schedule_cost(self.schedule, self.costs) + self.preview) / 1e12
 
     @property
     def reference_tflops(self) -> float:
@@ -62,6 +71,11 @@ class Plan:
         return steps * self.cost(self.grid_tokens) / 1e12 / self.tflops
 
 
+def schedule_cost(schedule: StageSchedule, costs: Mapping[str, StepCost]) -> float:
+    """FLOPs of all steps of one image."""
+    return sum(costs[step.action](stage.tokens) for stage, steps in schedule for step in steps)
+
+
 def plan(
     adapter: ModelAdapter,
     *,
@@ -69,6 +83,7 @@ def plan(
     custom: CustomSchedule | None = None,
     method: str = "jit",
     preset: str | None = None,
+    cache: str | None = None,
     dtype: str = "fp32",
     reference_steps: int | None = None,
 ) -> Plan:
@@ -76,17 +91,21 @@ def plan(
 
     Args:
         adapter: the model, with or without weights.
-        speedup: 1 to 10, over the reference steps at all tokens; 1 is the ordinary sampler. Ignored with `custom`.
+        speedup: 1 to 20, over the reference steps at all tokens; 1 is the ordinary sampler. Ignored with `custom`.
+            Where a cache's options say which steps are computed, it is the spatial method's alone.
         custom: a schedule instead of a speed-up.
-        method, preset: acceleration method and the name of its settings; its best preset by default.
+        method, preset: spatial method and the name of its settings; its best preset by default.
+        cache: temporal method with its options, as `jitexport.methods.temporal.base.parse_cache` reads them.
         dtype: of the modules that are counted; their FLOPs do not depend on it.
         reference_steps: of the ordinary pipeline; the model's usual number by default.
 
     Raises:
         ScheduleError: a schedule that cannot be realised.
-        UnknownNameError: no such method.
+        UnknownNameError: no such method or cache.
+        InputError: options that the cache does not have.
     """
     reference_steps = reference_steps or adapter.defaults.num_inference_steps
+    temporal = None if cache is None else make_cache(cache)
     if custom is not None:
         speedup = None
     else:
@@ -98,19 +117,56 @@ def plan(
     options = own_timesteps(method_class.options(preset), adapter)
     geometry = adapter.geometry
     chosen = method_class(geometry.grid, options, geometry.patch)
-    meta = meta_adapter(adapter, dtype)
-    cost = step_cost(meta, dtype)
+    meta = meta_adapter(adapter, dtype, None if temporal is None else temporal.features)
+    costs = step_costs(meta, dtype)
     preview = preview_cost(meta, dtype) if chosen.previews else 0.0
     target = Target(
-        speedup, custom, cost, reference_steps, adapter.native_sigmas, preview, adapter.family, adapter.shift
+        speedup, custom, costs[COMPUTED], reference_steps, adapter.native_sigmas, preview, adapter.family, adapter.shift
     )
-    schedule = chosen.schedule(target)
+    schedule = chosen.schedule(target) if temporal is None else with_cache(chosen, temporal, target, costs)
     if custom is None and schedule.nfe == 1 < reference_steps:
         logger.warning(
             "%g times faster than %d steps leaves a single step; ask for less, as --speedup 1, or for models of four "
             "steps --method ralu --speedup 1.3", speedup, reference_steps,
         )
-    return Plan(schedule, cost, preview, geometry.grid.tokens, reference_steps, speedup, method, preset, options)
+    return Plan(
+        schedule, costs, preview, geometry.grid.tokens, reference_steps, speedup, method, preset, options, temporal
+    )
+
+
+def make_cache(text: str) -> Cache[Any]:
+    """A temporal method from text: see `parse_cache`."""
+    name, options = parse_cache(text)
+    return registry.cache(name)(options)
+
+
+#: Between the speed-up that is left to the spatial method and the one asked for, how many are tried.
+_TRIED = 24
+
+
+def with_cache(method: Method, cache: Cache[Any], target: Target, costs: Mapping[str, StepCost]) -> StageSchedule:
+    """A spatial method's schedule on which a cache has placed its actions.
+
+    Where a speed-up is asked for and the cache's options leave the steps open, the spatial method takes its part of the
+    speed-up, and the budget decides how many of its steps are computed. Where that part is too small for the steps that
+    must be computed, the spatial method takes more, in the end all.
+
+    Raises:
+        ScheduleError: there is none.
+    """
+    if target.custom is not None or cache.placed:
+        return cache.place(method.schedule(target))
+    tokens = method.grid.tokens
+    budget = target.budget(tokens) - (target.preview if method.previews else 0.0)
+    least = target.speedup ** cache.settings.spatial if method.spatial else 1.0
+    for i in range(_TRIED + 1):
+        part = least * (target.speedup / least) ** (i / _TRIED)
+        found = cache.solve(
+            method.schedule(replace(target, speedup=part)), lambda action, m: costs[action](m), budget
+        )
+        if found is not None:
+            return found
+    raise too_fast(target.speedup, target.reference_steps)
 
 
 def own_timesteps(options: dict[str, Any], adapter: ModelAdapter) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Names of models, methods and backends, and the modules that hold them.
+"""Names of models, methods, caches and backends, and the modules that hold them.
 
 A module is imported only when its name is used, so listing the names (for `--help`, say) imports nothing heavy.
-Adding a model family, a method or a backend means adding one file and one line here.
+Adding a model family, a method, a cache or a backend means adding one file and one line here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jitexport.errors import UnknownNameError
 if TYPE_CHECKING:
     from jitexport.backends.base import Backend
     from jitexport.methods.base import Method
+    from jitexport.methods.temporal.base import Cache
     from jitexport.models.base import ModelAdapter
 
 
@@ -52,6 +53,17 @@ METHODS = {
     "ras": "jitexport.methods.ras:RAS",
 }
 
+#: Temporal acceleration methods.
+CACHES = {
+    "reuse": "jitexport.methods.temporal.taylor:Reuse",
+    "taylor": "jitexport.methods.temporal.taylor:Taylor",
+    "meancache": "jitexport.methods.temporal.meancache:MeanCache",
+    "foca": "jitexport.methods.temporal.foca:FoCa",
+    "taylorseer": "jitexport.methods.temporal.taylorseer:TaylorSeer",
+    "teacache": "jitexport.methods.temporal.teacache:TeaCache",
+    "delta-dit": "jitexport.methods.temporal.delta_dit:DeltaDiT",
+}
+
 #: Ways of running a stage module.
 BACKENDS = {
     "eager": "jitexport.backends.eager:EagerBackend",
@@ -88,6 +100,11 @@ def family_of(model: str) -> str:
 def method(name: str) -> type[Method]:
     """The class of a spatial acceleration method."""
     return _resolve(METHODS, "method", name)
+
+
+def cache(name: str) -> type[Cache[Any]]:
+    """The class of a temporal acceleration method."""
+    return _resolve(CACHES, "cache", name)
 
 
 def backend(name: str) -> Backend:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from jitexport.grid import pack
 from jitexport.methods.base import Draws, Method, Preview
+from jitexport.methods.temporal.base import Cache, EveryStep, Run
 from jitexport.schedule import Stage, StageSchedule
 
-#: (tokens [B, m, C], step index) -> velocity [B, m, C]
-Velocity = Callable[[Tensor, int], Tensor]
+EVERY_STEP = EveryStep()
 
 #: (step index, noise level reached, function that computes the latents [B, N, C]) -> latents to go on with, or None
 OnStep = Callable[[int, float, Callable[[], Tensor]], Tensor | None]
@@ -58,36 +59,39 @@ def sample(
     method: Method,
     schedule: StageSchedule,
     draws: Draws,
-    begin_stage: Callable[[Stage, Tensor], Velocity],
+    begin_stage: Callable[[Stage, Tensor], Run],
     on_step: OnStep | None = None,
     preview: Preview | None = None,
     stop: Callable[[], bool] = lambda: False,
+    cache: Cache[Any] = EVERY_STEP,
 ) -> Tensor:
     """Integrate from noise to data through all stages; returns the clean latents [B, N, C], fp32.
 
     Args:
-        begin_stage: given a stage and which of the method's places its tokens are at [B, m], returns the stage's
-            velocity function.
+        begin_stage: given a stage and which of the method's places its tokens are at [B, m], returns what runs the
+            stage's engines.
         on_step: called after every step; an exception it raises ends the loop.
         preview: decodes latents of half the sides, for methods that look at pictures between stages.
         stop: asked before every step; where it says so, the steps that are left are skipped.
+        cache: the temporal method that placed the schedule's actions.
     """
-    state = None
+    state, history = None, cache.begin()
     for stage, steps in schedule:
         if state is None:
             state = method.start(draws, stage)
         elif stop():
             break
         else:
-            state = method.transition(state, stage, steps[0].sigma, preview)
-        velocity = begin_stage(stage, method.where(state))
-        for i, sigma, sigma_next in steps:
+            before, state = state, method.transition(state, stage, steps[0].sigma, preview)
+            history = cache.carried(history, method.carry(before, state))
+        run = begin_stage(stage, method.where(state))
+        for step in steps:
             if stop():
                 break
-            u = velocity(method.tokens(state), i)
-            state = method.step(state, u, sigma, sigma_next)
+            u, history = cache.velocity(run, method.tokens(state), step, history)
+            state = method.step(state, u, step.sigma, step.sigma_next)
             if on_step is not None:
-                changed = on_step(i, sigma_next, partial(method.latents, state))
+                changed = on_step(step.index, step.sigma_next, partial(method.latents, state))
                 if changed is not None:
                     state = method.with_latents(state, changed)
     return method.latents(state)

@@ -45,12 +45,18 @@ class Stage:
         return f"stage{self.index}"
 
 
+#: What gives a step its velocity: an evaluation of the whole transformer, or a forecast outside of any engine. Other
+#: actions are engines of a temporal method: see `jitexport.methods.temporal.base`.
+COMPUTED, FORECAST = "stage", "forecast"
+
+
 class Step(NamedTuple):
-    """An Euler step: its number in the schedule, and the noise levels that it goes from and to."""
+    """An Euler step: its number in the schedule, the noise levels that it goes from and to, and its action."""
 
     index: int
     sigma: float
     sigma_next: float
+    action: str = COMPUTED
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,18 @@ class StageSchedule:
         sigmas: noise level that each of the NFE steps starts from, and the last one that is reached, 0.
         ends: noise level that each stage reaches, for methods that put noise back between stages; empty where each
             stage reaches the one that the next starts from.
+        actions: of each step; empty where all are computed. A stage begins with a computed step, because a forecast
+            needs a past on its tokens, and the last step is computed, because nothing mends it afterwards.
 
     Raises:
-        ScheduleError: an empty stage, indices that do not rank the token counts, or noise levels that do not fit.
+        ScheduleError: an empty stage, indices that do not rank the token counts, or noise levels or actions that do not
+            fit.
     """
 
     stages: tuple[Stage, ...]
     sigmas: tuple[float, ...]
     ends: tuple[float, ...] = ()
+    actions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.stages or any(s.steps < 1 or s.tokens < 1 for s in self.stages):
@@ -95,6 +105,13 @@ class StageSchedule:
             )
         if len({id(s) for s in self.stages}) < len(self.stages):  # `steps_of` tells stages apart by identity
             object.__setattr__(self, "stages", number([(s.tokens, s.steps) for s in self.stages]))
+        if self.actions and len(self.actions) != self.nfe:
+            raise ScheduleError("actions do not fit the stages", found=self.actions, expected=f"{self.nfe} of them")
+        if wrong := [i + 1 for i in self.mandatory if self.action(i) != COMPUTED]:
+            raise ScheduleError(
+                "a step that must be computed is not", found=f"steps {wrong} of {self.nfe}",
+                expected="computed: the first step of every stage, and the last step",
+            )
         reached = math.inf
         for stage, steps in self:
             if not all(step.sigma > step.sigma_next for step in steps):  # false with NaN
@@ -115,12 +132,35 @@ class StageSchedule:
             levels = list(self.sigmas[numbers.start : numbers.stop + 1])
             if self.ends:
                 levels[-1] = self.ends[k]
-            yield stage, tuple(Step(i, a, b) for i, (a, b) in zip(numbers, pairwise(levels), strict=True))
+            pairs = zip(numbers, pairwise(levels), strict=True)
+            yield stage, tuple(Step(i, a, b, self.action(i)) for i, (a, b) in pairs)
+
+    def action(self, step: int) -> str:
+        """What gives a step its velocity."""
+        return self.actions[step] if self.actions else COMPUTED
 
     @property
     def nfe(self) -> int:
-        """Number of transformer evaluations."""
+        """Number of steps: transformer evaluations, where no temporal method forecasts some."""
         return sum(s.steps for s in self.stages)
+
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """Numbers of the steps that evaluate the whole transformer."""
+        return tuple(i for i in range(self.nfe) if self.action(i) == COMPUTED)
+
+    @property
+    def mandatory(self) -> tuple[int, ...]:
+        """Numbers of the steps that are computed in any case."""
+        firsts = [self.steps_of(stage).start for stage in self.stages]
+        return tuple(dict.fromkeys([*firsts, self.nfe - 1]))
+
+    @property
+    def runs(self) -> tuple[tuple[str, Stage], ...]:
+        """Each action that is an engine with each of the `engines` that it runs at."""
+        used = {(step.action, stage.index) for stage, steps in self for step in steps}
+        actions = [COMPUTED, *sorted({action for action, _ in used} - {COMPUTED, FORECAST})]
+        return tuple((a, s) for a in actions for s in self.engines if (a, s.index) in used)
 
     @property
     def engines(self) -> tuple[Stage, ...]:
@@ -160,7 +200,7 @@ class Target:
     """What a method makes a schedule for.
 
     Attributes:
-        speedup: over `reference_steps` steps at all tokens, 1 to 10; None with `custom`.
+        speedup: over `reference_steps` steps at all tokens, 1 to 20; None with `custom`.
         custom: a schedule by hand, which is taken instead.
         cost: FLOPs of a step of one image at a token count.
         reference_steps: steps of the ordinary pipeline.
@@ -292,11 +332,11 @@ _RATIO_KNOTS = ((1.0, 1.0, 1.0), (2.0, 0.50, 0.75), (4.0, 0.35, 0.62), (7.0, 0.3
 # Share of the tokens above which a solved stage runs all of them: leaving out a few is not worth a transition.
 _DENSE = 0.97
 
-MAX_SPEEDUP = 10.0
+MAX_SPEEDUP = 20.0
 
 
 def check_speedup(speedup: float) -> None:
-    """Refuse speed-ups outside 1 to 10, and what is no number.
+    """Refuse speed-ups outside 1 to 20, and what is no number.
 
     Raises:
         ScheduleError: such a one.
@@ -330,7 +370,7 @@ def solve_stages(
     tokens, so that the result is at least as fast as asked for and as little faster as possible.
 
     Args:
-        speedup: 1 to 10.
+        speedup: 1 to 20.
         grid_tokens: N, tokens of the full grid.
         cost: FLOPs of one step at a token count.
         reference_steps: steps of the ordinary pipeline.

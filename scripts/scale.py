@@ -30,6 +30,7 @@ from jitexport.console import err, track
 from jitexport.flops import meta_adapter, step_cost
 from jitexport.grid import TokenGrid
 from jitexport.methods.jit import JiT
+from jitexport.methods.temporal.base import Run
 from jitexport.models.sources import config_adapter, find_source, load_adapter
 from jitexport.plan import plan
 from jitexport.profile.measure import Timing, conditions, matmul_rate, shortest
@@ -91,9 +92,9 @@ def loop(tokens: int, batch: int, stages: int) -> Callable[[], object]:
     generators = [torch.Generator().manual_seed(i) for i in range(batch)]
     draws = draw(method, schedule, (CHANNELS, side, side), 1, generators)
 
-    def begin_stage(stage: Stage, where: torch.Tensor) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    def begin_stage(stage: Stage, where: torch.Tensor) -> Run:
         velocity = torch.randn(batch, stage.tokens, CHANNELS, generator=generators[0])
-        return lambda tokens, step: velocity
+        return lambda action, tokens, step: [velocity]
 
     return lambda: sample(method, schedule, draws, begin_stage)
 

@@ -28,6 +28,14 @@ from jitexport.schedule import Target, uniform_sigmas
 from jitexport.specs import EngineSpec, TensorSpec
 
 
+def listed(output):
+    return [output] if isinstance(output, torch.Tensor) else output
+
+
+def copied(output):
+    return output.clone() if isinstance(output, torch.Tensor) else [value.clone() for value in output]
+
+
 class Rerun:
     """Records by keeping the work, as a graph keeps its kernels."""
 
@@ -41,13 +49,14 @@ class Rerun:
         self._attempts += 1
         if self._fail(self._attempts):
             raise torch.OutOfMemoryError("no memory")
-        output = work().clone()
+        output = copied(work())
         self.recorded += 1
 
         def replay():
             self.replayed += 1
             with torch.inference_mode():  # where an output of it may be written to, as a graph may write anywhere
-                output.copy_(work())
+                for kept, value in zip(listed(output), listed(work()), strict=True):
+                    kept.copy_(value)
 
         return replay, output
 
@@ -231,7 +240,7 @@ def on_meta(method, custom, batch=2, shape=(12, 8), patch=2):
 
         def begin_stage(stage, where):
             cos, sin = rotary.gather(tables, where).values()
-            return lambda tokens, step: tokens.to(torch.bfloat16) * cos.mean() + sin.mean()
+            return lambda action, tokens, step: [tokens.to(torch.bfloat16) * cos.mean() + sin.mean()]
 
         y = sample(made, schedule, Draws(**fake), begin_stage)
     assert y.device.type == "meta" and tuple(y.shape) == (batch, grid.tokens, 16)

@@ -36,11 +36,12 @@ def model(stage, where):
     """A velocity that depends on everything that it may: the tokens, all of them together, places and step."""
     places = GRID.coordinates()[where].float().sum(-1, keepdim=True)
 
-    def velocity(tokens, step):
+    def run(action, tokens, step):
+        assert action == "stage"
         mixed = torch.tanh(tokens.roll(1, -1) + 0.1 * places) + tokens.mean(1, keepdim=True)
-        return mixed * (1 + 0.05 * step)
+        return [mixed * (1 + 0.05 * step)]
 
-    return velocity
+    return run
 
 
 # --- draws ---
@@ -91,9 +92,9 @@ def run(method, stages, drawn, begin_stage=model, on_step=None):
 
 def test_dense_is_a_plain_euler_loop():
     drawn = draw(DENSE, FULL, LATENT, 2, [seeded(0)])
-    y, velocity = drawn.latents, model(None, torch.arange(GRID.tokens)[None])
+    y, evaluate = drawn.latents, model(None, torch.arange(GRID.tokens)[None])
     for i in range(5):
-        y = y + (FULL.sigmas[i + 1] - FULL.sigmas[i]) * velocity(y, i)
+        y = y + (FULL.sigmas[i + 1] - FULL.sigmas[i]) * evaluate("stage", y, i)[0]
     torch.testing.assert_close(run(DENSE, FULL, drawn), y, atol=1e-6, rtol=0)
 
 
@@ -109,12 +110,12 @@ def test_stages_get_their_token_counts_places_and_steps():
     def begin_stage(stage, where):
         assert where.shape == (2, stage.tokens)
 
-        def velocity(tokens, step):
+        def evaluate(action, tokens, step):
             assert tokens.shape == (2, stage.tokens, 12)
             seen.append((stage.index, step))
-            return tokens
+            return [tokens]
 
-        return velocity
+        return evaluate
 
     run(jit(), SPARSE, draw(jit(), SPARSE, LATENT, 2, [seeded(0), seeded(1)]), begin_stage)
     assert seen == [(2, 0), (2, 1), (1, 2), (0, 3), (0, 4)]
@@ -167,7 +168,7 @@ def test_changed_latents_are_what_the_next_step_starts_from(method):
     seen = []
 
     def begin_stage(stage, where):
-        return lambda tokens, step: seen.append(tokens) or torch.zeros_like(tokens)
+        return lambda action, tokens, step: seen.append(tokens) or [torch.zeros_like(tokens)]
 
     drawn = draw(method, FULL, LATENT, 2, [seeded(0)])
     run(method, FULL, drawn, begin_stage, lambda i, sigma, latents: torch.full_like(latents(), float(i)))
@@ -251,7 +252,7 @@ def test_released_preset_is_the_released_recipe(seed):
         latents,
         noise,
         anchors,
-        lambda tokens, active, number, step: model(None, active[None])(tokens[None], step)[0],
+        lambda tokens, active, number, step: model(None, active[None])("stage", tokens[None], step)[0][0],
     )
     method = jit("released")
     drawn = draw(method, stages, LATENT, 2, [generator])

@@ -193,11 +193,11 @@ def test_stages_of_as_many_tokens_share_an_engine():
 def test_steps_go_from_level_to_level_and_the_last_of_a_stage_to_its_end():
     stages = number([(24, 2), (96, 2)])
     joined = StageSchedule(stages, (1.0, 0.8, 0.5, 0.2, 0.0))
-    assert [[s[:] for s in steps] for _, steps in joined] == [
+    assert [[s[:3] for s in steps] for _, steps in joined] == [
         [(0, 1.0, 0.8), (1, 0.8, 0.5)], [(2, 0.5, 0.2), (3, 0.2, 0.0)],
     ]
     noised = StageSchedule(stages, (1.0, 0.8, 0.7, 0.2, 0.0), (0.5, 0.0))
-    assert [[s[:] for s in steps] for _, steps in noised] == [
+    assert [[s[:3] for s in steps] for _, steps in noised] == [
         [(0, 1.0, 0.8), (1, 0.8, 0.5)], [(2, 0.7, 0.2), (3, 0.2, 0.0)],
     ]
 
@@ -258,11 +258,11 @@ def test_no_speedup_is_the_ordinary_sampler():
     assert solve_stages(1, FLUX_TOKENS, flux_cost, 50) == (Stage(0, FLUX_TOKENS, 50),)
 
 
-@pytest.mark.parametrize("speedup", [0.99, 0, -4, 10.01, float("nan"), float("inf")])
+@pytest.mark.parametrize("speedup", [0.99, 0, -4, 20.01, float("nan"), float("inf")])
 def test_speedups_out_of_range(speedup):
     with pytest.raises(ScheduleError, match="out of range") as caught:
         solve_stages(speedup, FLUX_TOKENS, flux_cost, 50)
-    assert "from 1 to 10" in caught.value.expected
+    assert "from 1 to 20" in caught.value.expected
 
 
 @given(st.floats(1, 4))

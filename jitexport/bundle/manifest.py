@@ -13,13 +13,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from jitexport import registry
-from jitexport.errors import ManifestError
+from jitexport.errors import JitExportError, ManifestError
+from jitexport.methods.temporal.base import Cache
 from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry
+from jitexport.models.stages import ACTS, TAKES, kept_specs
 from jitexport.prompting import Tokenizer
-from jitexport.schedule import Stage, StageSchedule
+from jitexport.schedule import COMPUTED, FORECAST, Stage, StageSchedule
 from jitexport.specs import EngineSpec, TensorSpec
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FILE_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
 
@@ -177,7 +179,7 @@ class GeometryEntry(_Entry):
 
 
 class StageEntry(_Entry):
-    """A stage of the schedule, in the order in which they run, and the cost of one of its steps."""
+    """A stage of the schedule, in the order in which they run, and the cost of one of its computed steps."""
 
     index: int
     tokens: int
@@ -188,13 +190,14 @@ class StageEntry(_Entry):
 class ScheduleEntry(_Entry):
     """Stages, noise levels, and the speed-up that their FLOPs predict over the reference steps.
 
-    `sigmas` and `ends` as in `jitexport.schedule.StageSchedule`. `preview_tflops` is what a method spends on looking at
-    a picture between stages; `tflops` includes it.
+    `sigmas`, `ends` and `actions` as in `jitexport.schedule.StageSchedule`. `preview_tflops` is what a method spends on
+    looking at a picture between stages; `tflops` includes it.
     """
 
     stages: tuple[StageEntry, ...]
     sigmas: tuple[float, ...]
     ends: tuple[float, ...]
+    actions: tuple[str, ...]
     speedup: float | None
     predicted_speedup: float
     reference_steps: int
@@ -204,7 +207,8 @@ class ScheduleEntry(_Entry):
 
     def schedule(self) -> StageSchedule:
         """As a `StageSchedule`."""
-        return StageSchedule(tuple(Stage(s.index, s.tokens, s.steps) for s in self.stages), self.sigmas, self.ends)
+        stages = tuple(Stage(s.index, s.tokens, s.steps) for s in self.stages)
+        return StageSchedule(stages, self.sigmas, self.ends, self.actions)
 
 
 class MethodEntry(_Entry):
@@ -213,6 +217,23 @@ class MethodEntry(_Entry):
     name: str
     preset: str
     options: dict[str, Any]
+
+
+class CacheEntry(_Entry):
+    """The temporal method, its settings, and where a calibration found the computed steps, what it saw."""
+
+    name: str
+    options: dict[str, Any]
+    evidence: dict[str, Any] | None = None
+
+    def cache(self) -> Cache[Any]:
+        """The temporal method.
+
+        Raises:
+            UnknownNameError: this version knows no such method.
+            InputError: options that it does not have.
+        """
+        return registry.cache(self.name)(self.options)
 
 
 class HostEntry(_Entry):
@@ -245,13 +266,14 @@ class Manifest(_Entry):
     `passes` is 2 where a stage engine runs a prompt and its negative prompt at once, at twice the batch.
     """
 
-    format_version: Literal[3]
+    format_version: Literal[4]
     jitexport_version: str
     created: str
     command: str
     model: ModelEntry
     geometry: GeometryEntry
     method: MethodEntry
+    cache: CacheEntry | None
     schedule: ScheduleEntry
     backend: str
     dtype: Literal["fp32", "bf16"]
@@ -277,7 +299,8 @@ class Manifest(_Entry):
         if missing := used - set(declared):
             raise ValueError(f"files that are used but not declared: {sorted(missing)}")
         names = [e.name for e in self.engines]
-        wanted = ["text", "condition", *(s.name for s in self.schedule.schedule().engines), "decode"]
+        stages = [f"{action}{s.index}" for action, s in self.schedule.schedule().runs]
+        wanted = ["text", "condition", *stages, "decode"]
         if sorted(n for n in names if n != "preview") != sorted(wanted) or names.count("preview") > 1:
             raise ValueError(f"engines are {names}, the schedule needs {wanted}")
         for problem in self._contradictions():
@@ -317,13 +340,19 @@ class Manifest(_Entry):
         shared |= {c.name: (c.shape[1:], c.dtype) for c in self.constants}
         if any(c.shape[0] != schedule.nfe for c in self.constants):
             yield f"constants are not one value per step: {[(c.name, c.shape) for c in self.constants]}"
-        for stage in schedule.engines:
+        yield from self._temporal_contradictions(schedule)
+        words, width = shared["context"][0][1:] if "context" in shared else (0, 0)
+        for action, stage in schedule.runs:
             tokens = ((rows, stage.tokens, geometry.channels), self.dtype)
             places = geometry.positions.specs(rows, stage.tokens, self.dtype)
-            spec, known = specs[stage.name], shared | {p.name: (p.shape, p.dtype) for p in places} | {"tokens": tokens}
-            yield from _unlike(spec, known)
-            if [(o.shape, o.dtype) for o in spec.outputs] != [tokens]:
-                yield f"{stage.name} does not give one velocity per token"
+            kept = kept_specs(self.model.settings.get("features"), rows, stage.tokens, words, width, self.dtype)
+            handed_on = {k.name: (k.shape, k.dtype) for k in kept}
+            spec, known = specs[f"{action}{stage.index}"], shared | {p.name: (p.shape, p.dtype) for p in places}
+            taken = {name: handed_on[name] for name in TAKES.get(action, ()) if name in handed_on}
+            yield from _unlike(spec, known | {"tokens": tokens} | taken)
+            given = [tokens, *handed_on.values()] if action == COMPUTED else [tokens]
+            if [(o.shape, o.dtype) for o in spec.outputs] != given:
+                yield f"{spec.name} does not give one velocity per token, and what the cache remembers"
         shape: tuple[int, ...] = (geometry.grid.tokens, geometry.channels)
         if geometry.tiles is not None:
             channels, *size = geometry.latent_shape
@@ -335,6 +364,27 @@ class Manifest(_Entry):
             latents = ((self.batch, geometry.grid.halved().tokens, geometry.channels), "fp32")
             if [(i.shape, i.dtype) for i in preview.inputs] != [latents] or len(preview.outputs) != 1:
                 yield "the preview engine does not take latents of half the sides and give pictures"
+
+    def _temporal_contradictions(self, schedule: StageSchedule) -> Iterator[str]:
+        """Where the actions of the steps, the temporal method and what the engines hand on do not fit each other."""
+        features = self.model.settings.get("features")
+        known = {*ACTS.get(features, {}), FORECAST}
+        if wrong := {*schedule.actions} - known:
+            yield f"steps have actions {sorted(wrong)}, engines with features {features} have {sorted(known)}"
+        if self.cache is None:
+            if features is not None or {*schedule.actions} - {COMPUTED}:
+                yield f"there is no cache for features {features} and actions {sorted({*schedule.actions})}"
+            return
+        try:
+            cache = self.cache.cache()
+        except JitExportError as error:
+            yield f"no such cache: {error}"
+            return
+        if cache.features != features:
+            yield f"the cache {cache.name} needs features {cache.features}, engines have {features}"
+        wanted = {cache.action(schedule, i) for i in range(schedule.nfe)} | {COMPUTED}
+        if wrong := {*schedule.actions} - wanted:
+            yield f"the cache {cache.name} has no actions {sorted(wrong)}"
 
     @cached_property
     def model_geometry(self) -> ModelGeometry:

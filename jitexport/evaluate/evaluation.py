@@ -196,11 +196,16 @@ def evaluate(
         able = [p for p, m in zip(bundles, manifests.values(), strict=True) if full_stage(m)] or list(bundles)
         chosen = min(able, key=lambda path: read_manifest(path).dtype != "fp32")
         wanted = reference_source(chosen, reference or first.defaults.num_inference_steps)
-    given = _prompts(prompts, next(iter(manifests.values())).model.name, limit, seeds)
+    given = chosen_prompts(prompts, next(iter(manifests.values())).model.name, limit, seeds)
     return compare(sources, wanted, bundles[0], given, folder, timed=timed, progress=progress)
 
 
-def _prompts(path: Path | None, model: str, limit: int | None, seeds: int | None) -> PromptSet:
+def chosen_prompts(path: Path | None, model: str, limit: int | None, seeds: int | None = None) -> PromptSet:
+    """A file's prompts, or else captions of the demo model, or for other models a few of our own.
+
+    Raises:
+        InputError: a limit below 1, or a file that cannot be read.
+    """
     if limit is not None and limit < 1:
         raise InputError("at least one prompt is needed", found=limit)
     if path is not None:

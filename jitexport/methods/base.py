@@ -53,6 +53,8 @@ class Method(ABC, Generic[State]):
     grid: TokenGrid
     #: Names of the option presets, best first; see `options`.
     presets: Sequence[str]
+    #: Whether fewer tokens run in some steps; else all of a speed-up that is not forecast is fewer steps.
+    spatial: bool = True
     #: Whether `transition` needs pictures of half the sides, and a bundle therefore an engine `preview`.
     previews: bool = False
 
@@ -90,6 +92,16 @@ class Method(ABC, Generic[State]):
     @abstractmethod
     def transition(self, state: State, stage: Stage, sigma: float, preview: Preview | None = None) -> State:
         """State at the start of a later stage, whose first step is about to run at noise level sigma."""
+
+    def carry(self, before: State, after: State) -> Callable[[Tensor], Tensor] | None:
+        """How something known of a stage's tokens, [B, m, C], becomes known of those of the next one, [B, m', C].
+
+        None where the tokens of the one have nothing to do with those of the other, as after a change of resolution.
+
+        Args:
+            before, after: the states around the transition.
+        """
+        return None
 
     @abstractmethod
     def tokens(self, state: State) -> Tensor:

@@ -17,6 +17,7 @@ class Dense(Method[Tensor]):
 
     name = "dense"
     presets = ("default",)
+    spatial = False
 
     def __init__(self, grid: TokenGrid, options: dict[str, Any], patch: int = 1) -> None:
         self.grid = grid

@@ -11,6 +11,7 @@ are the paper's and its supplement's. Where the released code differs from the t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -410,6 +411,15 @@ class JiT(Method[JiTState]):
             y = scatter_tokens(y, new, moved)
         whole = stage.tokens == self.grid.tokens
         return self.begin(y, state.noise, self.lifter(anchors, ascending=whole or self.settings.order == "ascending"))
+
+    def carry(self, before: JiTState, after: JiTState) -> Callable[[Tensor], Tensor]:
+        """Anchors keep what is known of them, and new ones get it lifted, as their velocities were (eq. 16)."""
+
+        def carried(value: Tensor) -> Tensor:  # rows behind the batch's are a second pass's
+            rows = before.lift.anchors.shape[0]
+            return torch.cat([after.lift.active(before.lift(part)) for part in value.split(rows)])
+
+        return carried
 
     def activate(self, state: JiTState, prior: Tensor, m: int) -> tuple[Tensor, Tensor]:
         """ITA: all m anchors of the next stage, and those that are new.

@@ -5,6 +5,7 @@ A family turns a diffusers pipeline into modules of fixed shape, which backends 
     text        token ids of each tokenizer, and its mask where it has one   -> embeddings
     condition   embeddings, sigmas [S] and, where used, guidance [B]         -> per step [S, B, ...] or static [B, ...]
     stage<k>    tokens [B, m, C], positions, what `condition` gave, constants -> velocity [B, m, C]
+                for temporal methods also others: see `jitexport.models.stages`
     preview     tokens [B, N / 4, C]                                         -> images [B, 3, H / 2, W / 2] in [0, 1]
     decode      tokens [B, N, C]                                             -> images [B, 3, H, W] in [0, 1]
 
@@ -33,6 +34,7 @@ from jitexport.errors import InputError, UnsupportedModelError
 from jitexport.grid import TokenGrid
 from jitexport.guidance import Guidance
 from jitexport.models.naming import Naming
+from jitexport.models.stages import ACTS, Act, act_of, engine_spec
 from jitexport.positions import Positions
 from jitexport.prompting import Tokenizer
 from jitexport.quant import check_kind, quantize_linears
@@ -147,7 +149,8 @@ class ModelAdapter(ABC):
 
     Settings (all optional where a folder is read): height and width in pixels, frames of a video, max_sequence_length
     (text tokens), guidance_scale, num_inference_steps, quantization (of the blocks' linear layers: "int8", "fp8" or
-    None). A folder may carry them in a file `jitexport.json`.
+    None), features (what stage engines hand on for a temporal method: see `jitexport.models.stages`, or None). A folder
+    may carry them in a file `jitexport.json`.
 
     Attributes:
         family: the diffusers pipeline class that this adapter serves.
@@ -272,6 +275,14 @@ class ModelAdapter(ABC):
     def module(self, name: str) -> nn.Module:
         """The module of an engine, its parameters named "<component>.<diffusers' name>"."""
 
+    def act(self, engine: str) -> Act:
+        """What a stage's module does in an engine.
+
+        Raises:
+            UnknownNameError: no such engine.
+        """
+        return act_of(engine, self._settings.get("features"))
+
     # --- what follows from it ---
 
     @classmethod
@@ -320,12 +331,16 @@ class ModelAdapter(ABC):
         return self._tokenizers
 
     def specs(
-        self, schedule: StageSchedule, batch: int, dtype: str, *, preview: bool = False, passes: int = 1
+        self, schedule: StageSchedule, batch: int, dtype: str, *, preview: bool = False, passes: int = 1,
+        further: Sequence[str] = (),
     ) -> list[EngineSpec]:
-        """Engines that a bundle needs: text, condition, one per token count, preview where asked for, decode.
+        """Engines that a bundle needs: text, condition, stages, preview where asked for, decode.
+
+        Stages are one for each token count, and one for each cheaper action that steps have at it.
 
         Args:
             passes: 2 for stages that see a prompt and its negative prompt at once, at twice the batch.
+            further: actions that there is an engine for at every token count, beside those of the steps.
         """
         geometry, rows = self.geometry, batch * passes
         condition = self.condition_spec(batch, schedule.nfe, dtype)
@@ -334,12 +349,13 @@ class ModelAdapter(ABC):
         ]
         given += [replace(s, shape=s.shape[1:], per_step=False) for s in self.constant_specs(schedule.nfe, dtype)]
 
-        def stage(name: str, tokens: int) -> EngineSpec:
+        def stage(action: str, index: int, tokens: int) -> EngineSpec:
             shape = (rows, tokens, geometry.channels)
             inputs = (TensorSpec("tokens", shape, dtype), *geometry.positions.specs(rows, tokens, dtype), *given)
-            return EngineSpec(name, inputs, (TensorSpec("velocity", shape, dtype),))
+            return engine_spec(action, index, inputs, self._settings.get("features"))
 
-        stages = [stage(s.name, s.tokens) for s in schedule.engines]
+        runs = [*schedule.runs, *((action, s) for action in further for s in schedule.engines)]
+        stages = [stage(action, s.index, s.tokens) for action, s in runs]
         previews = [self.decoder_spec("preview", batch)] if preview else []
         return [self.text_spec(batch, dtype), condition, *stages, *previews, self.decoder_spec("decode", batch)]
 
@@ -377,13 +393,15 @@ def full_config(module: nn.Module) -> dict[str, Any]:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse sizes that are no positive whole numbers, negative or no guidance scales, unknown quantizations.
+    """Refuse sizes that are no positive whole numbers, negative or no guidance scales, unknown words.
 
     Raises:
         InputError: naming the settings that are wrong.
     """
     check_kind(settings["quantization"])
-    sizes = {k: v for k, v in settings.items() if k not in ("guidance_scale", "quantization")}
+    if (features := settings["features"]) not in ACTS:
+        raise InputError("unknown features of stage engines", found=features, expected=f"one of {[*ACTS]}")
+    sizes = {k: v for k, v in settings.items() if k not in ("guidance_scale", "quantization", "features")}
     wrong = {k: v for k, v in sizes.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1}
     guidance = settings["guidance_scale"]
     if not isinstance(guidance, int | float) or not 0 <= guidance < math.inf:  # also refuses NaN

@@ -39,6 +39,7 @@ from jitexport.models.layers import (
     time_embedding,
 )
 from jitexport.models.schedulers import flow_sigmas, resolution_shift
+from jitexport.models.stages import Evaluation, TransformerStage
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
@@ -111,8 +112,8 @@ def single_block(block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, s
     return gated(x, gate, run_linear(block.proj_out, a, run_linear(block.proj_mlp, h, gelu=True), wide=True))
 
 
-class FluxStage(TransformerPart):
-    """One evaluation of the transformer on the active tokens.
+class FluxStage(TransformerStage):
+    """One evaluation of the transformer on the active tokens; it is cut in two behind the double blocks.
 
     tokens [B, m, C], cos and sin [B, T + m, Dh / 2], modulation [B, M], context [B, T, D] -> velocity [B, m, C].
     """
@@ -121,19 +122,33 @@ class FluxStage(TransformerPart):
     regions = ("double_block", "single_block")
     double_block, single_block = staticmethod(double_block), staticmethod(single_block)
 
-    def forward(self, tokens: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor, context: Tensor, *kept: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
         model = self.transformer
         doubles, singles = model.transformer_blocks, model.single_transformer_blocks
-        d = model.inner_dim
+        d, half = model.inner_dim, len(model.transformer_blocks)
         *parts, out = modulation.split([12 * d] * len(doubles) + [3 * d] * len(singles) + [2 * d], dim=-1)
 
-        image, text = model.x_embedder(tokens), context
-        for block, part in zip(doubles, parts[: len(doubles)], strict=True):
-            image, text = self.double_block(block, image, text, part, cos, sin)
-        x = torch.cat([text, image], dim=1)
-        for block, part in zip(singles, parts[len(doubles) :], strict=True):
-            x = self.single_block(block, x, part, cos, sin)
-        return last_layer(model, x[:, text.shape[1] :], out)
+        def blocks(start: int, stop: int, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+            for i in range(start, min(stop, half)):
+                image, text = self.double_block(doubles[i], image, text, parts[i], cos, sin)
+            if stop <= half:
+                return image, text
+            x = torch.cat([text, image], dim=1)
+            for i in range(max(start, half), stop):
+                x = self.single_block(singles[i - half], x, parts[i], cos, sin)
+            return x[:, text.shape[1] :], x[:, : text.shape[1]]
+
+        def output(image: Tensor) -> Tensor:
+            return last_layer(model, image, out)
+
+        def first_input(image: Tensor) -> Tensor:
+            shift, scale, *_ = parts[0].split(d, dim=-1)
+            return modulate(doubles[0].norm1.norm, image, shift, scale)
+
+        image, depth = model.x_embedder(tokens), len(parts)
+        return self.act(Evaluation(image, context, depth, half, blocks, output, first_input), kept)
 
 
 # --- the published models --------------------------------------------------------------------------------------------
@@ -216,6 +231,7 @@ class FluxAdapter(ModelAdapter):
             "guidance_scale": 3.5,
             "num_inference_steps": 4 if distilled else 50,
             "quantization": None,
+            "features": None,
         }
 
     @classmethod
@@ -289,5 +305,5 @@ class FluxAdapter(ModelAdapter):
             grid = self.geometry.grid
             module = PackedDecode(parts["vae"], grid.halved() if name == "preview" else grid, PATCH)
         else:
-            module = FluxStage(parts["transformer"])
+            module = FluxStage(parts["transformer"], self.act(name))
         return module.eval()

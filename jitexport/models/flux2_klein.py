@@ -41,6 +41,7 @@ from jitexport.models.layers import (
 )
 from jitexport.models.naming import FUSED, TRANSFORMER, Aliases, Naming, Prefix, Target
 from jitexport.models.schedulers import flow_sigmas, scheduler_shift
+from jitexport.models.stages import Evaluation, TransformerStage
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
@@ -150,8 +151,8 @@ def single_block(block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, s
     return gated(x, gate, run_linear(attn.to_out, a, swiglu(mlp), wide=True))
 
 
-class KleinStage(TransformerPart):
-    """One evaluation of the transformer on the active tokens.
+class KleinStage(TransformerStage):
+    """One evaluation of the transformer on the active tokens; it is cut in two behind the double blocks.
 
     tokens [B, m, C], cos and sin [B, T + m, Dh / 2], context [B, T, D], modulation [17 D] -> velocity [B, m, C].
     """
@@ -160,17 +161,33 @@ class KleinStage(TransformerPart):
     regions = ("double_block", "single_block")
     double_block, single_block = staticmethod(double_block), staticmethod(single_block)
 
-    def forward(self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, modulation: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, modulation: Tensor, *kept: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
         model = self.transformer
-        d = model.inner_dim
+        doubles, singles = model.transformer_blocks, model.single_transformer_blocks
+        d, half = model.inner_dim, len(model.transformer_blocks)
         double, single, out = modulation[None].split([12 * d, 3 * d, 2 * d], dim=-1)
-        image, text = run_linear(model.x_embedder, tokens), context
-        for block in model.transformer_blocks:
-            image, text = self.double_block(block, image, text, double, cos, sin)
-        x = torch.cat([text, image], dim=1)
-        for block in model.single_transformer_blocks:
-            x = self.single_block(block, x, single, cos, sin)
-        return last_layer(model, x[:, text.shape[1] :], out)
+
+        def blocks(start: int, stop: int, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+            for i in range(start, min(stop, half)):
+                image, text = self.double_block(doubles[i], image, text, double, cos, sin)
+            if stop <= half:
+                return image, text
+            x = torch.cat([text, image], dim=1)
+            for i in range(max(start, half), stop):
+                x = self.single_block(singles[i - half], x, single, cos, sin)
+            return x[:, text.shape[1] :], x[:, : text.shape[1]]
+
+        def output(image: Tensor) -> Tensor:
+            return last_layer(model, image, out)
+
+        def first_input(image: Tensor) -> Tensor:
+            shift, scale, *_ = double.split(d, dim=-1)
+            return modulate(doubles[0].norm1, image, shift, scale)
+
+        image, depth = run_linear(model.x_embedder, tokens), half + len(singles)
+        return self.act(Evaluation(image, context, depth, half, blocks, output, first_input), kept)
 
 
 class KleinDecode(nn.Module):
@@ -326,6 +343,7 @@ class KleinAdapter(ModelAdapter):
             "guidance_scale": 1.0 if distilled else 4.0,
             "num_inference_steps": 4 if distilled else 50,
             "quantization": None,
+            "features": None,
         }
 
     @staticmethod
@@ -409,5 +427,5 @@ class KleinAdapter(ModelAdapter):
             grid = self.geometry.grid
             module = KleinDecode(parts["vae"], grid.halved() if name == "preview" else grid)
         else:
-            module = KleinStage(parts["transformer"])
+            module = KleinStage(parts["transformer"], self.act(name))
         return module.eval()

@@ -41,11 +41,13 @@ from jitexport.models.layers import (
     image_side,
     joint_block,
     last_layer,
+    modulate,
     text_side,
     time_embedding,
 )
 from jitexport.models.naming import ADDED, FUSED, QKV, TRANSFORMER, Aliases, Naming, Prefix, Target
 from jitexport.models.schedulers import flow_sigmas
+from jitexport.models.stages import Evaluation, TransformerStage, in_turn
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
@@ -177,7 +179,7 @@ def double_block(
     return video, text
 
 
-class HunyuanStage(TransformerPart):
+class HunyuanStage(TransformerStage):
     """One evaluation of the transformer on the active tokens.
 
     tokens [B, m, C], cos and sin [B, m, Dh / 2], context [B, T, D], key_mask [B, T], additive, modulation [M]
@@ -189,20 +191,30 @@ class HunyuanStage(TransformerPart):
     double_block = staticmethod(double_block)
 
     def forward(
-        self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, key_mask: Tensor, modulation: Tensor
-    ) -> Tensor:
+        self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, key_mask: Tensor, modulation: Tensor,
+        *kept: Tensor,
+    ) -> Tensor | tuple[Tensor, ...]:
         model = self.transformer
-        blocks, d = model.transformer_blocks, context.shape[-1]
-        *parts, out = modulation[None].split([12 * d] * len(blocks) + [2 * d], dim=-1)
+        layers, d = model.transformer_blocks, context.shape[-1]
+        *parts, out = modulation[None].split([12 * d] * len(layers) + [2 * d], dim=-1)
         mask = F.pad(key_mask, (tokens.shape[1], 0))
 
         # The other input channels are a given frame's latents and where they are; both are zero here.
         embed = model.x_embedder.proj
         video = F.linear(tokens, embed.weight.flatten(1)[:, : tokens.shape[-1]], embed.bias)
-        text = context
-        for block, part in zip(blocks, parts, strict=True):
-            video, text = self.double_block(block, video, text, part, cos, sin, mask)
-        return last_layer(model, video, out)
+
+        def block(i: int, video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+            return self.double_block(layers[i], video, text, parts[i], cos, sin, mask)
+
+        def output(video: Tensor) -> Tensor:
+            return last_layer(model, video, out)
+
+        def first_input(video: Tensor) -> Tensor:
+            shift, scale, *_ = parts[0].split(d, dim=-1)
+            return modulate(layers[0].norm1.norm, video, shift, scale)
+
+        depth = len(layers)
+        return self.act(Evaluation(video, context, depth, depth // 2, in_turn(block), output, first_input), kept)
 
 
 # --- the autoencoder ---
@@ -456,6 +468,7 @@ class HunyuanVideo15Adapter(ModelAdapter):
             "guidance_scale": guider["guidance_scale"] if guider.get("enabled", True) else 1.0,
             "num_inference_steps": 50,
             "quantization": None,
+            "features": None,
         }
 
     @classmethod
@@ -561,7 +574,7 @@ class HunyuanVideo15Adapter(ModelAdapter):
         elif name == "decode":
             module = HunyuanDecode(parts["vae"], None if self.geometry.tiles else self.geometry.grid)
         else:
-            module = HunyuanStage(parts["transformer"])
+            module = HunyuanStage(parts["transformer"], self.act(name))
         return module.eval()
 
 

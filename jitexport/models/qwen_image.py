@@ -29,10 +29,12 @@ from jitexport.models.layers import (
     image_side,
     joint_block,
     last_layer,
+    modulate,
     text_side,
 )
 from jitexport.models.naming import FUSED, TRANSFORMER, Aliases, Naming, Prefix, Target
 from jitexport.models.schedulers import flow_sigmas, resolution_shift, scheduler_shift
+from jitexport.models.stages import Evaluation, TransformerStage, in_turn
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
@@ -118,7 +120,7 @@ def double_block(
     return image, text
 
 
-class QwenImageStage(TransformerPart):
+class QwenImageStage(TransformerStage):
     """One evaluation of the transformer on the active tokens.
 
     tokens [B, m, C], cos and sin [B, T + m, Dh / 2], context [B, T, D], key_mask [B, T] (added to the scores of the
@@ -130,17 +132,26 @@ class QwenImageStage(TransformerPart):
     double_block = staticmethod(double_block)
 
     def forward(
-        self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, key_mask: Tensor, modulation: Tensor
-    ) -> Tensor:
+        self, tokens: Tensor, cos: Tensor, sin: Tensor, context: Tensor, key_mask: Tensor, modulation: Tensor,
+        *kept: Tensor,
+    ) -> Tensor | tuple[Tensor, ...]:
         model = self.transformer
-        blocks, d = model.transformer_blocks, model.inner_dim
-        *parts, out = modulation[None].split([12 * d] * len(blocks) + [2 * d], dim=-1)
+        layers, d = model.transformer_blocks, model.inner_dim
+        *parts, out = modulation[None].split([12 * d] * len(layers) + [2 * d], dim=-1)
         mask = F.pad(key_mask, (0, tokens.shape[1]))
 
-        image, text = model.img_in(tokens), context
-        for block, part in zip(blocks, parts, strict=True):
-            image, text = self.double_block(block, image, text, part, cos, sin, mask)
-        return last_layer(model, image, out)
+        def block(i: int, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+            return self.double_block(layers[i], image, text, parts[i], cos, sin, mask)
+
+        def output(image: Tensor) -> Tensor:
+            return last_layer(model, image, out)
+
+        def first_input(image: Tensor) -> Tensor:
+            shift, scale, *_ = parts[0].split(d, dim=-1)
+            return modulate(layers[0].img_norm1, image, shift, scale)
+
+        image, depth = model.img_in(tokens), len(layers)
+        return self.act(Evaluation(image, context, depth, depth // 2, in_turn(block), output, first_input), kept)
 
 
 class QwenImageDecode(nn.Module):
@@ -306,6 +317,7 @@ class QwenImageAdapter(ModelAdapter):
             "guidance_scale": 4.0,
             "num_inference_steps": 50,
             "quantization": None,
+            "features": None,
         }
 
     @classmethod
@@ -400,5 +412,5 @@ class QwenImageAdapter(ModelAdapter):
             grid = self.geometry.grid
             module = QwenImageDecode(parts["vae"], grid.halved() if name == "preview" else grid)
         else:
-            module = QwenImageStage(parts["transformer"])
+            module = QwenImageStage(parts["transformer"], self.act(name))
         return module.eval()

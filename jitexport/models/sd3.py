@@ -37,6 +37,7 @@ from jitexport.models.layers import (
 )
 from jitexport.models.naming import ADDED, FUSED, QKV, TRANSFORMER, Aliases, Naming, Prefix, Target
 from jitexport.models.schedulers import flow_sigmas, resolution_shift, scheduler_shift
+from jitexport.models.stages import Evaluation, TransformerStage, in_turn
 from jitexport.positions import Positions, Tables
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
@@ -302,7 +303,7 @@ def last_block(block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor
     return image_update(block, image, modulate(block.norm1_context.norm, text, shift, scale), mine)[0]
 
 
-class SD3Stage(TransformerPart):
+class SD3Stage(TransformerStage):
     """One evaluation of the transformer on the active tokens.
 
     tokens [B, m, C], positions [B, m, D], modulation [B, M], context [B, T, D] -> velocity [B, m, C].
@@ -312,21 +313,33 @@ class SD3Stage(TransformerPart):
     regions = ("joint_block", "last_block")
     joint_block, last_block = staticmethod(joint_block), staticmethod(last_block)
 
-    def forward(self, tokens: Tensor, positions: Tensor, modulation: Tensor, context: Tensor) -> Tensor:
-        model = self.transformer
-        widths = [image_width(b) + context_width(b) for b in model.transformer_blocks]
+    def forward(
+        self, tokens: Tensor, positions: Tensor, modulation: Tensor, context: Tensor, *kept: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        model, layers = self.transformer, self.transformer.transformer_blocks
+        widths = [image_width(b) + context_width(b) for b in layers]
         *parts, out = modulation.split([w * model.inner_dim for w in (*widths, 2)], dim=-1)
 
         # A convolution of patches that do not overlap is a linear layer of tokens.
         embed = model.pos_embed.proj
-        image, text = F.linear(tokens, embed.weight.flatten(1), embed.bias), context
+        image = F.linear(tokens, embed.weight.flatten(1), embed.bias)
         image = (image + positions).to(tokens.dtype)
-        for block, part in zip(model.transformer_blocks[:-1], parts[:-1], strict=True):
-            image, text = self.joint_block(block, image, text, part)
-        image = self.last_block(model.transformer_blocks[-1], image, text, parts[-1])
-        velocity = last_layer(model, image, out)
-        # The model writes a token's channels last, and reads them first: [p, q, C] -> [C, p, q].
-        return velocity.unflatten(-1, (PATCH**2, -1)).transpose(-1, -2).flatten(-2)
+
+        def block(i: int, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+            if i == len(layers) - 1:
+                return self.last_block(layers[i], image, text, parts[i]), text
+            return self.joint_block(layers[i], image, text, parts[i])
+
+        def output(image: Tensor) -> Tensor:
+            # The model writes a token's channels last, and reads them first: [p, q, C] -> [C, p, q].
+            return last_layer(model, image, out).unflatten(-1, (PATCH**2, -1)).transpose(-1, -2).flatten(-2)
+
+        def first_input(image: Tensor) -> Tensor:
+            shift, scale, *_ = parts[0].split(model.inner_dim, dim=-1)
+            return modulate(layers[0].norm1.norm, image, shift, scale)
+
+        depth = len(layers)
+        return self.act(Evaluation(image, context, depth, depth // 2, in_turn(block), output, first_input), kept)
 
 
 # --- names of the same modules elsewhere -----------------------------------------------------------------------------
@@ -507,6 +520,7 @@ class SD3Adapter(ModelAdapter):
             "guidance_scale": 7.0,
             "num_inference_steps": 28,
             "quantization": None,
+            "features": None,
         }
 
     @classmethod
@@ -596,7 +610,7 @@ class SD3Adapter(ModelAdapter):
             grid = self.geometry.grid
             module = PackedDecode(parts["vae"], grid.halved() if name == "preview" else grid, PATCH)
         else:
-            module = SD3Stage(parts["transformer"])
+            module = SD3Stage(parts["transformer"], self.act(name))
         return module.eval()
 
 

@@ -18,6 +18,7 @@ from jitexport.backends.base import Engine
 from jitexport.png import encode_all
 from jitexport.profile.measure import PeakMemory, Timing, matmul_rate, now
 from jitexport.runtime import Pipeline
+from jitexport.schedule import FORECAST, Stage, Step
 
 if TYPE_CHECKING:
     from jitexport.bundle.manifest import Manifest
@@ -28,7 +29,7 @@ class Span:
     """A stretch of one image's time.
 
     Attributes:
-        phase: text, condition, draw, the stage's name (a run of its engine), transition, preview (an engine that a
+        phase: text, condition, draw, the name of a stage's engine (a run of it), transition, preview (an engine that a
             transition runs), step, decode or image.
         start, end: seconds since the image began.
         step: of the denoising loop; None outside it.
@@ -47,7 +48,10 @@ class Span:
 
 @dataclass(frozen=True)
 class StepTiming:
-    """One step of the denoising loop: its engine, and what the loop does around it: Euler step, transition."""
+    """One step of the denoising loop: its engine, and what the loop does around it: Euler step, transition.
+
+    `stage` is the engine's name, "forecast" where the step runs none.
+    """
 
     step: int
     stage: str
@@ -178,12 +182,12 @@ class Recorder:
         spans = []
         for stage, steps in self.schedule:
             before = "transition"
-            for step, _, _ in steps:
-                end = self.step_ends[step]
+            for step in steps:
+                end = self.step_ends[step.index]
                 for run in [r for r in runs if begin <= r.start < end]:
-                    spans += [Span(before, begin, run.start, step), replace(run, step=step)]
-                    before, begin = "step" if run.phase == stage.name else before, run.end
-                spans.append(Span(before, begin, end, step))
+                    spans += [Span(before, begin, run.start, step.index), replace(run, step=step.index)]
+                    before, begin = "step" if run.phase == _engine(step, stage) else before, run.end
+                spans.append(Span(before, begin, end, step.index))
                 before, begin = "step", end
         return spans
 
@@ -241,7 +245,7 @@ def profile_pipeline(
         peak = {"process": memory.process(), "gpu": memory.gpu()}
         ceiling = max(ceiling, matmul_rate(pipe.dtype, pipe.device))
 
-    stages = {s.name: s for s in pipe.schedule.engines}
+    stages = {f"{action}{s.index}": s for action, s in pipe.schedule.runs}
     inner = [*stages, "preview"] if "preview" in pipe.engines else [*stages]  # engines that the loop runs
     names = ["text", "condition", "draw", *inner, "transition", "step", "decode", "image"]
     sums = [{name: sum(s.seconds for s in spans if s.phase == name) for name in names} for spans in images]
@@ -271,7 +275,7 @@ def profile_pipeline(
     realised = None
     if speedup is not None:
         steps, predicted = speedup
-        full = max(stages.values(), key=lambda s: s.tokens)
+        full = pipe.schedule.engines[-1]
         passes = recorder.passes  # of a step of the ordinary pipeline, which is guided as this one
         reference = steps * passes * statistics.median(runs[full.name])
         realised = Speedup(predicted, reference / phases["denoise"].median)
@@ -296,12 +300,18 @@ def _steps(images: Sequence[Sequence[Span]], pipe: Pipeline) -> list[StepTiming]
     """Engine and loop seconds of each step over all images; a stage's first step has its transition in the loop."""
     found = []
     for stage, steps in pipe.schedule:
-        for step, sigma, _ in steps:
-            inside = [[s for s in spans if s.step == step] for spans in images]
-            engine = [sum(s.seconds for s in spans if s.phase == stage.name) for spans in inside]
-            loop = [sum(s.seconds for s in spans if s.phase != stage.name) for spans in inside]
-            found.append(StepTiming(step, stage.name, sigma, Timing.of(engine), Timing.of(loop)))
+        for step in steps:
+            name = _engine(step, stage)
+            inside = [[s for s in spans if s.step == step.index] for spans in images]
+            engine = [sum(s.seconds for s in spans if s.phase == name) for spans in inside]
+            loop = [sum(s.seconds for s in spans if s.phase != name) for spans in inside]
+            found.append(StepTiming(step.index, name, step.sigma, Timing.of(engine), Timing.of(loop)))
     return found
+
+
+def _engine(step: Step, stage: Stage) -> str:
+    """Name of the engine that a step runs."""
+    return FORECAST if step.action == FORECAST else f"{step.action}{stage.index}"
 
 
 def call_seconds(pipe: Pipeline, prompt: str, seed: int) -> float:

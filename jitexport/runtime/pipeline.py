@@ -36,6 +36,7 @@ from jitexport.forks import survives_fork
 from jitexport.graphs import CUDARecorder, LoopGraph, Recorder
 from jitexport.grid import unpack
 from jitexport.methods.base import Draws, Method
+from jitexport.methods.temporal.base import Cache, Run
 from jitexport.models.base import ModelDefaults, ModelGeometry
 from jitexport.models.naming import Naming
 from jitexport.prompting import Reader
@@ -43,8 +44,9 @@ from jitexport.runtime.changing import ChangingWeights, ReadCheckpoint
 from jitexport.runtime.conditions import Condition, Guided, by_name, from_names
 from jitexport.runtime.draws import Drawing
 from jitexport.runtime.request import Request, Terms
-from jitexport.sampler import OnStep, Velocity, sample
+from jitexport.sampler import EVERY_STEP, OnStep, sample
 from jitexport.schedule import Stage, StageSchedule
+from jitexport.specs import EngineSpec
 from jitexport.weights import SharedWeights
 
 logger = logging.getLogger(__name__)
@@ -76,10 +78,11 @@ class Pipeline(ChangingWeights):
     A call keeps no state on the pipeline, so calls from several threads do not disturb each other.
 
     Attributes:
-        engines: by name: text, condition, stage<k>, decode, and preview where the method looks at pictures between
-            stages; each for exactly `batch_size` images.
+        engines: by name: text, condition, stage<k>, decode, preview where the method looks at pictures between stages,
+            and those of the cheaper actions of a temporal method; each for exactly `batch_size` images.
         batch_size: images per engine run; longer lists are run in chunks, the last one padded.
         passes: 2 where a stage engine runs a prompt and its negative prompt at once, at twice the batch.
+        cache: the temporal method that placed the schedule's actions.
         constants: what stages read of each step that depends on nothing but its noise level, [S, ...], by name.
         weights: what the engines read, and can be changed between calls; None where they hold copies of their own.
         graph: the denoising loop as a CUDA graph, used where no callback looks at its steps; None without.
@@ -98,6 +101,7 @@ class Pipeline(ChangingWeights):
         readers: Sequence[Reader],
         batch_size: int,
         passes: int = 1,
+        cache: Cache[Any] | None = None,
         constants: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype,
         device: torch.device,
@@ -116,6 +120,7 @@ class Pipeline(ChangingWeights):
         self.readers = list(readers)
         self.batch_size = batch_size
         self.passes = passes
+        self.cache = cache or EVERY_STEP
         self.constants = dict(constants or {})
         self.dtype = dtype
         self.device = device
@@ -202,9 +207,10 @@ class Pipeline(ChangingWeights):
         return [available[spec.name] for spec in self.engines["condition"].spec.inputs]
 
     def stage_inputs(
-        self, stage: Stage, where: Tensor, condition: Condition, negative: Condition | None = None
-    ) -> Callable[[Tensor, int], list[Tensor]]:
-        """What a stage's engine takes, as a function of tokens [B, m, C] and the number of a step.
+        self, where: Tensor, condition: Condition, negative: Condition | None = None
+    ) -> Callable[..., list[Tensor]]:
+        """What a stage's engines take: a function of an engine's specification, tokens [B, m, C], the number of a step,
+        and what a temporal method gives beside.
 
         Args:
             where: which of the method's places the tokens are at, [B, m].
@@ -212,14 +218,14 @@ class Pipeline(ChangingWeights):
         """
         if self.passes == 2:
             condition, where = condition.beside(negative or condition), where.repeat(2, 1)
-        spec = self.engines[stage.name].spec
         fixed = self.geometry.positions.gather(self._tables, where) | condition.static
 
-        def inputs(tokens: Tensor, step: int) -> list[Tensor]:
+        def inputs(spec: EngineSpec, tokens: Tensor, step: int, *beside: Tensor) -> list[Tensor]:
             tokens = tokens.to(self.dtype)
             own = {name: value[step] for name, value in (*condition.per_step.items(), *self.constants.items())}
             values = {**fixed, **own, "tokens": tokens if self.passes == 1 else tokens.repeat(2, 1, 1)}
-            return [values[s.name] for s in spec.inputs]
+            named = [values[s.name] for s in spec.inputs[: len(spec.inputs) - len(beside)]]
+            return [*named, *(value.to(self.dtype) for value in beside)]
 
         return inputs
 
@@ -229,39 +235,44 @@ class Pipeline(ChangingWeights):
         draws: Draws,
         on_step: OnStep | None = None,
         stop: Callable[[], bool] = lambda: False,
-        healthy: list[Tensor] | None = None,
+        healthy: dict[int, Tensor] | None = None,
         guided: Guided | None = None,
     ) -> Tensor:
         """The stage loop: clean latents [B, N, C], fp32. As one CUDA graph where `at_once` says so and no `on_step`.
 
         Args:
             on_step, stop: see `sampler.sample`.
-            healthy: is given a truth value for each step, on the device: whether its velocity is finite.
+            healthy: is given a truth value for each step that runs an engine, on the device: whether its velocity is
+                finite.
             guided: classifier-free guidance.
         """
         if on_step is None and self.at_once(guided):
             return self.graph(by_name(condition, draws, guided))
 
-        def begin_stage(stage: Stage, where: Tensor) -> Velocity:
-            engine = self.engines[stage.name]
+        def begin_stage(stage: Stage, where: Tensor) -> Run:
             negative = None if guided is None else guided.negative
-            inputs = self.stage_inputs(stage, where, condition, negative)
-            second = None if negative is None or self.passes == 2 else self.stage_inputs(stage, where, negative)
+            inputs = self.stage_inputs(where, condition, negative)
+            second = None if negative is None or self.passes == 2 else self.stage_inputs(where, negative)
 
-            def velocity(tokens: Tensor, step: int) -> Tensor:
-                u = engine(*inputs(tokens, step))[0]
-                if self.passes == 2:
-                    u, v = u.chunk(2)
-                if guided is not None and step in guided.steps:
-                    v = v if second is None else engine(*second(tokens, step))[0]
-                    u = self.defaults.guidance.combine(u, v, guided.scale)
+            def run(action: str, tokens: Tensor, step: int, *beside: Tensor) -> Sequence[Tensor]:
+                engine = self.engines[f"{action}{stage.index}"]
+                twice = guided is not None and step in guided.steps
+                if second is not None and twice:
+                    first_rows, second_rows = zip(*(t.chunk(2) for t in beside), strict=True) if beside else ((), ())
+                    u, *kept = engine(*inputs(engine.spec, tokens, step, *first_rows))
+                    v, *others = engine(*second(engine.spec, tokens, step, *second_rows))
+                    kept = [torch.cat(pair) for pair in zip(kept, others, strict=True)]
+                else:
+                    u, *kept = engine(*inputs(engine.spec, tokens, step, *beside))
+                    u, v = u.chunk(2) if self.passes == 2 else (u, None)
+                u = self.defaults.guidance.combine(u, v, guided.scale) if twice else u
                 if healthy is not None:
-                    healthy.append(u.isfinite().all())
-                return u
+                    healthy[step] = u.isfinite().all()
+                return [u, *kept]
 
-            return velocity
+            return run
 
-        return sample(self.method, self.schedule, draws, begin_stage, on_step, self.preview, stop)
+        return sample(self.method, self.schedule, draws, begin_stage, on_step, self.preview, stop, self.cache)
 
     def at_once(self, guided: Guided | None) -> bool:
         """Whether the loop runs as a graph: where there is one, and all steps have a second pass or none has."""
@@ -282,7 +293,8 @@ class Pipeline(ChangingWeights):
             condition, draws, guided = from_names(inputs, self.schedule.nfe)
             return pipe.denoise(condition, draws, guided=guided)
 
-        return LoopGraph(loop, {s.name: self.engines[s.name] for s in self.schedule.stages}, recorder)
+        names = (f"{action}{stage.index}" for action, stage in self.schedule.runs)
+        return LoopGraph(loop, {name: self.engines[name] for name in names}, recorder)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, N, C] -> pictures [B, 3, H, W], or videos [B, 3, F, H, W], in [0, 1], fp32."""
@@ -421,7 +433,7 @@ class Pipeline(ChangingWeights):
                     return self._callback(callback, names, i, latents, embeddings)  # noqa: B023 - called at once
 
                 at_once = self.at_once(guided) and callback is None and not call.interrupted
-                healthy: list[Tensor] | None = None if at_once else []
+                healthy: dict[int, Tensor] | None = None if at_once else {}
                 y = self.denoise(
                     condition, chunk, None if at_once else on_step, lambda: call.interrupted, healthy, guided
                 )
@@ -437,7 +449,7 @@ class Pipeline(ChangingWeights):
         embeddings: Sequence[Tensor],
         condition: Condition,
         draws: Draws,
-        healthy: list[Tensor] | None,
+        healthy: dict[int, Tensor] | None,
         latents: Tensor,
         guided: Guided | None,
     ) -> NumericalError:
@@ -448,9 +460,9 @@ class Pipeline(ChangingWeights):
 
         conditions = [condition] if guided is None else [condition, guided.negative]
         if healthy is None:
-            healthy = []
+            healthy = {}
             self.denoise(condition, draws, lambda *_: None, healthy=healthy, guided=guided)
-        first = next((i for i, step in enumerate(healthy) if not step), None)
+        first = next((step for step, fine_there in healthy.items() if not fine_there), None)
         if not fine(*embeddings):
             where = "engine text"
         elif not all(fine(*c.per_step.values(), *c.static.values()) for c in conditions):
@@ -459,7 +471,7 @@ class Pipeline(ChangingWeights):
             stage = next(stage for stage, steps in self.schedule if first in [step.index for step in steps])
             where = f"engine {stage.name} at step {first + 1} of {self.schedule.nfe}"
         elif not fine(latents):
-            where = f"the sampler, after {len(healthy)} steps of finite velocities"
+            where = f"the sampler, after {len(healthy)} steps with finite velocities"
         else:
             where = "engine decode"
         return NumericalError(
@@ -572,6 +584,12 @@ class Pipeline(ChangingWeights):
         """Guidance of a chunk of images."""
         if request.negative is None or not request.steps:
             return None
+        if self.cache.features is not None and len(request.steps) != self.schedule.nfe:
+            raise InputError(
+                "guidance_interval leaves steps without a second pass, of which the cache would know nothing",
+                found=f"{len(request.steps)} of {self.schedule.nfe} steps, cache {self.cache.name}",
+                expected="a second pass at all steps", remedy="leave guidance_interval out",
+            )
         negative = self.condition(request.negative.embeddings(self, rows), request.distilled)
         scale = torch.full((self.batch_size,), request.scale, dtype=torch.float32, device=self.device)
         return Guided(negative, scale, request.steps)

@@ -1,0 +1,1 @@
+"""Temporal methods: steps whose velocity needs no transformer, or less of it. They combine with all spatial ones."""
