@@ -64,11 +64,11 @@ class Calibration:
         """
         for what, found, expected in (
             ("model family", adapter.family, self.family),
-            ("noise levels", [round(s, 4) for s in schedule.sigmas], [round(s, 4) for s in self.sigmas]),
+            ("list of noise levels", [round(s, 4) for s in schedule.sigmas], [round(s, 4) for s in self.sigmas]),
         ):
             if found != expected:
                 raise ScheduleError(
-                    f"the calibration is for another {what}", found=found, expected=expected,
+                    f"the calibration is of another {what}", found=found, expected=expected,
                     remedy="jitexport calibrate with the build's model, speed-up and method",
                 )
 

@@ -380,15 +380,18 @@ def plan(
         f"{geometry.text_tokens} text tokens; full step {_tera(made.cost(made.grid_tokens) / 1e12)} TFLOP{twice}",
         soft_wrap=True,
     )
-    table = Table("stage", "steps", "computed", "tokens", "share", "TFLOP/step", "TFLOP", "sigma from", "to")
+    def counted(actions: Sequence[str]) -> str:
+        """Steps, and with a cache how many are computed."""
+        return str(len(actions)) if made.cache is None else f"{len(actions)} ({actions.count(COMPUTED)})"
+
+    table = Table("stage", "steps", "tokens", "share", "TFLOP/step", "TFLOP", "sigma from", "to")
     for stage, runs in groupby(made.schedule, key=lambda run: run[0].index):  # stages in a row on one engine
         stages, steps_of_stages = zip(*runs, strict=True)
-        count, tokens = sum(s.steps for s in stages), stages[0].tokens
+        tokens = stages[0].tokens
         actions = [step.action for steps in steps_of_stages for step in steps]
         table.add_row(
             str(stage),
-            str(count),
-            str(actions.count(COMPUTED)),
+            counted(actions),
             str(tokens),
             f"{tokens / made.grid_tokens:.0%}",
             _tera(made.cost(tokens) / 1e12),
@@ -398,12 +401,13 @@ def plan(
         )
     table.add_section()
     if made.preview:
-        table.add_row("preview", "", "", "", "", "", _tera(made.preview / 1e12), "", "")
-    computed = made.schedule.computed
-    table.add_row("all", str(made.schedule.nfe), str(len(computed)), "", "", "", _tera(made.tflops), "", "")
+        table.add_row("preview", "", "", "", "", _tera(made.preview / 1e12), "", "")
+    actions = [step.action for _, steps in made.schedule for step in steps]
+    table.add_row("all", counted(actions), "", "", "", _tera(made.tflops), "", "")
     out.print(table)
     if made.cache is not None:
-        out.print(f"computed steps: {', '.join(map(str, computed))}; the others: {_others(made)}", soft_wrap=True)
+        computed = ", ".join(map(str, made.schedule.computed))
+        out.print(f"computed steps, in brackets: {computed}; the others: {_others(made)}", soft_wrap=True)
     distilled = f", {made.over(50):.1f}x over 50" if made.reference_steps <= DISTILLED_STEPS else ""
     out.print(
         f"predicted speed-up {made.predicted_speedup:.2f}x over {made.reference_steps} full steps "

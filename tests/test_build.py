@@ -199,7 +199,7 @@ def left_in(folder):
     ("options", "error", "message"),
     [
         ({"speedup": 0.5}, ScheduleError, "out of range"),
-        ({"speedup": 11}, ScheduleError, "out of range"),
+        ({"speedup": 21}, ScheduleError, "out of range"),
         ({"speedup": float("nan")}, ScheduleError, "out of range"),
         ({"custom": CustomSchedule((2, 2), (0.5, 0.9))}, ScheduleError, "rise to 1"),
         ({"method": "nonesuch"}, UnknownNameError, "unknown method"),

@@ -72,7 +72,7 @@ def test_every_command_has_help(command):
     [
         ["nonesuch"],
         ["build", "--nonesuch"],
-        ["build", "--speedup", "11"],
+        ["build", "--speedup", "21"],
         ["build", "--speedup", "0.5"],
         ["build", "--speedup", "fast"],
         ["build", "--batch", "0"],
@@ -374,7 +374,7 @@ def test_a_target_that_could_not_be_written_is_refused_before_the_build(run, tin
 def test_errors_in_a_real_process(tmp_path):
     done = shell("inspect", tmp_path / "none")
     assert (done.returncode, done.stdout) == (5, "") and done.stderr.startswith("error: ")
-    done = shell("plan", "--model", "flux", "--speedup", "20")
+    done = shell("plan", "--model", "flux", "--speedup", "21")
     assert (done.returncode, done.stdout) == (2, "")
 
 

@@ -21,7 +21,7 @@ from jitexport.graphs import CUDARecorder, LoopGraph, Recording
 from jitexport.grid import TokenGrid
 from jitexport.methods.base import Draws
 from jitexport.methods.jit import JiT
-from jitexport.plan import CustomSchedule
+from jitexport.plan import CustomSchedule, make_cache
 from jitexport.positions import Rotary
 from jitexport.sampler import draw, sample
 from jitexport.schedule import Target, uniform_sigmas
@@ -226,11 +226,13 @@ class OnOneDevice(TorchDispatchMode):
         return result
 
 
-def on_meta(method, custom, batch=2, shape=(12, 8), patch=2):
+def on_meta(method, custom, batch=2, shape=(12, 8), patch=2, cache=None):
     """Run a method's loop on meta tensors, which have no values, around an engine that does no more than arithmetic."""
     grid = TokenGrid(shape)
     made = registry.method(method[0])(grid, registry.method(method[0]).options(method[1]), patch)
     schedule = made.schedule(target(custom))
+    temporal = make_cache(cache or "taylor:every=1")
+    schedule = temporal.place(schedule)
     latent = (4, shape[0] * patch, shape[1] * patch)
     drawn = draw(made, schedule, latent, patch, [torch.Generator().manual_seed(s) for s in range(batch)])
     rotary = Rotary((4, 6, 6), 10000.0, grid_axes=tuple(range(3 - len(shape), 3)), text_tokens=10)
@@ -240,9 +242,15 @@ def on_meta(method, custom, batch=2, shape=(12, 8), patch=2):
 
         def begin_stage(stage, where):
             cos, sin = rotary.gather(tables, where).values()
-            return lambda action, tokens, step: [tokens.to(torch.bfloat16) * cos.mean() + sin.mean()]
 
-        y = sample(made, schedule, Draws(**fake), begin_stage)
+            def run(action, tokens, step, *beside):
+                velocity = tokens.to(torch.bfloat16) * cos.mean() + sin.mean() + sum(t.mean() for t in beside)
+                kept = {"residual": 1, "deltas": 2}.get(temporal.features, 0) if action == "stage" else 0
+                return [velocity, *(torch.zeros(*tokens.shape[:2], 8, device="meta") for _ in range(kept))]
+
+            return run
+
+        y = sample(made, schedule, Draws(**fake), begin_stage, cache=temporal)
     assert y.device.type == "meta" and tuple(y.shape) == (batch, grid.tokens, 16)
 
 
@@ -255,6 +263,19 @@ def target(custom):
 @pytest.mark.parametrize("method", [("dense", "default"), *(("jit", preset) for preset in JiT.presets)])
 def test_the_loop_never_waits_for_the_device(method):
     on_meta(method, CustomSchedule((4,), (1.0,)) if method[0] == "dense" else None)
+
+
+@pytest.mark.parametrize("cache", registry.CACHES)
+@pytest.mark.parametrize(
+    ("method", "custom"),
+    [
+        (("dense", "default"), CustomSchedule((9,), (1.0,))), (("jit", "default"), None),
+        (("ralu", "gradient"), CustomSchedule((3, 3, 4))), (("bottleneck", "default"), CustomSchedule((3, 3, 4))),
+        (("ras", "default"), CustomSchedule((9,), (0.25,))),
+    ],
+)
+def test_no_combination_waits_for_the_device(method, custom, cache):
+    on_meta(method, custom, cache=f"{cache}:every=3,warmup=1")
 
 
 @pytest.mark.parametrize("broken", ["item", "to", "mask"])

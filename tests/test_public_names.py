@@ -27,6 +27,7 @@ SCHEDULE = {
     "--speedup",
     "--method",
     "--preset",
+    "--cache",
     "--steps",
     "--ratios",
     "--height",
@@ -39,8 +40,9 @@ SCHEDULE = {
 OPTIONS = {
     "build": SCHEDULE
     | {"--backend", "--dtype", "--batch", "--output", "-o", "--device", "--target", "--weights", "--jobs", "--quant",
-       "--passes", "--force"},
+       "--passes", "--calibration", "--force"},
     "plan": SCHEDULE,
+    "calibrate": SCHEDULE | {"--prompts", "--limit", "--dtype", "--device", "--output", "-o"},
     "generate": {
         "bundle", "prompt", "--output", "-o", "--seed", "--num-images", "--guidance", "--negative", "--true-cfg-scale",
         "--fps", "--trust", "--json",

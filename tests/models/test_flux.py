@@ -202,6 +202,7 @@ def test_settings_come_from_the_folder_or_the_caller(tiny_flux):
         "guidance_scale": 3.5,
         "num_inference_steps": 50,
         "quantization": None,
+        "features": None,
     }
     assert (small.defaults.guidance.scale, small.defaults.num_inference_steps) == (3.5, 50)
     other = FluxAdapter.from_folder(tiny_flux, torch.float32, {"height": 16, "width": None, "guidance_scale": 2.0})

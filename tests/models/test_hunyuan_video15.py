@@ -382,6 +382,7 @@ def test_settings_come_from_the_folder_or_the_caller(folder, small, tmp_path):
         "guidance_scale": 6.0,
         "num_inference_steps": 50,
         "quantization": None,
+        "features": None,
     }
     geometry = small.geometry
     assert (geometry.grid.shape, geometry.frames, geometry.latent_shape) == (tiny.GRID, 9, (4, 3, 5, 3))

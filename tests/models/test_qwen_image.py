@@ -243,7 +243,7 @@ def test_shift(small, shifting, expected):
 def test_settings(small):
     assert small.settings() == {
         "height": tiny.HEIGHT, "width": tiny.WIDTH, "max_sequence_length": tiny.TEXT_TOKENS, "guidance_scale": 4.0,
-        "num_inference_steps": 50, "quantization": None,
+        "num_inference_steps": 50, "quantization": None, "features": None,
     }  # fmt: skip
     guidance = small.defaults.guidance
     assert (guidance.true, guidance.argument, guidance.negative) == (4.0, "true_cfg_scale", None)

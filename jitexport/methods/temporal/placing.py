@@ -43,30 +43,41 @@ def within(
 ) -> list[int] | None:
     """The first steps of every stage, the last step, and as many others as a budget pays for; None if it is too small.
 
-    Others are added where the most steps in a row would be forecast, in the middle of them, until no such row is left
-    that the budget pays for: a forecast is the worse the further it reaches.
+    Others go where the most steps in a row would be forecast, evenly within a stage: a forecast is the worse the
+    further it reaches.
 
     Args:
         computing, cheaper: cost of a step by its number and its tokens, when it is computed and when it is not.
     """
     tokens = [stage.tokens for stage in schedule.stages for _ in range(stage.steps)]
-    computed = {*warmups(schedule, warmup), *schedule.mandatory}
-    steps = range(schedule.nfe)
-    spent = sum(computing(i, tokens[i]) if i in computed else cheaper(i, tokens[i]) for i in steps)
-    if spent > budget:
+    always = {*warmups(schedule, warmup), *schedule.mandatory}
+    runs = gaps(always, schedule.nfe)
+    inside = [0] * len(runs)  # computed steps in each
+
+    def chosen(counts: Sequence[int]) -> set[int]:
+        return always.union(*(spread(run, k) for run, k in zip(runs, counts, strict=True)))
+
+    def affordable(counts: Sequence[int]) -> bool:
+        computed = chosen(counts)
+        return budget >= sum((computing if i in computed else cheaper)(i, m) for i, m in enumerate(tokens))
+
+    if not affordable(inside):
         return None
-    open_gaps = gaps(computed, schedule.nfe)
-    while open_gaps:
-        widest = max(open_gaps, key=lambda gap: (len(gap), -gap.start))
-        middle = widest[len(widest) // 2]
-        more = computing(middle, tokens[middle]) - cheaper(middle, tokens[middle])
-        open_gaps.remove(widest)
-        if spent + more <= budget:
-            spent += more
-            computed.add(middle)
-            halves = (range(widest.start, middle), range(middle + 1, widest.stop))
-            open_gaps += [half for half in halves if half]
-    return sorted(computed)
+    growing = {k for k, run in enumerate(runs) if run}
+    while growing:
+        widest = max(growing, key=lambda k: ((len(runs[k]) - inside[k]) / (inside[k] + 1), -k))
+        inside[widest] += 1
+        if not affordable(inside):
+            inside[widest] -= 1
+            growing.remove(widest)
+        elif inside[widest] == len(runs[widest]):
+            growing.remove(widest)
+    return sorted(chosen(inside))
+
+
+def spread(run: range, count: int) -> list[int]:
+    """`count` steps of a run that lie evenly in it."""
+    return [run.start - 1 + (j * (len(run) + 1) + (count + 1) // 2) // (count + 1) for j in range(1, count + 1)]
 
 
 def gaps(computed: set[int], steps: int) -> list[range]:
