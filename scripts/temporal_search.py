@@ -1,0 +1,120 @@
+"""Which temporal method, and how much of a speed-up is its part: a search on the demo model.
+
+    python scripts/temporal_search.py            # goes on where it was interrupted; --minutes 3 stops after a while
+
+For each speed-up by FLOPs: fewer steps, JiT alone, and every forecast of velocities on the ordinary sampler's 50 steps
+and on JiT's schedules, with more or less of the speed-up left to JiT (`spatial`: speed-up ** spatial is JiT's part; the
+computed steps are what the budget pays for). Images come from the eager modules, in bf16 where the CPU computes in it;
+the scores and intervals are those of `jitexport evaluate`. Results go to docs/results/temporal-search.{md,json}.
+"""
+
+import argparse
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from ablations import BATCH, DTYPE
+from comparison import Deadline, OutOfTime, Printing, built, write_results
+
+from jitexport.build import eager_pipeline
+from jitexport.evaluate import compare
+from jitexport.evaluate.evaluation import demo_prompts
+from jitexport.evaluate.report import markdown_table
+from jitexport.evaluate.sources import Source, bundle_source, quiet, relabelled
+from jitexport.models.base import ModelAdapter
+from jitexport.models.sources import find_source, load_adapter
+from jitexport.plan import Plan, plan
+from jitexport.runtime import Pipeline
+from jitexport.specs import DTYPES
+
+SPEEDUPS = (4, 5, 7, 10, 14, 20)
+FORECASTS = ("reuse", "taylor", "taylor:order=2", "meancache", "foca")
+SHARES = (0.5, 0.65, 0.75, 0.85)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to a speed-up."""
+
+    speedup: float
+    method: str
+    cache: str | None = None
+
+    @property
+    def label(self) -> str:
+        """As rows and image folders are called."""
+        return f"{self.speedup:g}x {self.method}" + (f" {self.cache}" if self.cache else "")
+
+
+def candidates() -> list[Candidate]:
+    """All rows."""
+    found = []
+    for speedup in SPEEDUPS:
+        found += [Candidate(speedup, "dense"), Candidate(speedup, "jit")]
+        found += [Candidate(speedup, "dense", forecast) for forecast in FORECASTS]
+        found += [Candidate(speedup, "jit", f"taylor:spatial={share}") for share in SHARES]
+        found += [Candidate(speedup, "jit", forecast) for forecast in FORECASTS if forecast != "taylor"]
+    return found
+
+
+@cache
+def model() -> ModelAdapter:
+    """The demo model with weights."""
+    return load_adapter(find_source("demo"), DTYPES[DTYPE])
+
+
+@cache
+def planned(candidate: Candidate) -> Plan:
+    """Its schedule."""
+    return plan(model(), speedup=candidate.speedup, method=candidate.method, cache=candidate.cache, dtype=DTYPE)
+
+
+def source(candidate: Candidate) -> Source:
+    """A candidate as a source of images."""
+    made = planned(candidate)
+
+    def open_pipeline() -> Pipeline:
+        return quiet(
+            eager_pipeline(
+                model(), made.schedule, made.method, made.options, batch=BATCH, dtype=DTYPE, device=torch.device("cpu"),
+                cache=made.cache,
+            )
+        )
+
+    said = repr((made.schedule, made.method, made.options, made.cache and made.cache.options, DTYPE))
+    tokens = " / ".join(f"{stage.steps} x {stage.tokens}" for stage in made.schedule.stages)
+    return Source(
+        label=candidate.label, method=f"{candidate.speedup:g}x",
+        description=f"{tokens} tokens, computed {', '.join(map(str, made.schedule.computed))}",
+        key=hashlib.sha256(said.encode()).hexdigest(), steps=len(made.schedule.computed), tflops=made.tflops,
+        open=open_pipeline,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--folder", type=Path, default=Path("out/evaluation"), help="images, kept from run to run")
+    parser.add_argument("--output", "-o", type=Path, default=Path("docs/results"))
+    parser.add_argument("--minutes", type=float, help="stop after about that long, to be started again")
+    args = parser.parse_args()
+
+    reference = built("dense-50", args.folder / "bundles", "eager")
+    try:
+        evaluation = compare(
+            [source(c) for c in candidates()], relabelled(bundle_source(reference), "dense-50"), reference,
+            demo_prompts(args.prompts), args.folder / "images", timed=0, progress=Deadline(Printing(), args.minutes),
+        )  # fmt: skip
+    except OutOfTime as stopped:
+        raise SystemExit(str(stopped)) from None
+    write_results(
+        args.output / "temporal-search", evaluation, title="Temporal methods and their part of a speed-up, demo model",
+        table=markdown_table(evaluation, ["psnr", "demo_psnr", "sharpness", "pair_right", "ssim"]),
+        command=f"python scripts/temporal_search.py --prompts {args.prompts}",
+    )
+
+
+if __name__ == "__main__":
+    main()
