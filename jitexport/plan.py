@@ -160,7 +160,7 @@ def with_cache(method: Method, cache: Cache[Any], target: Target, costs: Mapping
     budget = target.budget(tokens) - (target.preview if method.previews else 0.0)
     least = target.speedup ** cache.settings.spatial if method.spatial else 1.0
     for i in range(_TRIED + 1):
-        part = least * (target.speedup / least) ** (i / _TRIED)
+        part = min(target.speedup, least * (target.speedup / least) ** (i / _TRIED))
         found = cache.solve(
             method.schedule(replace(target, speedup=part)), lambda action, m: costs[action](m), budget
         )
