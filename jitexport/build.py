@@ -233,10 +233,19 @@ def verify_engine(
     return relative, largest
 
 
+#: What libraries add to a configuration when they read it: the folder that it came from, and in no certain order the
+#: entries that it lacked, which have their usual values.
+_OF_THE_READER = {"_name_or_path", "_use_default_values"}
+
+
 def plain_configs(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Configurations as plain JSON, the manifest's types, without the folders that the model was read from."""
-    named = {component: {k: v for k, v in c.items() if k != "_name_or_path"} for component, c in configs.items()}
-    return json.loads(json.dumps(named, default=str))
+    """Configurations as plain JSON, the manifest's types: the same for the same model, whoever reads it from where."""
+
+    def plain(value: Any) -> Any:
+        return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
+
+    named = {name: {k: v for k, v in c.items() if k not in _OF_THE_READER} for name, c in configs.items()}
+    return json.loads(json.dumps(named, default=plain))
 
 
 def config_digest(configs: dict[str, Any]) -> str:

@@ -27,13 +27,16 @@ class Plan:
 
     Attributes:
         speedup: as asked for; None for a custom schedule.
-        cost: FLOPs of a step of one image by its tokens.
-        preview: FLOPs of the picture that the method looks at between stages, 0 where it does not.
+        cost: FLOPs of a step of one image by its tokens, with as many passes as `passes`.
+        passes: of a step, with the model's usual guidance: 2 where a negative prompt has one of its own.
+        preview: FLOPs of the picture that the method looks at between stages, 0 where it does not. There is one,
+            however many passes a step has.
         method, preset, options: of the acceleration method.
     """
 
     schedule: StageSchedule
     cost: StepCost
+    passes: int
     preview: float
     grid_tokens: int
     reference_steps: int
@@ -99,7 +102,8 @@ def plan(
     geometry = adapter.geometry
     chosen = method_class(geometry.grid, options, geometry.patch)
     meta = meta_adapter(adapter, dtype)
-    cost = step_cost(meta, dtype)
+    passes = adapter.defaults.guidance.passes
+    cost = step_cost(meta, dtype).times(passes)
     preview = preview_cost(meta, dtype) if chosen.previews else 0.0
     target = Target(
         speedup, custom, cost, reference_steps, adapter.native_sigmas, preview, adapter.family, adapter.shift
@@ -110,7 +114,9 @@ def plan(
             "%g times faster than %d steps leaves a single step; ask for less, as --speedup 1, or for models of four "
             "steps --method ralu --speedup 1.3", speedup, reference_steps,
         )
-    return Plan(schedule, cost, preview, geometry.grid.tokens, reference_steps, speedup, method, preset, options)
+    return Plan(
+        schedule, cost, passes, preview, geometry.grid.tokens, reference_steps, speedup, method, preset, options
+    )
 
 
 def own_timesteps(options: dict[str, Any], adapter: ModelAdapter) -> dict[str, Any]:
