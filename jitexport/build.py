@@ -142,7 +142,8 @@ def faster_passes(one: Pipeline, both: Pipeline) -> tuple[Pipeline, str]:
     *_, stage = one.schedule.engines
     tokens = torch.randn((one.batch_size, stage.tokens, one.geometry.channels), device=one.device)
     where = torch.arange(stage.tokens, device=one.device).expand(one.batch_size, -1)
-    condition = one.encode([PROBE_PROMPT] * one.batch_size, one.defaults.guidance.distilled)
+    embeddings = one.engines["text"](*probe_ids(one))
+    condition = one.condition(embeddings, one.defaults.guidance.distilled)
     seconds = []
     for pipeline in (one, both):
         run, inputs = pipeline.engines[stage.name], pipeline.stage_inputs(stage, where, condition)(tokens, 0)
@@ -157,6 +158,11 @@ def noise_levels(schedule: StageSchedule) -> Tensor:
     return torch.tensor(schedule.sigmas[:-1], dtype=torch.float32)
 
 
+def probe_ids(pipeline: Pipeline) -> list[Tensor]:
+    """What the text engine takes for the probe."""
+    return pipeline.tokenize([PROBE_PROMPT] * pipeline.batch_size, warn=False)
+
+
 def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]]:
     """Inputs for every engine of a pipeline as a call would give them: a real prompt, unit-variance tokens."""
     generator = torch.Generator().manual_seed(0)
@@ -169,7 +175,7 @@ def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]
     def ready(name: str, values: Sequence[Tensor]) -> tuple[EngineSpec, list[Tensor]]:
         return pipeline.engines[name].spec, [v.clone() for v in values]
 
-    ids = pipeline.tokenize([PROBE_PROMPT] * batch)
+    ids = probe_ids(pipeline)
     yield ready("text", ids)
     embeddings, guidance = pipeline.engines["text"](*ids), pipeline.defaults.guidance.distilled
     yield ready("condition", pipeline.condition_inputs(embeddings, guidance))
