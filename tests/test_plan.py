@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from jitexport import registry
 from jitexport.errors import InputError, ScheduleError, UnknownNameError
 from jitexport.models.flux import FluxAdapter
+from jitexport.models.sources import config_adapter, find_source
 from jitexport.plan import CustomSchedule, parse_custom, plan
 from jitexport.schedule import BETA_PAPER, BETA_RELEASED, beta_sigmas, timesteps, uniform_sigmas
 
@@ -29,6 +31,34 @@ def test_default_is_jit_at_four(small):
     assert made.predicted_speedup == pytest.approx(made.reference_tflops / made.tflops)
     assert made.tflops == pytest.approx((7 * made.cost(33) + 4 * made.cost(59) + 7 * made.cost(96)) / 1e12)
     assert made.reference_tflops == pytest.approx(50 * made.cost(96) / 1e12)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "published", "ratio"),
+    [(2, [(5, 1024), (6, 1945), (9, 4096)], 2.17), (3, [(3, 1024), (3, 1636), (6, 4096)], 3.53)],
+)
+def test_two_passes_a_step_and_one_preview(speedup, published, ratio):
+    """Stable Diffusion 3 with its usual guidance, 17.8 TFLOP a step; RALU looks at one picture of 2.5 TFLOP."""
+    made = plan(config_adapter(find_source("sd3"), torch.bfloat16), method="ralu", speedup=speedup)
+    assert shape(made) == published and made.passes == 2
+    assert made.cost(4096) / 1e12 == pytest.approx(2 * 8.90, abs=0.02)
+    spent = sum(steps * made.cost(tokens) for steps, tokens in published)
+    assert made.preview / 1e12 == pytest.approx(2.51, abs=0.01)
+    assert made.tflops == pytest.approx((spent + made.preview) / 1e12)
+    assert made.reference_tflops == pytest.approx(28 * made.cost(4096) / 1e12)
+    assert made.predicted_speedup == pytest.approx(ratio, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [("flux", 1), ("flux2-klein-4b", 2), ("flux2-klein-4b-distilled", 1), ("qwen-image", 1), ("sd3.5-large-turbo", 1),
+     ("hunyuan-video-1.5", 2)],
+)
+def test_passes_of_a_step_are_those_without_a_negative_prompt(name, passes):
+    source = find_source(name)
+    family = registry.family(source.pipeline_class)
+    defaults = family.defaults_of(source.configs, family.usual(source.configs) | source.settings)
+    assert defaults.guidance.passes == passes
 
 
 def test_presets_bring_their_timesteps(small):
