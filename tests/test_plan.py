@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,6 +19,11 @@ def small(tiny_flux):
 @pytest.fixture(scope="module")
 def schnell(tiny_schnell):
     return FluxAdapter.from_folder(tiny_schnell, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def dev():
+    return config_adapter(find_source("flux"), torch.float32)
 
 
 def shape(made):
@@ -160,3 +167,54 @@ def test_a_single_step_of_several_is_warned_of(schnell, caplog):
     plan(schnell, speedup=2)
     plan(schnell, custom=CustomSchedule((1,), (1.0,)))
     assert not caplog.records
+
+
+# --- with a temporal method ---
+
+
+@pytest.mark.parametrize("cache", ["taylor", "taylorseer:warmup=1", "delta-dit"])
+@pytest.mark.parametrize("method", ["dense", "jit", "bottleneck"])
+@pytest.mark.parametrize("speedup", [1.5, 4.0, 7.0, 10.0, 20.0])
+def test_a_cache_and_a_method_reach_a_speedup_together(dev, method, cache, speedup):
+    try:
+        made = plan(dev, speedup=speedup, method=method, cache=cache)
+    except ScheduleError:  # bottleneck's first and last stage take all tokens
+        assert (method, speedup) in {("bottleneck", 20.0)}
+        return
+    assert speedup <= made.predicted_speedup < 1.6 * speedup
+    assert 2 <= len(made.schedule.computed) <= made.schedule.nfe
+
+
+def test_steps_of_a_cache_by_its_options_come_on_top_of_the_methods_speedup(dev):
+    alone = plan(dev, speedup=5.0, method="ralu", preset="paper")
+    both = plan(dev, speedup=5.0, method="ralu", preset="paper", cache="taylorseer:every=3,warmup=2")
+    assert replace(both.schedule, actions=()) == alone.schedule
+    assert both.schedule.computed == (0, 1, 4, 5, 8, 9, 10, 13, 14)
+    assert both.predicted_speedup > 1.5 * alone.predicted_speedup
+
+
+@pytest.mark.parametrize(("every", "steps", "ratio"), [(7, 10, 5.0), (11, 8, 6.25)])
+def test_taylorseers_published_intervals(dev, every, steps, ratio):
+    """Its skipped steps cost embedding and output layer: nothing beside a block. The last step is computed too."""
+    made = plan(dev, speedup=1, cache=f"taylorseer:every={every},warmup=3")
+    assert made.method == "dense" and len(made.schedule.computed) == steps
+    assert made.predicted_speedup == pytest.approx(ratio, rel=2e-3)
+
+
+def test_delta_dit_cuts_flux_behind_its_double_blocks(dev):
+    made = plan(dev, speedup=1, cache="delta-dit:every=5")
+    full, front, rear = (made.costs[action](4096) for action in ("stage", "front", "rear"))
+    assert front + rear == pytest.approx(full, rel=1e-3)
+    assert front / full == pytest.approx(19 / 57, abs=0.01)  # a block of either kind costs a token as much
+
+
+def test_a_cache_takes_custom_schedules(small):
+    made = plan(small, custom=CustomSchedule((3, 4), (0.4, 1.0)), cache="taylor:computed=1+5")
+    assert made.schedule.computed == (0, 1, 3, 5, 6) and made.speedup is None
+    with pytest.raises(ScheduleError, match="does not have"):
+        plan(small, custom=CustomSchedule((3, 4), (0.4, 1.0)), cache="taylor:computed=1+7")
+
+
+def test_unknown_caches(small):
+    with pytest.raises(UnknownNameError, match="unknown cache"):
+        plan(small, cache="memory")
