@@ -29,7 +29,7 @@ from jitexport.plan import Plan, plan
 from jitexport.runtime import Pipeline
 from jitexport.specs import DTYPES
 
-SPEEDUPS = (5, 7, 10, 14, 20)
+SPEEDUPS = (5, 10, 20)
 FORECASTS = ("reuse", "taylor", "taylor:order=2", "meancache", "foca")
 SHARES = (0.5, 0.65, 0.8)
 
