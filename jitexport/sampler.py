@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,6 +18,19 @@ Velocity = Callable[[Tensor, int], Tensor]
 
 #: (step index, noise level reached, function that computes the latents [B, N, C]) -> latents to go on with, or None
 OnStep = Callable[[int, float, Callable[[], Tensor]], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a step can be watched by.
+
+    Attributes:
+        places: which of the method's places ran, [B, m].
+        clean: computes the clean latents that the step predicts, [B, N, C].
+    """
+
+    places: Tensor
+    clean: Callable[[], Tensor]
 
 
 def draw(
@@ -62,6 +76,7 @@ def sample(
     on_step: OnStep | None = None,
     preview: Preview | None = None,
     stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[Look], None] | None = None,
 ) -> Tensor:
     """Integrate from noise to data through all stages; returns the clean latents [B, N, C], fp32.
 
@@ -71,6 +86,7 @@ def sample(
         on_step: called after every step; an exception it raises ends the loop.
         preview: decodes latents of half the sides, for methods that look at pictures between stages.
         stop: asked before every step; where it says so, the steps that are left are skipped.
+        watch: shown every step, before `on_step`.
     """
     state = None
     for stage, steps in schedule:
@@ -85,9 +101,16 @@ def sample(
             if stop():
                 break
             u = velocity(method.tokens(state), i)
+            if watch is not None:
+                watch(Look(method.where(state), partial(_clean, method, state, u, sigma)))
             state = method.step(state, u, sigma, sigma_next)
             if on_step is not None:
                 changed = on_step(i, sigma_next, partial(method.latents, state))
                 if changed is not None:
                     state = method.with_latents(state, changed)
     return method.latents(state)
+
+
+def _clean(method: Method, state: object, u: Tensor, sigma: float) -> Tensor:
+    """y_hat(1) = y - sigma * u of all tokens [B, N, C]: where one step to the end would lead."""
+    return method.latents(method.step(state, u, sigma, 0.0))

@@ -163,6 +163,26 @@ def test_on_step_sees_every_step_and_may_change_the_latents():
 
 
 @pytest.mark.parametrize("method", [DENSE, jit()])
+def test_a_step_shows_its_places_and_the_clean_latents_that_it_predicts(method):
+    schedule = SPARSE if method.name == "jit" else FULL
+    looks, latents = [], []
+    drawn = draw(method, schedule, LATENT, 2, [seeded(0)])
+    image = sample(
+        method, schedule, drawn, model, lambda i, sigma, y: latents.append(y()),
+        watch=lambda look: looks.append((look.places, look.clean())),
+    )
+    assert [places.shape[1] for places, _ in looks] == [s.tokens for s in schedule.stages for _ in range(s.steps)]
+    assert torch.equal(looks[-1][1], image)  # the last step goes to the end
+    sigmas = schedule.sigmas
+    for i in range(1, schedule.nfe):  # within a stage y moves on a line to what was predicted
+        if i in [schedule.steps_of(s).start for s in schedule.stages]:
+            continue
+        rate = (sigmas[i] - sigmas[i + 1]) / sigmas[i]
+        expected = latents[i - 1] + rate * (looks[i][1] - latents[i - 1])
+        torch.testing.assert_close(latents[i], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [DENSE, jit()])
 def test_changed_latents_are_what_the_next_step_starts_from(method):
     seen = []
 
