@@ -102,15 +102,10 @@ def sample(
                 break
             u = velocity(method.tokens(state), i)
             if watch is not None:
-                watch(Look(method.where(state), partial(_clean, method, state, u, sigma)))
+                watch(Look(method.where(state), partial(method.predicted, state, u, sigma)))
             state = method.step(state, u, sigma, sigma_next)
             if on_step is not None:
                 changed = on_step(i, sigma_next, partial(method.latents, state))
                 if changed is not None:
                     state = method.with_latents(state, changed)
     return method.latents(state)
-
-
-def _clean(method: Method, state: object, u: Tensor, sigma: float) -> Tensor:
-    """y_hat(1) = y - sigma * u of all tokens [B, N, C]: where one step to the end would lead."""
-    return method.latents(method.step(state, u, sigma, 0.0))
