@@ -172,7 +172,8 @@ def jobs(request: ImageRequest, entry: Entry, loras: Sequence[str], limits: Limi
     except InputError as error:
         raise invalid(None, " ".join(line.strip() for line in str(error).splitlines())) from error
     if asked.negative is None and true is not None and true > 1:
-        raise invalid("true_cfg_scale", "this model's true_cfg_scale needs a negative_prompt")
+        name = "guidance_scale" if request.true_cfg_scale is None else "true_cfg_scale"
+        raise invalid(name, f"{name} needs a negative_prompt: without one there is no such guidance")
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
     stream = bool(request.stream)
     return [
