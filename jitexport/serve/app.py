@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from importlib import resources
 from typing import Protocol
@@ -225,7 +225,7 @@ class Images:
         finally:
             self._count(entry, status, begun)
 
-    def _addressed(self, request: Request):  # noqa: ANN202 - a function of an image's bytes and its form
+    def _addressed(self, request: Request) -> Callable[[bytes, str], str]:
         base = self.public_url or str(request.base_url).rstrip("/")
         return lambda data, form: f"{base}{FILES}/{self.addresses.put(data, form)}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from PIL import Image
@@ -39,7 +40,7 @@ def preview_steps(schedule: StageSchedule, count: int) -> Sequence[int]:
         return [ends[(i + 1) * len(ends) // (count + 1)] for i in range(count)]
     while len(ends) < min(count, last):
         marks = [-1, *ends, last]
-        gap, start = max((b - a, -a) for a, b in zip(marks, marks[1:], strict=False))
+        gap, start = max((b - a, -a) for a, b in pairwise(marks))
         ends = sorted([*ends, -start + gap // 2])
     return ends
 

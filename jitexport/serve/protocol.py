@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with the two time limits that it lacks: for headers to arrive, and for answers to be taken."""
+"""uvicorn's HTTP protocol with two time limits that it lacks: for headers to arrive, and for answers to be taken."""
 
 from __future__ import annotations
 

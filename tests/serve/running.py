@@ -23,7 +23,9 @@ START_SECONDS = 120
 class Server:
     """`jitexport serve` with these arguments; its standard error is in `log`."""
 
-    def __init__(self, log: Path, *arguments: str | Path, ready: bool = True, environment: dict[str, str] | None = None):
+    def __init__(
+        self, log: Path, *arguments: str | Path, ready: bool = True, environment: dict[str, str] | None = None
+    ):
         self.log = log
         command = [sys.executable, "-m", "jitexport", "serve", "--port", "0", "--json", *map(str, arguments)]
         with log.open("wb") as errors:

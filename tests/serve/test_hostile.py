@@ -38,7 +38,7 @@ def refused(answer, status=400):
         ({"prompt": "a", "background": "transparent"}, "background", "invalid_value", "opaque"),
         ({"prompt": "a", "output_format": "gif"}, "output_format", "invalid_value", "webp"),
         ({"prompt": "a", "output_compression": 50}, "output_compression", "invalid_value", "jpeg"),
-        ({"prompt": "a", "output_format": "jpeg", "output_compression": 101}, "output_compression", "invalid_value", ""),
+        ({"prompt": "a", "output_compression": 101}, "output_compression", "invalid_value", ""),
         ({"prompt": "a", "response_format": "file"}, "response_format", "invalid_value", "url"),
         ({"prompt": "a", "partial_images": 2}, "partial_images", "invalid_value", "stream"),
         ({"prompt": "a", "stream": True, "partial_images": 4}, "partial_images", "invalid_value", "3"),
@@ -95,8 +95,7 @@ def damaged(rng: random.Random) -> bytes:
     text = bytearray(json.dumps(body).encode())
     for _ in range(rng.choice([0, 0, 1, 4])):
         i = rng.randrange(len(text))
-        rng.choice([lambda: text.__setitem__(i, rng.randrange(256)), lambda: text.__delitem__(i)])()
-        text = text or bytearray(b"{")
+        text[i : i + 1] = bytes([rng.randrange(256)] * rng.randint(0, 1))
     return bytes(text)
 
 
@@ -159,7 +158,8 @@ def test_what_is_not_http(server, sent):
 
 
 def test_slow_clients_hold_nobody_up(server, alone):
-    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n"
+    head += b"Content-Length: 99\r\nContent-Type: application/json\r\n"
     begun = time.monotonic()
     silent, headers, body = (server.connection() for _ in range(3))
     headers.sendall(head[:-10])

@@ -3,7 +3,7 @@
 import base64
 import shutil
 import signal
-import subprocess
+import socket
 import sys
 import threading
 import time
@@ -13,16 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from jitexport.cli import main
 from jitexport.plan import CustomSchedule
 
 PROMPT = "a red fox"
-
-
-def serve_fails(*arguments, environment=None):
-    """The exit code of a server that cannot start, and what it said."""
-    command = [sys.executable, "-m", "jitexport", "serve", "--port", "0", *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    return ended.returncode, ended.stderr
 
 
 def ask(server, seed, **further):
@@ -212,35 +206,49 @@ def test_a_token_from_the_environment(start, single):
     assert server.http.get("/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
 
 
-def test_servers_that_cannot_start(start, tmp_path, quad, single):
-    def says(code, words, *arguments):
-        found, text = serve_fails(*arguments)
-        assert found == code and words in text and "Traceback" not in text, text
+@pytest.fixture
+def fails(capsys):
+    """Runs a server that cannot start: its exit code, and what it said."""
 
-    says(5, "no bundle at", tmp_path)
-    says(2, "names that differ", f"a={quad}", f"a={single}")
-    says(2, "name cannot be used", f"a b={quad}")
-    says(2, "larger than the memory budget", quad, "--memory", "0.000001")
-    says(2, "folder of adapters", quad, "--loras", tmp_path / "nonesuch")
-    says(2, "tokens cannot be read", quad, "--token-file", tmp_path / "nonesuch")
-    says(2, "http:// or https://", quad, "--public-url", "ftp://x")
-    says(2, "cannot listen", quad, "--host", "203.0.113.1")
-    server = start(single)
-    command = [sys.executable, "-m", "jitexport", "serve", str(quad), "--port", str(server.port)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 2 and "cannot listen" in ended.stderr
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main(["serve", "--port", "0", *map(str, arguments)])
+        return stopped.value.code, capsys.readouterr().err
+
+    return call
 
 
-def test_a_damaged_bundle_is_not_served(tmp_path, quad):
+def test_servers_that_cannot_start(fails, tmp_path, quad, single):
+    for code, words, *arguments in [
+        (5, "no bundle at", tmp_path),
+        (2, "names that differ", f"a={quad}", f"a={single}"),
+        (2, "name cannot be used", f"a b={quad}"),
+        (2, "larger than the memory budget", quad, "--memory", "0.000001"),
+        (2, "folder of adapters", quad, "--loras", tmp_path / "nonesuch"),
+        (2, "tokens cannot be read", quad, "--token-file", tmp_path / "nonesuch"),
+        (2, "http:// or https://", quad, "--public-url", "ftp://x"),
+        (2, "cannot listen", quad, "--host", "203.0.113.1"),
+    ]:
+        found, text = fails(*arguments)
+        assert found == code and words in text
+
+
+def test_a_port_that_is_taken(fails, quad):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, text = fails(quad, "--port", str(taken.getsockname()[1]))
+    assert code == 2 and "cannot listen" in text
+
+
+def test_a_damaged_bundle_is_not_served(fails, tmp_path, quad):
     damaged = tmp_path / "damaged"
     shutil.copytree(quad, damaged)
     weights = next((damaged / "weights").iterdir())
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-    code, text = serve_fails(damaged)
-    assert code == 5 and "sha256" in text
+    code, text = fails(damaged)
+    assert code == 5 and "has another digest" in text
 
 
-def test_without_the_extra(tmp_path, quad):
-    code = "import sys; sys.modules['fastapi'] = None; from jitexport.cli import main; main(['serve', sys.argv[1]])"
-    ended = subprocess.run([sys.executable, "-c", code, quad], capture_output=True, text=True)
-    assert ended.returncode == 3 and "jitexport[serve]" in ended.stderr
+def test_without_the_extra(fails, quad, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    code, text = fails(quad)
+    assert code == 3 and "jitexport[serve]" in text
