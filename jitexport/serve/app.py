@@ -54,13 +54,13 @@ class Maker(Protocol):
 
 
 def create_app(
-    maker: Maker, catalog: Catalog, limits: Limits, metrics: Metrics | None, *, tokens: Sequence[str] = (),
+    maker: Maker, catalog: Catalog, limits: Limits, metrics: Metrics, *, tokens: Sequence[str] = (),
     public_url: str | None = None,
 ) -> FastAPI:
     """The application.
 
     Args:
-        metrics: None where they are counted elsewhere.
+        metrics: shown at /metrics, where they are not read elsewhere.
         tokens: one of them opens the server; none: it is open.
         public_url: what the server's addresses begin with, as clients see it; by default as a request has it.
     """
@@ -88,7 +88,7 @@ def _answer_of_routes(request: Request, error: HTTPException) -> Response:
 class Guard:
     """Bearer tokens, and headers for browsers."""
 
-    def __init__(self, app: ASGIApp, tokens: Sequence[str], metrics: Metrics | None) -> None:
+    def __init__(self, app: ASGIApp, tokens: Sequence[str], metrics: Metrics) -> None:
         self.app = app
         self._tokens = [token.encode() for token in tokens]
         self._metrics = metrics
@@ -97,8 +97,7 @@ class Guard:
         if scope["type"] != "http" or self._may_enter(scope):
             await self.app(scope, receive, send)
             return
-        if self._metrics is not None:
-            self._metrics.refusals.labels("token").inc()
+        self._metrics.refusals.labels("token").inc()
         error = ApiError(
             401, "this server needs a token: Authorization: Bearer TOKEN", "invalid_api_key",
             headers={"WWW-Authenticate": "Bearer", "Connection": "close"},
@@ -119,7 +118,7 @@ class Images:
     """The routes that make images and hand them out."""
 
     def __init__(
-        self, maker: Maker, catalog: Catalog, limits: Limits, metrics: Metrics | None, public_url: str | None
+        self, maker: Maker, catalog: Catalog, limits: Limits, metrics: Metrics, public_url: str | None
     ) -> None:
         self.maker = maker
         self.catalog = catalog
@@ -163,8 +162,6 @@ class Images:
     def _count(self, entry: Entry | None, status: int, begun: float) -> None:
         name, seconds = entry.name if entry else "", time.monotonic() - begun
         logger.info("%s: %d, %.3f s", name or "a request", status, seconds)
-        if self.metrics is None:
-            return
         self.metrics.requests.labels(name, str(status)).inc()
         if status == 200:
             self.metrics.request_seconds.labels(name).observe(seconds)
@@ -238,7 +235,7 @@ class Images:
         return Response(found[0], media_type=found[1], headers=headers)
 
 
-def _add_status(app: FastAPI, maker: Maker, catalog: Catalog, metrics: Metrics | None) -> None:
+def _add_status(app: FastAPI, maker: Maker, catalog: Catalog, metrics: Metrics) -> None:
     page = resources.files("jitexport.serve").joinpath("page.html").read_text(encoding="utf-8")
 
     @app.get("/", response_model=None, include_in_schema=False)
@@ -270,7 +267,7 @@ def _add_status(app: FastAPI, maker: Maker, catalog: Catalog, metrics: Metrics |
             return JSONResponse({"status": "ready"})
         raise ApiError(503, "not ready: bundles are being loaded, or the server stops", "not_ready")
 
-    if metrics is not None:
+    if metrics.text() is not None:
 
         @app.get("/metrics", response_model=None)
         async def show_metrics() -> Response:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from jitexport.console import echo
 from jitexport.errors import InputError, MissingDependencyError
@@ -41,15 +44,42 @@ def run(
             "serving needs libraries that are not installed", found=error, remedy="pip install 'jitexport[serve]'"
         ) from error
     tokens = read_tokens(token_file)
+    budget = None if memory is None else round(memory * 1e9)
 
     def listening(url: str) -> None:
-        echo(json.dumps({"url": url, "bundles": [entry.name for entry in catalog]}) if as_json else url)
+        echo(json.dumps({"url": url}) if as_json else url)
 
+    if replicas is not None:
+        _run_on_ray(
+            listening, host=host, port=port, bundles=list(bundles), loras=loras and str(loras.absolute()),
+            replicas=replicas, gpus=float(device is not None and device.startswith("cuda")), cpus=threads or 1,
+            memory=budget, device=device, threads=threads, tokens=list(tokens), public_url=public_url, trust=trust,
+            limits=asdict(limits),
+        )  # fmt: skip
+        return
     from jitexport.serve.catalog import Catalog
     from jitexport.serve.server import serve
 
-    catalog = Catalog.of(bundles, loras, trust=trust)
     serve(
-        catalog, limits, host=host, port=port, tokens=tokens, public_url=public_url,
-        memory=None if memory is None else round(memory * 1e9), device=device, threads=threads, listening=listening,
+        Catalog.of(bundles, loras, trust=trust), limits, host=host, port=port, tokens=tokens, public_url=public_url,
+        memory=budget, device=device, threads=threads, listening=listening,
     )  # fmt: skip
+
+
+def _run_on_ray(listening: Callable[[str], None], *, host: str, port: int, **arguments: Any) -> None:
+    if not re.fullmatch(r"[1-9]\d{0,3}(-[1-9]\d{0,3})?", arguments["replicas"]):
+        raise InputError("--ray takes a number of replicas", found=arguments["replicas"], expected="2, or 1-8")
+    try:
+        from jitexport.serve import ray_app, ray_local
+    except ImportError as error:
+        raise MissingDependencyError(
+            "serving on Ray needs a library that is not installed", found=error, remedy="pip install 'jitexport[ray]'"
+        ) from error
+    if not arguments["trust"]:  # replicas run elsewhere
+        arguments["bundles"] = [_absolute(bundle) for bundle in arguments["bundles"]]
+    ray_local.run(ray_app.Arguments(**arguments), host=host, port=port, listening=listening)
+
+
+def _absolute(bundle: str) -> str:
+    name, _, path = bundle.rpartition("=")
+    return f"{name or Path(path).resolve().name}={Path(path).absolute()}"

@@ -13,9 +13,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 from jitexport.serve import errors
 from jitexport.serve.batch import Abandoned, Batch, Waiting
@@ -72,10 +73,15 @@ class Engine:
         self._thread.join()
         self._encoders.shutdown()
 
-    def update(self) -> list[str]:
+    def update(self, paths: Mapping[str, Path] | None = None) -> list[str]:
         """Put bundles that have changed on disk in the place of those that are loaded: see `Store.update`."""
         with self._updating:
-            return self.store.update()
+            return self.store.update(paths or {})
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the computing thread is there."""
+        return self._thread.is_alive()
 
     def give_up(self) -> None:
         """Take no more jobs, and end those that were taken at their next step."""

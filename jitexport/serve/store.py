@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,10 +133,13 @@ class Store:
             loaded.pipe.load_lora(path, scale)
             loaded.lora = wanted
 
-    def update(self) -> list[str]:
+    def update(self, paths: Mapping[str, Path]) -> list[str]:
         """Load what has changed on disk beside what runs, try it, and put it in its place.
 
         What cannot be loaded or makes no image leaves the old one where it is. Takes the memory of both for a moment.
+
+        Args:
+            paths: folders by name, where they are others than before.
 
         Returns:
             Names of the bundles that were replaced.
@@ -143,7 +147,7 @@ class Store:
         replaced = []
         for old in self.catalog:
             try:
-                entry = Entry.read(old.name, old.path)
+                entry = Entry.read(old.name, paths.get(old.name, old.path))
                 if entry.manifest == old.manifest:
                     continue
                 self._check_alone(entry)
@@ -158,7 +162,7 @@ class Store:
             with self._lock:
                 if new is not None:
                     self._loaded[old.name] = new
-            logger.info("bundle %s is updated from %s", old.name, old.path)
+            logger.info("bundle %s is updated from %s", old.name, entry.path)
             replaced.append(old.name)
         _release()
         return replaced
