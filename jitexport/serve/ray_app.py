@@ -10,13 +10,14 @@ batches, and what a replica that dies had not finished is asked of another one, 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
-from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from jitexport.bundle.manifest import Manifest
@@ -38,28 +39,22 @@ ATTEMPTS = 5
 #: Seconds between two looks at what the replicas serve.
 LOOK = 2.0
 _UNBOUNDED = 2**31
+#: Of a replica that cannot be started: a damaged bundle stays damaged.
+_RETRIES = 2
 #: What Ray raises where a replica is gone.
 _DEAD = (ActorDiedError, ActorUnavailableError, RayActorError, ReplicaUnavailableError)
 
 
-class Arguments(BaseModel):
-    """What the application is built of; the names are those of the command line's options.
+class Setup(BaseModel):
+    """What replicas are built of; the names are those of the command line's options.
 
     Attributes:
-        bundles: NAME=FOLDER or FOLDER each, in a folder that all nodes see, or with `trust` OWNER/NAME on a hub. Every
-            replica checks every digest.
-        replicas: of `Engines`; "LEAST-MOST" follows the load.
-        cpus, gpus: that Ray reserves for each of them.
         limits: of `jitexport.serve.settings.Limits`, by name.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    bundles: list[str] = Field(min_length=1)
     loras: str | None = None
-    replicas: str = "1"
-    cpus: float = 1
-    gpus: float = 0
     memory: int | None = None
     device: str | None = None
     threads: int | None = None
@@ -67,6 +62,22 @@ class Arguments(BaseModel):
     public_url: str | None = None
     trust: bool = False
     limits: dict[str, float] = {}
+
+
+class Arguments(Setup):
+    """What the application is built of.
+
+    Attributes:
+        bundles: NAME=FOLDER or FOLDER each, in a folder that all nodes see, or with `trust` OWNER/NAME on a hub. Every
+            replica checks every digest.
+        replicas: of `Engines`; "LEAST-MOST" follows the load.
+        cpus, gpus: that Ray reserves for each of them.
+    """
+
+    bundles: list[str] = Field(min_length=1)
+    replicas: str = "1"
+    cpus: float = 1
+    gpus: float = 0
 
     def catalog(self) -> Catalog:
         """What is served."""
@@ -88,8 +99,8 @@ class Engines:
         JitExportError: a bundle cannot be loaded; Ray then keeps the replica out of service.
     """
 
-    def __init__(self, arguments: Arguments) -> None:
-        self._arguments = arguments
+    def __init__(self, setup: Mapping[str, Any]) -> None:
+        self._setup = Setup(**setup)
         self._engine: Engine | None = None
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
@@ -101,13 +112,13 @@ class Engines:
         Raises:
             JitExportError: at the beginning, a bundle that cannot be loaded.
         """
-        arguments = self._arguments
+        setup = self._setup
         if self._engine is None:
-            catalog = Catalog.of(user_config["bundles"], arguments.loras, trust=arguments.trust)
+            catalog = Catalog.of(user_config["bundles"], setup.loras, trust=setup.trust)
             await self._start(catalog)
             return
         try:
-            catalog = Catalog.of(user_config["bundles"], arguments.loras, trust=arguments.trust)
+            catalog = Catalog.of(user_config["bundles"], setup.loras, trust=setup.trust)
         except JitExportError as error:
             logger.error("no update, what is served stays: %s", error)
             return
@@ -118,12 +129,10 @@ class Engines:
         await asyncio.to_thread(self._engine.update, paths)
 
     async def _start(self, catalog: Catalog) -> None:
-        arguments, metrics = self._arguments, RayMetrics()
-        store = Store(
-            catalog, metrics, budget=arguments.memory, device=arguments.device, threads=arguments.threads
-        )
+        setup, metrics = self._setup, RayMetrics()
+        store = Store(catalog, metrics, budget=setup.memory, device=setup.device, threads=setup.threads)
         # Ray's queue is the bounded one: of what it gives a replica, nothing is refused.
-        limits = Limits(**arguments.limits | {"queue": _UNBOUNDED})
+        limits = Limits(**setup.limits | {"queue": _UNBOUNDED})
         engine = Engine(catalog, store, limits, metrics)
         loop, done = asyncio.get_running_loop(), asyncio.Event()
         engine.start(lambda: loop.call_soon_threadsafe(done.set))
@@ -222,10 +231,11 @@ class RayMaker:
             except BackPressureError:
                 raise errors.overloaded(1, self._limits.queue) from None
             except (*_DEAD, StopAsyncIteration) as error:
-                logger.warning("attempt %d: a replica died with %d images unfinished: %r", attempt + 1, len(left), error)
+                logger.warning("attempt %d: a replica died, %d images left: %r", attempt + 1, len(left), error)
                 await asyncio.sleep(0.2 * 2**attempt)
             finally:
-                stream.cancel()
+                with suppress(RayServeException, RayError):  # a request that was never given to a replica
+                    stream.cancel()
         after = {"Retry-After": "5"}
         raise ApiError(503, "replicas died one after the other; try again", "replica_died", headers=after)
 
@@ -257,41 +267,41 @@ def _entry(name: str, path: str, manifest: str) -> Entry:
 class Api:
     """A replica that speaks HTTP."""
 
-    async def __init__(self, engines: DeploymentHandle, arguments: Arguments) -> None:
-        self._arguments = arguments
+    async def __init__(self, engines: DeploymentHandle, setup: Mapping[str, Any]) -> None:
+        self._setup = Setup(**setup)
         entries = [_entry(*told[:3]) for told in await engines.status.remote()]  # when the first of them is ready
-        self._catalog = Catalog(entries, arguments.loras and Path(arguments.loras))
-        self._limits = Limits(**arguments.limits)
+        self._catalog = Catalog(entries, self._setup.loras and Path(self._setup.loras))
+        self._limits = Limits(**self._setup.limits)
         self._maker = RayMaker(engines, self._catalog, self._limits)
         self._following: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
         """The application; Ray asks for it in the replica."""
         self._following = asyncio.get_running_loop().create_task(self._maker.follow())
-        arguments = self._arguments
         return create_app(
-            self._maker, self._catalog, self._limits, RayMetrics(), tokens=arguments.tokens,
-            public_url=arguments.public_url,
+            self._maker, self._catalog, self._limits, RayMetrics(), tokens=self._setup.tokens,
+            public_url=self._setup.public_url,
         )
 
 
 def build(arguments: Arguments) -> serve.Application:
     """The application for `serve run` and `serve deploy`.
 
-    Updates without a failed request: deploy again with other folders in `bundles`, which each replica of `Engines`
-    loads beside the old ones, as only its `user_config` changes; of anything else Ray replaces replicas in turn.
+    Updates without a failed request: deploy again with other folders in `bundles`. Ray starts a new replica before an
+    old one goes, which takes the resources of one more; where new ones fail, the old ones stay. In a configuration
+    file, another `user_config` of `Engines` has replicas load new bundles beside the old ones, in place.
     """
     catalog, limits = arguments.catalog(), Limits(**arguments.limits)  # what is wrong with them is said here
     batch = max(entry.manifest.batch for entry in catalog)
-    setup = arguments.model_copy(update={"bundles": []})  # the same after an update
+    setup = arguments.model_dump(include=set(Setup.model_fields))
     engines = serve.deployment(Engines, name="Engines").options(
         max_ongoing_requests=2 * batch,  # one batch runs, the next one gathers
         max_queued_requests=int(limits.queue), health_check_period_s=5, graceful_shutdown_timeout_s=limits.drain,
-        user_config={"bundles": arguments.bundles},
+        user_config={"bundles": arguments.bundles}, max_surge_percent=1, max_constructor_retry_count=_RETRIES,
         ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus}, **arguments.scaling(batch),
     )  # fmt: skip
     api = serve.deployment(Api, name="Api").options(
         max_ongoing_requests=int(limits.connections), graceful_shutdown_timeout_s=limits.drain,
-        ray_actor_options={"num_cpus": 0},
+        max_surge_percent=100, ray_actor_options={"num_cpus": 0},
     )  # fmt: skip
     return api.bind(engines.bind(setup), setup)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -27,13 +28,15 @@ def run(arguments: Arguments, *, host: str, port: int, listening: Callable[[str]
     Raises:
         JitExportError: a bundle cannot be served.
     """
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone unless it is asked for
     application = build(arguments)
     port = port or _free(host)
-    ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False)
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, log_to_driver=False)
+    else:  # room for one replica more, as an update needs it: Ray counts processors, it does not bind to them
+        most = int(arguments.replicas.rpartition("-")[2])
+        processors = max(os.cpu_count() or 1, math.ceil((most + 1) * arguments.cpus))
+        ray.init(include_dashboard=False, log_to_driver=False, num_cpus=processors)
     try:
         serve.start(http_options={"host": host, "port": port})
         try:
@@ -42,6 +45,9 @@ def run(arguments: Arguments, *, host: str, port: int, listening: Callable[[str]
             raise BackendError(
                 "Ray cannot serve this", found=error, remedy="see the replicas' logs, in Ray's folder of logs"
             ) from error
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own in the place of what was there
+            signal.signal(number, lambda *_: stop.set())
         listening(f"http://{host}:{port}")
         stop.wait()
         serve.shutdown()
