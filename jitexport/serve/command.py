@@ -12,7 +12,7 @@ from typing import Any
 
 from jitexport.console import echo
 from jitexport.errors import InputError, MissingDependencyError
-from jitexport.serve.settings import Limits, read_tokens
+from jitexport.serve.settings import REPLICAS, Limits, read_tokens
 
 
 def run(
@@ -67,7 +67,7 @@ def run(
 
 
 def _run_on_ray(listening: Callable[[str], None], *, host: str, port: int, **arguments: Any) -> None:
-    if not re.fullmatch(r"[1-9]\d{0,3}(-[1-9]\d{0,3})?", arguments["replicas"]):
+    if not re.fullmatch(REPLICAS, arguments["replicas"]):
         raise InputError("--ray takes a number of replicas", found=arguments["replicas"], expected="2, or 1-8")
     try:
         from jitexport.serve import ray_app, ray_local

@@ -12,9 +12,9 @@ import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException, ReplicaUnavailableError
@@ -29,7 +29,7 @@ from jitexport.serve.engine import Engine
 from jitexport.serve.errors import ApiError
 from jitexport.serve.jobs import Accepted, Event, Failed, Finished, Job, Partial, Step
 from jitexport.serve.ray_metrics import RayMetrics
-from jitexport.serve.settings import Limits
+from jitexport.serve.settings import REPLICAS, Limits, read_tokens
 from jitexport.serve.store import Store
 
 logger = logging.getLogger("ray.serve")
@@ -45,10 +45,19 @@ _RETRIES = 2
 _DEAD = (ActorDiedError, ActorUnavailableError, RayActorError, ReplicaUnavailableError)
 
 
+def _words(value: object) -> object:
+    return value.split() if isinstance(value, str) else value
+
+
+#: `serve run` has texts only: there, words with spaces between them.
+Words = Annotated[list[str], BeforeValidator(_words)]
+
+
 class Setup(BaseModel):
     """What replicas are built of; the names are those of the command line's options.
 
     Attributes:
+        tokens: by default those of JITEXPORT_TOKEN in the environment of the replicas.
         limits: of `jitexport.serve.settings.Limits`, by name.
     """
 
@@ -58,7 +67,7 @@ class Setup(BaseModel):
     memory: int | None = None
     device: str | None = None
     threads: int | None = None
-    tokens: list[str] = []
+    tokens: Words = []
     public_url: str | None = None
     trust: bool = False
     limits: dict[str, float] = {}
@@ -74,8 +83,8 @@ class Arguments(Setup):
         cpus, gpus: that Ray reserves for each of them.
     """
 
-    bundles: list[str] = Field(min_length=1)
-    replicas: str = "1"
+    bundles: Annotated[Words, Field(min_length=1)]
+    replicas: Annotated[str, Field(coerce_numbers_to_str=True, pattern=REPLICAS)] = "1"
     cpus: float = 1
     gpus: float = 0
 
@@ -279,7 +288,7 @@ class Api:
         """The application; Ray asks for it in the replica."""
         self._following = asyncio.get_running_loop().create_task(self._maker.follow())
         return create_app(
-            self._maker, self._catalog, self._limits, RayMetrics(), tokens=self._setup.tokens,
+            self._maker, self._catalog, self._limits, RayMetrics(), tokens=self._setup.tokens or read_tokens(None),
             public_url=self._setup.public_url,
         )
 

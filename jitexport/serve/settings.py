@@ -10,6 +10,8 @@ from pathlib import Path
 from jitexport.errors import InputError
 
 TOKEN_VARIABLE = "JITEXPORT_TOKEN"
+#: A number of replicas, or LEAST-MOST.
+REPLICAS = r"^[1-9]\d{0,3}(-[1-9]\d{0,3})?$"
 
 
 @dataclass(frozen=True)

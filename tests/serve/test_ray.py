@@ -174,3 +174,39 @@ def test_updates_without_a_failed_request_and_not_to_a_damaged_bundle(server, fo
     assert {image for _, image in seen} == {expected["v1", 4], expected["v2", 4]}
     steps = lambda: server.http.get("/v1/models").json()["data"][0]["jitexport"]["steps"]  # noqa: E731
     server.wait_until(lambda: steps() == 6)
+
+
+def test_arguments_as_ray_hands_them_over():
+    from pydantic import ValidationError
+
+    from jitexport.serve.ray_app import Arguments
+
+    told = Arguments.model_validate({"bundles": "a=/x b=/y", "replicas": "4", "gpus": "1", "trust": "true"})
+    assert (told.bundles, told.replicas, told.gpus, told.trust) == (["a=/x", "b=/y"], "4", 1.0, True)
+    assert told.scaling(4) == {"num_replicas": 4}
+    scaled = Arguments(bundles=["a=/x"], replicas="1-8").scaling(4)["autoscaling_config"]
+    assert scaled == {"min_replicas": 1, "max_replicas": 8, "target_ongoing_requests": 4}
+    for wrong in ({}, {"bundles": []}, {"bundles": "a", "replicas": "0"}, {"bundles": "a", "nonesuch": 1}):
+        with pytest.raises(ValidationError):
+            Arguments.model_validate(wrong)
+
+
+def test_a_number_of_replicas_that_is_none(capsys, folder):
+    from jitexport.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", str(folder / "v1"), "--ray", "many"])
+    assert stopped.value.code == 2 and "2, or 1-8" in capsys.readouterr().err
+
+
+def test_without_the_extra(capsys, folder, monkeypatch):
+    import sys
+
+    from jitexport.cli import main
+
+    for name in [n for n in sys.modules if n.startswith(("jitexport.serve.ray", "ray"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", str(folder / "v1"), "--ray", "1"])
+    assert stopped.value.code == 3 and "jitexport[ray]" in capsys.readouterr().err
