@@ -17,7 +17,7 @@ from torch import Tensor
 from jitexport.errors import InputError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-TENSOR_INPUTS = ("latents", "prompt_embeds")
+TENSOR_INPUTS = ("latents", "prompt_embeds", "clean", "places")
 
 #: Arguments of diffusers' call that no bundle has a use for; their defaults are taken, and nothing else.
 WITHOUT_USE = {

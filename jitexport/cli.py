@@ -971,6 +971,48 @@ def pull(
 
 
 @app.command()
+def serve(
+    bundles: Annotated[list[str], typer.Argument(metavar="BUNDLE...", help="FOLDER or NAME=FOLDER each.")],
+    host: Annotated[str, typer.Option(help="Address to listen at; by default only this machine can reach it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    loras: Annotated[Path | None, typer.Option(help="Folder of adapters, NAME.safetensors each.")] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GB of bundles that are loaded at once.")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Bearer tokens, one a line; by default JITEXPORT_TOKEN of the environment.")
+    ] = None,
+    public_url: Annotated[str | None, typer.Option(help="The server's address as clients see it.")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = 64,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600,
+    drain: Annotated[float, typer.Option(min=1, help="Seconds for what was taken when the server stops.")] = 60,
+    batch_wait: Annotated[float, typer.Option(min=0, help="Milliseconds that an image waits for others.")] = 5,
+    max_images: Annotated[int, typer.Option(min=1, help="Images of a request.")] = 10,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Characters of a prompt.")] = 4000,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 65536,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundles' own by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="That an image computes on, on a CPU.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="FOLDER may be OWNER/NAME on a hub.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="Serve on Ray: a number of replicas, or LEAST-MOST that follow the load.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Serve bundles over HTTP, as OpenAI's images API."""
+    from jitexport.serve.command import run
+    from jitexport.serve.settings import Limits
+
+    limits = Limits(
+        prompt=max_prompt, n=max_images, body=max_body, queue=queue, request=timeout, drain=drain,
+        batch_wait=batch_wait / 1000,
+    )
+    run(
+        bundles, limits, host=host, port=port, loras=loras, memory=memory, token_file=token_file,
+        public_url=public_url, device=device, threads=threads, trust=trust, replicas=ray, as_json=as_json,
+    )
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine can run, and what would add more."""
     from jitexport.doctor import examine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,19 @@ EVERY_STEP = EveryStep()
 
 #: (step index, noise level reached, function that computes the latents [B, N, C]) -> latents to go on with, or None
 OnStep = Callable[[int, float, Callable[[], Tensor]], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a step can be watched by.
+
+    Attributes:
+        places: which of the method's places ran, [B, m].
+        clean: computes the clean latents that the step predicts, [B, N, C].
+    """
+
+    places: Tensor
+    clean: Callable[[], Tensor]
 
 
 def draw(
@@ -64,6 +78,7 @@ def sample(
     preview: Preview | None = None,
     stop: Callable[[], bool] = lambda: False,
     cache: Cache[Any] = EVERY_STEP,
+    watch: Callable[[Look], None] | None = None,
 ) -> Tensor:
     """Integrate from noise to data through all stages; returns the clean latents [B, N, C], fp32.
 
@@ -74,6 +89,7 @@ def sample(
         preview: decodes latents of half the sides, for methods that look at pictures between stages.
         stop: asked before every step; where it says so, the steps that are left are skipped.
         cache: the temporal method that placed the schedule's actions.
+        watch: shown every step, before `on_step`.
     """
     state, history = None, cache.begin()
     for stage, steps in schedule:
@@ -89,6 +105,8 @@ def sample(
             if stop():
                 break
             u, history = cache.velocity(run, method.tokens(state), step, history)
+            if watch is not None:
+                watch(Look(method.where(state), partial(method.predicted, state, u, step.sigma)))
             state = method.step(state, u, step.sigma, step.sigma_next)
             if on_step is not None:
                 changed = on_step(step.index, step.sigma_next, partial(method.latents, state))

@@ -307,6 +307,20 @@ def test_diffusers_callback_objects(pipe):
     assert torch.equal(latents(pipe, callback_on_step_end=several), expected)
 
 
+def test_a_callback_sees_the_predicted_image_and_which_tokens_ran(pipe):
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        assert list(tensors) == names
+        seen.append((tensors["places"].shape[1], pipe.decode(tensors["clean"])))
+
+    names = ["clean", "places"]
+    final = pipe.decode(latents(pipe, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names))
+    assert [tokens for tokens, _ in seen] == [s.tokens for s in pipe.schedule.stages for _ in range(s.steps)]
+    assert torch.equal(seen[-1][1], final)
+    assert not torch.equal(seen[0][1], final)
+
+
 def test_callbacks_may_write_in_place_and_keep_what_they_are_given(pipe):
     kept = []
 

@@ -57,6 +57,11 @@ OPTIONS = {
     "evaluate": {
         "bundles", "--prompts", "--limit", "--seeds", "--reference", "--timed", "--output", "-o", "--json",
     },
+    "serve": {
+        "bundles", "--host", "--port", "--loras", "--memory", "--token-file", "--public-url", "--queue", "--timeout",
+        "--drain", "--batch-wait", "--max-images", "--max-prompt", "--max-body", "--device", "--threads", "--trust",
+        "--ray", "--json",
+    },
     "doctor": {"--json"},
 }
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from diffusers import FluxPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
-from jitexport.grid import TokenGrid
+from jitexport.grid import TokenGrid, gather_tokens
 from jitexport.methods.dense import Dense
 from jitexport.methods.jit import JiT
 from jitexport.sampler import draw, sample
@@ -161,6 +161,42 @@ def test_on_step_sees_every_step_and_may_change_the_latents():
     image = run(jit(), SPARSE, draw(jit(), SPARSE, LATENT, 2, [seeded(0)]), on_step=on_step)
     assert calls == [(i, SPARSE.sigmas[i + 1]) for i in range(5)]
     assert torch.equal(image, torch.zeros_like(image))
+
+
+@pytest.mark.parametrize("method", [DENSE, jit()])
+def test_a_step_shows_its_places_and_the_clean_latents_that_it_predicts(method):
+    schedule = SPARSE if method.name == "jit" else FULL
+    looks, latents = [], []
+    drawn = draw(method, schedule, LATENT, 2, [seeded(0)])
+    image = sample(
+        method, schedule, drawn, model, lambda i, sigma, y: latents.append(y()),
+        watch=lambda look: looks.append((look.places, look.clean())),
+    )
+    assert [places.shape[1] for places, _ in looks] == [s.tokens for s in schedule.stages for _ in range(s.steps)]
+    assert torch.equal(looks[-1][1], image)  # the last step goes to the end
+    sigmas = schedule.sigmas
+    for i in set(range(schedule.nfe)) - {schedule.steps_of(s).start for s in schedule.stages}:
+        # Within a stage, what runs moves on a line to what was predicted.
+        places, clean = looks[i]
+        before, after, clean = (gather_tokens(y, places) for y in (latents[i - 1], latents[i], clean))
+        rate = (sigmas[i] - sigmas[i + 1]) / sigmas[i]
+        torch.testing.assert_close(after, before + rate * (clean - before), atol=1e-5, rtol=1e-5)
+
+
+def test_the_predicted_image_has_no_noise_where_tokens_have_not_run():
+    """A model that knows the image: what it predicts from a third of the tokens is as smooth as the image is."""
+    looks = []
+    schedule, method = SPARSE, jit()
+    drawn = draw(method, schedule, LATENT, 2, [seeded(0)])
+    clean = torch.ones_like(drawn.latents)
+
+    def begin_stage(stage, where):
+        first = schedule.steps_of(stage).start
+        return lambda action, tokens, step: [(tokens - gather_tokens(clean, where)) / schedule.sigmas[max(step, first)]]
+
+    sample(method, schedule, drawn, begin_stage, watch=lambda look: looks.append(look.clean()))
+    for predicted in looks:
+        torch.testing.assert_close(predicted, clean, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("method", [DENSE, jit()])

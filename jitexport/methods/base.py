@@ -122,6 +122,10 @@ class Method(ABC, Generic[State]):
     def step(self, state: State, velocity: Tensor, sigma: float, sigma_next: float) -> State:
         """State after an Euler step with the transformer's velocity [B, m, C] (noise minus data), in fp32."""
 
+    def predicted(self, state: State, velocity: Tensor, sigma: float) -> Tensor:
+        """y_hat(1) = y - sigma * u of all tokens, [B, N, C], at a step's velocity: the image as it is expected."""
+        return self.latents(self.step(state, velocity, sigma, 0.0))
+
     @abstractmethod
     def latents(self, state: State) -> Tensor:
         """All tokens of the full grid, [B, N, C]; in a stage of lower resolution, those of it, enlarged."""

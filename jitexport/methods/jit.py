@@ -443,6 +443,10 @@ class JiT(Method[JiTState]):
         u = velocity.float()
         return replace(state, active=state.active + (sigma_next - sigma) * u, last=(state.active, u, sigma))
 
+    def predicted(self, state: JiTState, velocity: Tensor, sigma: float) -> Tensor:
+        """Phi of what the anchors predict: the others' noise is theirs until they run, and no part of a picture."""
+        return state.lift(state.active - sigma * velocity.float())
+
     def lifted(self, state: JiTState, u: Tensor) -> Tensor:
         """Velocity or displacement of all tokens, [B, N, C], for that of the anchors [B, m, C] (eq. 16)."""
         return state.lift(u)

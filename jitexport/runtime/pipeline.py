@@ -44,7 +44,7 @@ from jitexport.runtime.changing import ChangingWeights, ReadCheckpoint
 from jitexport.runtime.conditions import Condition, Guided, by_name, from_names
 from jitexport.runtime.draws import Drawing
 from jitexport.runtime.request import Request, Terms
-from jitexport.sampler import EVERY_STEP, OnStep, sample
+from jitexport.sampler import EVERY_STEP, Look, OnStep, sample
 from jitexport.schedule import Stage, StageSchedule
 from jitexport.specs import EngineSpec
 from jitexport.weights import SharedWeights
@@ -231,11 +231,12 @@ class Pipeline(ChangingWeights):
         stop: Callable[[], bool] = lambda: False,
         healthy: dict[int, Tensor] | None = None,
         guided: Guided | None = None,
+        watch: Callable[[Look], None] | None = None,
     ) -> Tensor:
         """The stage loop: clean latents [B, N, C], fp32. As one CUDA graph where `at_once` says so and no `on_step`.
 
         Args:
-            on_step, stop: see `sampler.sample`.
+            on_step, stop, watch: see `sampler.sample`.
             healthy: is given a truth value for each step that runs an engine, on the device: whether its velocity is
                 finite.
             guided: classifier-free guidance.
@@ -266,7 +267,9 @@ class Pipeline(ChangingWeights):
 
             return run
 
-        return sample(self.method, self.schedule, draws, begin_stage, on_step, self.preview, stop, self.cache)
+        return sample(
+            self.method, self.schedule, draws, begin_stage, on_step, self.preview, stop, self.cache, watch
+        )
 
     def at_once(self, guided: Guided | None) -> bool:
         """Whether the loop runs as a graph: where there is one, and all steps have a second pass or none has."""
@@ -361,7 +364,9 @@ class Pipeline(ChangingWeights):
             callback_on_step_end: called after every step of every chunk as callback(pipeline, step, timestep,
                 {"latents": packed latents [B, N, C]}); may return {"latents": others}; raising ends the call, and
                 setting `pipeline._interrupt` skips the steps that are left of it. diffusers' callback objects work.
-            callback_on_step_end_tensor_inputs: what the callback is given: "latents", "prompt_embeds" or both.
+            callback_on_step_end_tensor_inputs: what the callback is given: "latents"; to look at, also "prompt_embeds",
+                "clean" (the clean latents that the step predicts, [B, N, C], which `decode` makes pictures of) and
+                "places" (which of `method.places()` ran, [B, m]).
             further: what the text encoders give instead of prompts, by diffusers' names (prompt_embeds [n, T, E],
                 pooled_prompt_embeds [n, P], ..., and with `negative_` in front), and the other arguments of diffusers'
                 call (height, num_inference_steps, max_sequence_length, ...): the bundle's own values or the ones that
@@ -418,18 +423,21 @@ class Pipeline(ChangingWeights):
                 embeddings = texts.embeddings(self, rows)
                 condition = self.condition(embeddings, request.distilled)
                 guided = self._guided(request, rows)
+                looks: list[Look] = []
 
                 def on_step(i: int, sigma: float, latents: Callable[[], Tensor]) -> Tensor | None:
                     progress.advance(task)
                     watch.look()
                     if callback is None:
                         return None
-                    return self._callback(callback, names, i, latents, embeddings)  # noqa: B023 - called at once
+                    look = looks.pop()  # noqa: B023 - called at once
+                    return self._callback(callback, names, i, latents, embeddings, look)  # noqa: B023 - the same
 
                 at_once = self.at_once(guided) and callback is None and not call.interrupted
                 healthy: dict[int, Tensor] | None = None if at_once else {}
                 y = self.denoise(
-                    condition, chunk, None if at_once else on_step, lambda: call.interrupted, healthy, guided
+                    condition, chunk, None if at_once else on_step, lambda: call.interrupted, healthy, guided,
+                    None if callback is None else looks.append,
                 )
                 progress.advance(task, self.schedule.nfe if at_once else 0)
                 pictures = y if output_type == "latent" else self.decode(y)
@@ -480,11 +488,14 @@ class Pipeline(ChangingWeights):
         step: int,
         latents: Callable[[], Tensor],
         embeddings: Sequence[Tensor],
+        look: Look,
     ) -> Tensor | None:
         """Run a callback outside of inference mode, on tensors that it may keep; the latents that it asks for."""
         y = latents()
+        watched = {"clean": look.clean, "places": lambda: look.places}
+        watched = {name: compute() for name, compute in watched.items() if name in names}
         with plain():
-            given = {"latents": y.clone()}
+            given = {"latents": y.clone()} | {name: value.clone() for name, value in watched.items()}
             if "prompt_embeds" in names:
                 given["prompt_embeds"] = self._named_embeddings(embeddings)["prompt_embeds"].clone()
             version = given["latents"]._version
