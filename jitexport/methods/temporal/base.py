@@ -52,7 +52,7 @@ class CacheOptions:
     every: int | None = None
     warmup: int = 1
     computed: tuple[int, ...] = ()
-    spatial: float = 0.5
+    spatial: float = 0.65
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "computed", tuple(self.computed))  # a list in a manifest

@@ -197,4 +197,4 @@ def test_options_survive_a_manifest(name):
 
 
 def test_usual_options():
-    assert CacheOptions() == CacheOptions(every=None, warmup=1, computed=(), spatial=0.5)
+    assert CacheOptions() == CacheOptions(every=None, warmup=1, computed=(), spatial=0.65)
