@@ -69,7 +69,10 @@ class Resampler:
 
     def __post_init__(self) -> None:
         if len(self.grid.shape) != 2:
-            raise InputError("resolution changes are for images", found=self.grid.shape, expected="a grid (H, W)")
+            raise InputError(
+                "resolution changes are for images", found=f"a video's grid {self.grid.shape}",
+                expected="a grid (H, W)", remedy="a method that keeps the resolution, as --method jit",
+            )
         if self.kernel not in KERNELS:
             raise InputError("unknown interpolation", found=self.kernel, expected=f"one of: {', '.join(KERNELS)}")
         self.grid.halved()

@@ -70,7 +70,7 @@ def test_an_incomplete_configuration_has_one_digest(tiny_flux, tmp_path):
         "print(config_digest(configs), *(c.get('_use_default_values') for c in configs.values()))"
     )
     running = []
-    for i in range(3):
+    for i in range(2):
         folder = shutil.copytree(tiny_flux, tmp_path / str(i))
         for part in ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
             config = json.loads((folder / part).read_text())

@@ -5,6 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from jitexport.grid import TokenGrid
+from jitexport.methods.jit import JiT
+from jitexport.sampler import draw, sample
+from jitexport.schedule import StageSchedule, make_stages, timesteps
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -41,6 +46,20 @@ def test_memory_of_the_loop_grows_with_the_batch_and_is_a_few_latents(scale):
     one, four = (scale.measure_loop(256, batch, 3, repeats=1)["peak_bytes"] for batch in (1, 4))
     assert four == pytest.approx(4 * one, rel=0.1)
     assert one < 20 * 256 * scale.CHANNELS * 4
+
+
+def test_memory_of_the_loop_of_videos_is_a_few_latents(scale):
+    """HunyuanVideo-1.5's 121 frames at 480p and 720p, 18 steps of three stages: linear in the tokens."""
+    peaks = []
+    for shape in ((31, 30, 53), (31, 45, 80)):
+        method = JiT(TokenGrid(shape), JiT.options("default"))
+        stages = make_stages(method.grid.tokens, (7, 4, 7), (0.35, 0.62, 1.0))
+        schedule = StageSchedule(stages, timesteps(method.settings.timesteps, 18, None))
+        draws = draw(method, schedule, (32, *shape), 1, [torch.Generator().manual_seed(0)])
+        with torch.inference_mode(), scale.Living() as living:
+            sample(method, schedule, draws, lambda s, _: lambda tokens, step: tokens)
+        peaks.append(living.peak / draws.latents.nbytes)
+    assert max(peaks) < 10 and peaks[0] == pytest.approx(peaks[1], rel=0.02)
 
 
 def test_the_exponent_is_that_of_the_growth(scale):

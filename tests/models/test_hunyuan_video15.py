@@ -7,10 +7,13 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideo15Pipeline
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import jitexport
+from jitexport.cli import main
 from jitexport.errors import InputError, JitExportError, ModelNotFoundError, UnsupportedModelError
+from jitexport.evaluate.sources import bundle_source
 from jitexport.flops import count_flops, step_cost
 from jitexport.grid import TokenGrid
 from jitexport.models.hunyuan_video15 import PUBLISHED, SIZES, HunyuanDecode, HunyuanVideo15Adapter
@@ -292,6 +295,47 @@ def test_methods_run_on_the_grid_of_a_video(folder, make_bundle, method, custom)
 def test_methods_that_change_the_resolution_are_refused(folder, make_bundle, method):
     with pytest.raises(JitExportError, match="resolution changes are for images"):
         make_bundle(str(folder), method=method, custom=CustomSchedule((1, 2, 2) if method == "ralu" else (1, 2)))
+
+
+def test_videos_are_written_as_mp4_and_as_frames(folder, make_bundle, tmp_path):
+    """By the command line, several of them; not as a picture."""
+    av = pytest.importorskip("av")
+    bundle = make_bundle(str(folder), method="dense", custom=CustomSchedule((4,)), batch=1)
+    for output, more in ((tmp_path / "fox.mp4", ["--fps", "12"]), (tmp_path / "frames", [])):
+        asked = ["generate", str(bundle), "a fox", "-o", str(output), "--seed", "3", "--num-images", "2", *more]
+        with pytest.raises(SystemExit) as end:
+            main(asked)
+        assert end.value.code == 0
+    for i in range(2):
+        with av.open(str(tmp_path / f"fox-{i}.mp4")) as container:
+            sizes = [(frame.height, frame.width) for frame in container.decode(video=0)]
+            assert container.streams.video[0].average_rate == 12
+        assert sizes == [(tiny.HEIGHT, tiny.WIDTH)] * tiny.FRAMES
+    pipe = jitexport.load(bundle)
+    expected = pipe("a fox", generator=seeded(4)).frames[0]
+    found = [Image.open(path) for path in sorted((tmp_path / "frames-1").iterdir())]
+    assert [a.tobytes() for a in found] == [b.tobytes() for b in expected]
+    with pytest.raises(SystemExit) as end:
+        main(["generate", str(bundle), "a fox", "-o", str(tmp_path / "fox.png")])
+    assert end.value.code == InputError.exit_code
+
+
+def test_evaluations_refuse_videos(folder, make_bundle):
+    with pytest.raises(InputError, match="makes videos, and these scores are of images"):
+        bundle_source(make_bundle(str(folder), method="dense", custom=CustomSchedule((4,)), batch=1))
+
+
+def test_eight_bits(folder, make_bundle):
+    """The blocks' layers are quantized, and a bundle's video is about the same."""
+    custom = CustomSchedule((1, 2), (0.5, 1.0))
+    paths = [make_bundle(str(folder), custom=custom, batch=1, quantization=kind) for kind in (None, "int8")]
+    exact, rough = (jitexport.load(path) for path in paths)
+    quantized = {n for n, t in rough.weights.tensors.items() if t.dtype == torch.int8}
+    assert len(quantized) == 2 * 12 and all("transformer_blocks." in name for name in quantized)
+    expected, found = (
+        pipe("a fox", generator=seeded(0), output_type="latent").frames for pipe in (exact, rough)
+    )
+    assert 0 < (found - expected).norm() <= 0.05 * expected.norm()
 
 
 def lora(path, names, width=64):

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -524,10 +525,27 @@ def test_adapters_change_a_bundle_and_leave_it(bundle, tmp_path):
     assert torch.equal(image(), before)
 
 
-def test_a_build_says_nothing_of_a_prompt_that_nobody_wrote(folder, tmp_path, caplog):
-    """The tiny tokenizers cut the one that engines are tried with."""
-    build(str(folder), output=tmp_path / "x", custom=CustomSchedule((1,), (1.0,)), backend="eager", dtype="fp32")
+def test_a_build_chooses_passes_and_says_nothing_of_its_own_prompt(folder, tmp_path, caplog):
+    """The faster way to run two passes is in the manifest; the tiny tokenizers cut a prompt that nobody wrote."""
+    options = {"custom": CustomSchedule((1,), (1.0,)), "backend": "eager", "dtype": "fp32"}
+    manifest = build(str(folder), output=tmp_path / "x", **options).manifest
     assert not [r for r in caplog.records if "cut to" in r.getMessage()]
+    reason = manifest.chosen["passes"]
+    twice, at_once = map(float, re.findall(r"([\d.e+]+) ms", reason))
+    assert manifest.passes == (1 if twice <= at_once else 2)
+    assert build(str(folder), output=tmp_path / "y", passes=2, **options).manifest.chosen.get("passes") is None
+
+
+def test_eight_bits(bundle):
+    """The blocks' layers are quantized, and the image is about the same."""
+    custom = CustomSchedule((1, 2), (0.5, 1.0))
+    exact, rough = (bundle(method="jit", custom=custom, quantization=kind) for kind in (None, "int8"))
+    quantized = {n for n, t in rough.weights.tensors.items() if t.dtype == torch.int8}
+    assert quantized and all("transformer_blocks." in name and "norm" not in name for name in quantized)
+    expected, found = (
+        pipe("a fox", generator=generators(1)[0], output_type="latent").images for pipe in (exact, rough)
+    )
+    assert 0 < (found - expected).norm() <= 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("name", ["sd3.5-large-turbo", "stabilityai/stable-diffusion-3.5-large-turbo"])
