@@ -57,8 +57,8 @@ def event(job: Job, number: int, entry: Entry, what: Partial | Step | Finished) 
     """
     if isinstance(what, Step):
         told = {
-            "type": "jitexport.step", "step": what.step, "steps": what.steps, "tokens": what.tokens, "of": what.of,
-            "grid": what.grid, "detail": what.detail, "image_index": number,
+            "type": "jitexport.step", "step": what.step, "steps": what.steps, "action": what.action,
+            "tokens": what.tokens, "of": what.of, "grid": what.grid, "detail": what.detail, "image_index": number,
         }  # fmt: skip
         return sse(told)
     about = {

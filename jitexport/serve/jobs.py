@@ -58,13 +58,15 @@ class Step:
 
     Attributes:
         step, steps: its number, from 1, and how many there are.
-        tokens, of: how many ran, of how many.
+        action: "stage" where the stage's engine ran, else what a temporal method did instead, as "forecast".
+        tokens, of: how many the step moves by their own velocities, of how many.
         grid: rows and columns of tokens.
         detail: for each token of the grid, row by row, a digit: 0 did not run, 1 ran, 2 ran as a part of a larger one.
     """
 
     step: int
     steps: int
+    action: str
     tokens: int
     of: int
     grid: tuple[int, int]

@@ -12,6 +12,7 @@ import openai
 import pytest
 from PIL import Image
 
+from jitexport.schedule import COMPUTED
 from tests.serve.running import events
 
 PROMPT = "a red fox in the snow"
@@ -92,6 +93,7 @@ def test_a_stream_of_several_images_says_which_one_each_event_is_of(server, alon
 def test_steps_say_which_tokens_run(server):
     told = [e for e in events(server.post(prompt="a", stream=True, stream_steps=True)) if e["type"] == "jitexport.step"]
     assert [(e["step"], e["steps"], e["of"], e["grid"]) for e in told] == [(i, 6, 96, [12, 8]) for i in range(1, 7)]
+    assert {e["action"] for e in told} == {COMPUTED}
     counts = [e["tokens"] for e in told]
     assert counts[:2] == counts[:1] * 2 and counts[1] < counts[2] < counts[4] == 96
     for e in told:
