@@ -21,8 +21,8 @@ from jitexport.graphs import CUDARecorder, LoopGraph, Recording
 from jitexport.grid import TokenGrid
 from jitexport.methods.base import Draws
 from jitexport.methods.jit import JiT
-from jitexport.plan import CustomSchedule, make_cache
 from jitexport.models.stages import GIVES, kind_of
+from jitexport.plan import CustomSchedule, make_cache
 from jitexport.positions import Rotary
 from jitexport.sampler import draw, sample
 from jitexport.schedule import Target, uniform_sigmas

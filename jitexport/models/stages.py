@@ -187,7 +187,7 @@ def check_features(features: str | None, cells: Sequence[Cell], family: str) -> 
         raise InputError("unknown features of stage engines", found=features, expected=f"one of {known}")
     if kind == TOKENS and not cells:
         raise UnsupportedModelError(
-            f"the family {family} has no engines for a cache of tokens", found=f"features {features}",
+            f"the family {family} has no engines for a cache of tokens (toca)", found=f"features {features}",
             expected="a family that says which cells its blocks have", remedy="another cache, for example taylorseer",
         )
 
