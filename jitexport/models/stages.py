@@ -11,7 +11,7 @@ A family's stage module embeds its tokens, says how its blocks are run, and hand
                 front<k>    rear_delta
                 rear<k>     front_delta
     tokens:x    stage<k>                        attention [B, S', D], updates [B, S, D], scores [B, S] fp32
-                refresh<k>  all three           updates, fresh [B, S] fp32: 1 where they are new
+                refresh<k>  all three           refreshed, the updates after it; fresh [B, S] fp32, 1 where they are new
 
 x is the share of the tokens that are refreshed, S and S' are the lengths of all cells: see `jitexport.models.tokens`.
 So a family knows nothing of temporal methods, and they know nothing of families. `indicator<k>` gives the first block's
@@ -162,7 +162,7 @@ TAKES = {
 GIVES = {
     "residual": {COMPUTED: ("residual",)},
     "deltas": {COMPUTED: ("front_delta", "rear_delta")},
-    TOKENS: {COMPUTED: ("attention", "updates", "scores"), REFRESH: ("updates", "fresh")},
+    TOKENS: {COMPUTED: ("attention", "updates", "scores"), REFRESH: ("refreshed", "fresh")},
 }
 
 
@@ -240,8 +240,8 @@ def exchanged(
         attentions = sum(length * cell.attentions for length, cell in zip(lengths, cells, strict=True))
         shapes = {
             "attention": (rows, attentions, width), "updates": (rows, all_cells, width),
-            "scores": (rows, all_cells), "fresh": (rows, all_cells),
-        }
+            "scores": (rows, all_cells), "refreshed": (rows, all_cells, width), "fresh": (rows, all_cells),
+        }  # what is taken and given has another name each: a graph's tensors have names of their own
     exact = ("scores", "fresh")
     return {name: TensorSpec(name, shape, "fp32" if name in exact else dtype) for name, shape in shapes.items()}
 
