@@ -153,7 +153,8 @@ def faster_passes(one: Pipeline, both: Pipeline) -> tuple[Pipeline, str]:
     *_, stage = one.schedule.engines
     tokens = torch.randn((one.batch_size, stage.tokens, one.geometry.channels), device=one.device)
     where = torch.arange(stage.tokens, device=one.device).expand(one.batch_size, -1)
-    condition = one.encode([PROBE_PROMPT] * one.batch_size, one.defaults.guidance.distilled)
+    embeddings = one.engines["text"](*probe_ids(one))
+    condition = one.condition(embeddings, one.defaults.guidance.distilled)
     seconds = []
     for pipeline in (one, both):
         run = pipeline.engines[stage.name]
@@ -169,6 +170,11 @@ def noise_levels(schedule: StageSchedule) -> Tensor:
     return torch.tensor(schedule.sigmas[:-1], dtype=torch.float32)
 
 
+def probe_ids(pipeline: Pipeline) -> list[Tensor]:
+    """What the text engine takes for the probe."""
+    return pipeline.tokenize([PROBE_PROMPT] * pipeline.batch_size, warn=False)
+
+
 def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]]:
     """Inputs for every engine of a pipeline as a call would give them: a real prompt, unit-variance tokens."""
     generator = torch.Generator().manual_seed(0)
@@ -181,7 +187,7 @@ def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]
     def ready(name: str, values: Sequence[Tensor]) -> tuple[EngineSpec, list[Tensor]]:
         return pipeline.engines[name].spec, [v.clone() for v in values]
 
-    ids = pipeline.tokenize([PROBE_PROMPT] * batch)
+    ids = probe_ids(pipeline)
     yield ready("text", ids)
     embeddings, guidance = pipeline.engines["text"](*ids), pipeline.defaults.guidance.distilled
     yield ready("condition", pipeline.condition_inputs(embeddings, guidance))
@@ -250,10 +256,19 @@ def verify_engine(
     return relative, largest
 
 
+#: What libraries add to a configuration when they read it: the folder that it came from, and in no certain order the
+#: entries that it lacked, which have their usual values.
+_OF_THE_READER = {"_name_or_path", "_use_default_values"}
+
+
 def plain_configs(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Configurations as plain JSON, the manifest's types, without the folders that the model was read from."""
-    named = {component: {k: v for k, v in c.items() if k != "_name_or_path"} for component, c in configs.items()}
-    return json.loads(json.dumps(named, default=str))
+    """Configurations as plain JSON, the manifest's types: the same for the same model, whoever reads it from where."""
+
+    def plain(value: Any) -> Any:
+        return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
+
+    named = {name: {k: v for k, v in c.items() if k not in _OF_THE_READER} for name, c in configs.items()}
+    return json.loads(json.dumps(named, default=plain))
 
 
 def config_digest(configs: dict[str, Any]) -> str:

@@ -373,11 +373,13 @@ def plan(
     if as_json:
         echo(schedule_entry(made).model_dump_json())
         return
-    geometry, guidance = adapter.geometry, adapter.defaults.guidance
-    twice = ", twice that with classifier-free guidance" if (guidance.true or 0) > 1 else ""
+    geometry, full = adapter.geometry, made.cost(made.grid_tokens) / 1e12
+    guided = made.passes == 2 or (adapter.defaults.guidance.true or 0) > 1
+    times = {2: ", two a step with classifier-free guidance", 1: ", two a step with a negative prompt"}
     err.print(
         f"{model}: {geometry.height} x {geometry.width} pixels, {_frames(geometry)}{made.grid_tokens} image tokens, "
-        f"{geometry.text_tokens} text tokens; full step {_tera(made.cost(made.grid_tokens) / 1e12)} TFLOP{twice}",
+        f"{geometry.text_tokens} text tokens; full pass {_tera(full / made.passes)} TFLOP"
+        f"{times[made.passes] if guided else ''}",
         soft_wrap=True,
     )
     def counted(actions: Sequence[str]) -> str:

@@ -48,7 +48,7 @@ def count_flops(module: nn.Module, spec: EngineSpec) -> int:
 
 @dataclass(frozen=True)
 class StepCost:
-    """FLOPs of one denoising step as a function of its tokens m: constant + linear * m + quadratic * m^2.
+    """FLOPs of a step of one pass as a function of its tokens m: constant + linear * m + quadratic * m^2.
 
     Exact, because a transformer's linear layers cost in proportion to its tokens and attention to their square.
     """
@@ -58,8 +58,12 @@ class StepCost:
     quadratic: float
 
     def __call__(self, tokens: int) -> float:
-        """FLOPs of one step of one image at `tokens` active tokens."""
+        """FLOPs of a step of one image at `tokens` active tokens."""
         return self.constant + tokens * (self.linear + tokens * self.quadratic)
+
+    def times(self, passes: int) -> StepCost:
+        """The cost of a step of so many passes."""
+        return StepCost(passes * self.constant, passes * self.linear, passes * self.quadratic)
 
 
 #: Of a forecast outside of any engine.

@@ -32,6 +32,11 @@ class Guidance:
         """Usual value of the call's `guidance_scale`; None where the model has none."""
         return self.true if self.argument == "guidance_scale" else self.distilled
 
+    @property
+    def passes(self) -> int:
+        """Passes of a step as the ordinary pipeline is usually run, where nobody gives a negative prompt."""
+        return 2 if self.true is not None and self.true > 1 and self.negative is not None else 1
+
     def combine(self, positive: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
         """The velocity of classifier-free guidance, negative + scale * (positive - negative).
 

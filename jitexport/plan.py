@@ -29,14 +29,18 @@ class Plan:
 
     Attributes:
         speedup: as asked for; None for a custom schedule.
-        costs: FLOPs of a step of one image by its tokens, for each action of the schedule's steps.
-        preview: FLOPs of the picture that the method looks at between stages, 0 where it does not.
+        costs: FLOPs of a step of one image by its tokens, with as many passes as `passes`, for each action that the
+            schedule's steps may have.
+        passes: of a step, with the model's usual guidance: 2 where a negative prompt has one of its own.
+        preview: FLOPs of the picture that the method looks at between stages, 0 where it does not. There is one,
+            however many passes a step has.
         method, preset, options: of the spatial acceleration method.
         cache: the temporal method; None for none.
     """
 
     schedule: StageSchedule
     costs: Mapping[str, StepCost]
+    passes: int
     preview: float
     grid_tokens: int
     reference_steps: int
@@ -118,7 +122,8 @@ def plan(
     geometry = adapter.geometry
     chosen = method_class(geometry.grid, options, geometry.patch)
     meta = meta_adapter(adapter, dtype, None if temporal is None else temporal.features)
-    costs = step_costs(meta, dtype)
+    passes = adapter.defaults.guidance.passes
+    costs = {action: cost.times(passes) for action, cost in step_costs(meta, dtype).items()}
     preview = preview_cost(meta, dtype) if chosen.previews else 0.0
     target = Target(
         speedup, custom, costs[COMPUTED], reference_steps, adapter.native_sigmas, preview, adapter.family, adapter.shift
@@ -130,7 +135,8 @@ def plan(
             "steps --method ralu --speedup 1.3", speedup, reference_steps,
         )
     return Plan(
-        schedule, costs, preview, geometry.grid.tokens, reference_steps, speedup, method, preset, options, temporal
+        schedule, costs, passes, preview, geometry.grid.tokens, reference_steps, speedup, method, preset, options,
+        temporal,
     )
 
 
@@ -160,7 +166,7 @@ def with_cache(method: Method, cache: Cache[Any], target: Target, costs: Mapping
     budget = target.budget(tokens) - (target.preview if method.previews else 0.0)
     least = target.speedup ** cache.settings.spatial if method.spatial else 1.0
     for i in range(_TRIED + 1):
-        part = least * (target.speedup / least) ** (i / _TRIED)
+        part = min(target.speedup, least * (target.speedup / least) ** (i / _TRIED))
         found = cache.solve(
             method.schedule(replace(target, speedup=part)), lambda action, m: costs[action](m), budget
         )

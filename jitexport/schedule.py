@@ -202,7 +202,7 @@ class Target:
     Attributes:
         speedup: over `reference_steps` steps at all tokens, 1 to 20; None with `custom`.
         custom: a schedule by hand, which is taken instead.
-        cost: FLOPs of a step of one image at a token count.
+        cost: FLOPs of a step of one image at a token count, with both passes where a step has two.
         reference_steps: steps of the ordinary pipeline.
         native_sigmas: noise levels of the ordinary pipeline with n steps, n + 1 values.
         preview: FLOPs of decoding one image at half its sides.
@@ -345,13 +345,14 @@ def check_speedup(speedup: float) -> None:
         raise ScheduleError("speed-up out of range", found=speedup, expected=f"a number from 1 to {MAX_SPEEDUP:g}")
 
 
-def too_fast(speedup: float, reference_steps: int) -> ScheduleError:
-    """The error of a speed-up that no schedule of a method reaches."""
+def too_fast(speedup: float, reference_steps: int, fewest: int = 1) -> ScheduleError:
+    """The error of a speed-up that no schedule of a method reaches, which takes at least so many steps."""
     return ScheduleError(
-        f"a speed-up of {speedup:g} leaves less than one step",
+        f"a speed-up of {speedup:g} leaves less than "
+        + ("one step" if fewest == 1 else f"the {fewest} steps that this method takes at least"),
         found=f"{reference_steps} reference steps",
-        expected=f"a speed-up of at most {reference_steps}",
-        remedy="ask for a smaller speed-up",
+        expected=f"a speed-up of at most {reference_steps}" if fewest == 1 else "a smaller speed-up",
+        remedy="ask for a smaller speed-up" + ("" if fewest == 1 else ", or take another --method"),
     )
 
 

@@ -156,14 +156,28 @@ def magcache(threshold: float, skip: int, pipe: Any, setting: Setting) -> Any:
     return MagCacheConfig(threshold=threshold, max_skip_steps=skip, num_inference_steps=50, mag_ratios=ratios)
 
 
-def cache_dit(options: dict[str, Any], taylor: bool, setting: Setting) -> Make:
+def cache_dit(options: dict[str, Any], calibrator: str | None, setting: Setting) -> Make:
     import cache_dit as library
 
     pipe = diffusers_pipeline(setting, DTYPE)
     config = library.DBCacheConfig(**options)
-    calibrator = library.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
-    library.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
+    calibrators = {
+        None: lambda: None,
+        "TaylorSeer": lambda: library.TaylorSeerCalibratorConfig(taylorseer_order=1),
+        "FoCa": library.FoCaCalibratorConfig,
+        "DMD": library.DMDCalibratorConfig,
+    }
+    library.enable_cache(pipe, cache_config=config, calibrator_config=calibrators[calibrator]())
     return partial(call, pipe, setting, 50)
+
+
+def static_mask(interval: int) -> dict[str, Any]:
+    """cache-dit's options for the steps that TaylorSeer computes of 50, three of warm-up; one block runs in others."""
+    computed = {0, 1, 2, *range(2, 50, interval), 49}
+    return {
+        "Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "num_inference_steps": 50, "max_warmup_steps": 3,
+        "steps_computation_mask": [int(i in computed) for i in range(50)], "steps_computation_policy": "static",
+    }  # fmt: skip
 
 
 def by_openvino(module: Any, method: str, result: Callable[[torch.Tensor], Any]) -> None:
@@ -241,16 +255,28 @@ def bundle(path: Path, setting: Setting) -> Make:
     return make
 
 
-def ours(backend: str, dtype: str, quantization: str | None, speedup: int, setting: Setting) -> Make:
+def ours(name: str, options: dict[str, Any], setting: Setting) -> Make:
     """A bundle of the demo model, built where it is not there yet."""
     from jitexport.build import build
 
-    path = setting.out / "bundles" / f"{backend}-{quantization or dtype}-{speedup}x"
+    path = setting.out / "bundles" / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         err.print(f"building {path}")
-        build("demo", output=path, speedup=speedup, backend=backend, dtype=dtype, quantization=quantization)
+        build("demo", output=path, **options)
     return bundle(path, setting)
+
+
+#: Ours with temporal methods: name, then what is built.
+TEMPORAL: dict[str, dict[str, Any]] = {
+    **{f"jit-{s}x-taylor": {"speedup": s, "cache": "taylor"} for s in (5, 7, 10, 14, 20)},
+    **{f"dense-{s}x-taylor": {"speedup": s, "method": "dense", "cache": "taylor"} for s in (5, 10, 20)},
+    "dense-taylorseer-7": {"speedup": 1, "cache": "taylorseer:every=7"},
+    "dense-taylorseer-11": {"speedup": 1, "cache": "taylorseer:every=11"},
+    "dense-delta-dit-5": {"speedup": 1, "cache": "delta-dit:every=5"},
+    "ralu-5x-taylorseer-3": {"speedup": 5, "method": "ralu", "cache": "taylorseer:every=3,warmup=2"},
+    "ralu-5x-delta-dit-2": {"speedup": 5, "method": "ralu", "cache": "delta-dit:every=2"},
+}
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -270,21 +296,27 @@ def contenders(bundles: list[Path]) -> Iterator[Contender]:
     for threshold in (0.05, 0.1, 0.2):
         what = f"diffusers' first-block cache, threshold {threshold}, 50 steps, {DTYPE}"
         yield Contender(f"first-block-{threshold}", what, partial(cached, partial(first_block, threshold)))
-    for interval in (5, 7):
+    for interval in (5, 7, 11):
         what = f"diffusers' TaylorSeer cache, interval {interval}, order 1, 50 steps, {DTYPE}"
         yield Contender(f"taylorseer-{interval}", what, partial(cached, partial(taylorseer, interval)))
     for threshold, skip in ((0.06, 3), (0.24, 5)):
         what = f"diffusers' MagCache, threshold {threshold}, at most {skip} skipped, 50 steps, {DTYPE}"
         yield Contender(f"magcache-{threshold}", what, partial(cached, partial(magcache, threshold, skip)))
     few = {"Fn_compute_blocks": 1, "max_warmup_steps": 4, "max_continuous_cached_steps": 6}
-    for name, options, taylor in (
-        ("default", {}, False),
-        ("fast", few | {"residual_diff_threshold": 0.2}, False),
-        ("fast-taylorseer", few | {"residual_diff_threshold": 0.2}, True),
+    for name, options, calibrator in (
+        ("default", {}, None),
+        ("fast", few | {"residual_diff_threshold": 0.2}, None),
+        ("fast-taylorseer", few | {"residual_diff_threshold": 0.2}, "TaylorSeer"),
     ):
         settings = ", ".join(f"{k}={v}" for k, v in options.items()) or "default settings"
-        what = f"cache-dit{', TaylorSeer' if taylor else ''}, {settings}, 50 steps, {DTYPE}"
-        yield Contender(f"cache-dit-{name}", what, partial(cache_dit, options, taylor))
+        with_calibrator = "" if calibrator is None else f", {calibrator}"
+        what = f"cache-dit{with_calibrator}, {settings}, 50 steps, {DTYPE}"
+        yield Contender(f"cache-dit-{name}", what, partial(cache_dit, options, calibrator))
+    for interval in (5, 7, 11):
+        for calibrator in (None, "TaylorSeer", "FoCa", "DMD"):
+            name = f"cache-dit-static-{interval}-{(calibrator or 'reuse').lower()}"
+            what = f"cache-dit, {calibrator or 'no calibrator'}, static mask, interval {interval}, 50 steps, {DTYPE}"
+            yield Contender(name, what, partial(cache_dit, static_mask(interval), calibrator))
     for speedup in NFE:
         for dtype in KINDS:
             what = f"plain eager JiT loop, {speedup}x, {dtype}"
@@ -298,8 +330,12 @@ def contenders(bundles: list[Path]) -> Iterator[Contender]:
             for kind in (None, *(["int8"] if name == "aoti" else [])):
                 precision = dtype if kind is None else kind
                 what = f"jitexport, {speedup}x, {name} {precision}"
-                make = partial(ours, name, dtype, kind, speedup)
+                options = {"speedup": speedup, "backend": name, "dtype": dtype, "quantization": kind}
+                make = partial(ours, f"{name}-{precision}-{speedup}x", options)
                 yield Contender(f"ours-{name}-{precision}-{speedup}x", what, make)
+    for name, options in TEMPORAL.items():
+        what = f"jitexport, {name}, aoti {DTYPE}"
+        yield Contender(f"ours-{name}", what, partial(ours, name, options | {"backend": "aoti", "dtype": DTYPE}))
     for path in bundles:
         yield Contender(f"bundle-{path.name}", f"jitexport, {path}", partial(bundle, path))
 
@@ -393,7 +429,7 @@ def summarise(
 
 def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
-    for name in ("torch", "diffusers", "transformers", "cache-dit", "onnxruntime"):
+    for name in ("torch", "diffusers", "transformers", "cache-dit", "openvino", "onnxruntime"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -443,6 +479,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(11, 7), layout="constrained")
     groups = {"ours": "#08519c", "bundle": "#08519c", "plain": "#6baed6", "compile": "#e6550d", "cache": "#31a354"}
     groups |= {"first": "#31a354", "taylorseer": "#31a354", "magcache": "#31a354", "diffusers": "#636363"}
+    groups |= {"openvino": "#756bb1"}
     for r in rows:
         if r["error"] or r["name"] == REFERENCE:
             continue

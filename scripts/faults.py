@@ -538,7 +538,7 @@ def load_cycles(bundle: Path, cycles: int, growth: float = 0.01) -> Outcome:
     memory, files = [], []
     for _ in range(cycles):
         pipe = jitexport.load(bundle)
-        pipe.encode([PROMPTS[0]] * pipe.batch_size, pipe.defaults.guidance.distilled)
+        pipe.prepare([PROMPTS[0]] * pipe.batch_size)
         del pipe
         gc.collect()
         memory.append(resident())

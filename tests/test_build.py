@@ -1,6 +1,10 @@
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,6 +32,11 @@ from jitexport.specs import DTYPES, EngineSpec, TensorSpec
 from tests import tiny
 
 ONE = CustomSchedule((1,), (1.0,))
+#: Entries of the tiny model's configurations that have diffusers' own values.
+USUAL = {
+    "patch_size", "act_fn", "force_upcast", "mid_block_add_attention", "base_shift", "max_shift", "invert_sigmas",
+    "stochastic_sampling",
+}
 
 
 def build(model, **options):
@@ -50,6 +59,30 @@ def test_manifest_tells_the_model(manifest, tiny_flux):
     digest = hashlib.sha256(json.dumps(model.configs, sort_keys=True).encode()).hexdigest()
     assert model.config_digest == digest
     assert str(tiny_flux.parent) not in model.source
+
+
+def test_an_incomplete_configuration_has_one_digest(tiny_flux, tmp_path):
+    """In every process and folder: diffusers keeps a list of the entries that are missing, in an order by chance."""
+    code = (
+        "import sys, torch; from jitexport.build import config_digest, plain_configs;"
+        "from jitexport.models.flux import FluxAdapter; from pathlib import Path;"
+        "configs = plain_configs(FluxAdapter.from_folder(Path(sys.argv[1]), torch.float32).configs);"
+        "print(config_digest(configs), *(c.get('_use_default_values') for c in configs.values()))"
+    )
+    running = []
+    for i in range(3):
+        folder = shutil.copytree(tiny_flux, tmp_path / str(i))
+        for part in ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+            config = json.loads((folder / part).read_text())
+            (folder / part).write_text(json.dumps({k: v for k, v in config.items() if k not in USUAL}))
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True,
+                env=os.environ | {"PYTHONHASHSEED": str(i + 1)},
+            )
+        )
+    told = {process.communicate()[0] for process in running}
+    assert len(told) == 1 and told.pop().split()[1:] == ["None"] * 5
 
 
 def test_manifest_tells_the_schedule_and_the_method(manifest):

@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from jitexport import registry
 from jitexport.errors import InputError, ScheduleError, UnknownNameError
 from jitexport.models.flux import FluxAdapter
+from jitexport.models.sources import config_adapter, find_source
 from jitexport.plan import CustomSchedule, parse_custom, plan
 from jitexport.schedule import BETA_PAPER, BETA_RELEASED, beta_sigmas, timesteps, uniform_sigmas
 
@@ -17,6 +21,11 @@ def schnell(tiny_schnell):
     return FluxAdapter.from_folder(tiny_schnell, torch.float32)
 
 
+@pytest.fixture(scope="module")
+def dev():
+    return config_adapter(find_source("flux"), torch.float32)
+
+
 def shape(made):
     return [(s.steps, s.tokens) for s in made.schedule.stages]
 
@@ -29,6 +38,34 @@ def test_default_is_jit_at_four(small):
     assert made.predicted_speedup == pytest.approx(made.reference_tflops / made.tflops)
     assert made.tflops == pytest.approx((7 * made.cost(33) + 4 * made.cost(59) + 7 * made.cost(96)) / 1e12)
     assert made.reference_tflops == pytest.approx(50 * made.cost(96) / 1e12)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "published", "ratio"),
+    [(2, [(5, 1024), (6, 1945), (9, 4096)], 2.17), (3, [(3, 1024), (3, 1636), (6, 4096)], 3.53)],
+)
+def test_two_passes_a_step_and_one_preview(speedup, published, ratio):
+    """Stable Diffusion 3 with its usual guidance, 17.8 TFLOP a step; RALU looks at one picture of 2.5 TFLOP."""
+    made = plan(config_adapter(find_source("sd3"), torch.bfloat16), method="ralu", speedup=speedup)
+    assert shape(made) == published and made.passes == 2
+    assert made.cost(4096) / 1e12 == pytest.approx(2 * 8.90, abs=0.02)
+    spent = sum(steps * made.cost(tokens) for steps, tokens in published)
+    assert made.preview / 1e12 == pytest.approx(2.51, abs=0.01)
+    assert made.tflops == pytest.approx((spent + made.preview) / 1e12)
+    assert made.reference_tflops == pytest.approx(28 * made.cost(4096) / 1e12)
+    assert made.predicted_speedup == pytest.approx(ratio, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [("flux", 1), ("flux2-klein-4b", 2), ("flux2-klein-4b-distilled", 1), ("qwen-image", 1), ("sd3.5-large-turbo", 1),
+     ("hunyuan-video-1.5", 2)],
+)
+def test_passes_of_a_step_are_those_without_a_negative_prompt(name, passes):
+    source = find_source(name)
+    family = registry.family(source.pipeline_class)
+    defaults = family.defaults_of(source.configs, family.usual(source.configs) | source.settings)
+    assert defaults.guidance.passes == passes
 
 
 def test_presets_bring_their_timesteps(small):
@@ -130,3 +167,54 @@ def test_a_single_step_of_several_is_warned_of(schnell, caplog):
     plan(schnell, speedup=2)
     plan(schnell, custom=CustomSchedule((1,), (1.0,)))
     assert not caplog.records
+
+
+# --- with a temporal method ---
+
+
+@pytest.mark.parametrize("cache", ["taylor", "taylorseer:warmup=1", "delta-dit"])
+@pytest.mark.parametrize("method", ["dense", "jit", "bottleneck"])
+@pytest.mark.parametrize("speedup", [1.5, 4.0, 7.0, 10.0, 20.0])
+def test_a_cache_and_a_method_reach_a_speedup_together(dev, method, cache, speedup):
+    try:
+        made = plan(dev, speedup=speedup, method=method, cache=cache)
+    except ScheduleError:  # bottleneck's first and last stage take all tokens
+        assert (method, speedup) in {("bottleneck", 20.0)}
+        return
+    assert speedup <= made.predicted_speedup < 1.6 * speedup
+    assert 2 <= len(made.schedule.computed) <= made.schedule.nfe
+
+
+def test_steps_of_a_cache_by_its_options_come_on_top_of_the_methods_speedup(dev):
+    alone = plan(dev, speedup=5.0, method="ralu", preset="paper")
+    both = plan(dev, speedup=5.0, method="ralu", preset="paper", cache="taylorseer:every=3,warmup=2")
+    assert replace(both.schedule, actions=()) == alone.schedule
+    assert both.schedule.computed == (0, 1, 4, 5, 8, 9, 10, 13, 14)
+    assert both.predicted_speedup > 1.5 * alone.predicted_speedup
+
+
+@pytest.mark.parametrize(("every", "steps", "ratio"), [(7, 10, 5.0), (11, 8, 6.25)])
+def test_taylorseers_published_intervals(dev, every, steps, ratio):
+    """Its skipped steps cost embedding and output layer: nothing beside a block. The last step is computed too."""
+    made = plan(dev, speedup=1, cache=f"taylorseer:every={every},warmup=3")
+    assert made.method == "dense" and len(made.schedule.computed) == steps
+    assert made.predicted_speedup == pytest.approx(ratio, rel=2e-3)
+
+
+def test_delta_dit_cuts_flux_behind_its_double_blocks(dev):
+    made = plan(dev, speedup=1, cache="delta-dit:every=5")
+    full, front, rear = (made.costs[action](4096) for action in ("stage", "front", "rear"))
+    assert front + rear == pytest.approx(full, rel=1e-3)
+    assert front / full == pytest.approx(19 / 57, abs=0.01)  # a block of either kind costs a token as much
+
+
+def test_a_cache_takes_custom_schedules(small):
+    made = plan(small, custom=CustomSchedule((3, 4), (0.4, 1.0)), cache="taylor:computed=1+5")
+    assert made.schedule.computed == (0, 1, 3, 5, 6) and made.speedup is None
+    with pytest.raises(ScheduleError, match="does not have"):
+        plan(small, custom=CustomSchedule((3, 4), (0.4, 1.0)), cache="taylor:computed=1+7")
+
+
+def test_unknown_caches(small):
+    with pytest.raises(UnknownNameError, match="unknown cache"):
+        plan(small, cache="memory")

@@ -51,8 +51,12 @@ def tokenizer() -> Qwen2Tokenizer:
     return tokens
 
 
-def pipeline() -> QwenImagePipeline:
-    """The pipeline with random weights, the same at every call; all that Qwen-Image switches on is there."""
+def pipeline(*, channels: int = 16) -> QwenImagePipeline:
+    """The pipeline with random weights, the same at every call; all that Qwen-Image switches on is there.
+
+    Args:
+        channels: of a head of the transformer.
+    """
     tokens = tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -60,10 +64,10 @@ def pipeline() -> QwenImagePipeline:
             in_channels=16,
             out_channels=4,
             num_layers=2,
-            attention_head_dim=16,
+            attention_head_dim=channels,
             num_attention_heads=2,
             joint_attention_dim=32,
-            axes_dims_rope=(4, 6, 6),
+            axes_dims_rope=(channels // 4, channels * 3 // 8, channels * 3 // 8),
         )
         vae = AutoencoderKLQwenImage(
             base_dim=8,
@@ -118,5 +122,5 @@ def pipeline() -> QwenImagePipeline:
     )
 
 
-def save(folder: Path) -> Path:
-    return tiny.save(pipeline(), folder, height=HEIGHT, width=WIDTH, max_sequence_length=TEXT_TOKENS)
+def save(folder: Path, *, channels: int = 16) -> Path:
+    return tiny.save(pipeline(channels=channels), folder, height=HEIGHT, width=WIDTH, max_sequence_length=TEXT_TOKENS)

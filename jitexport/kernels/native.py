@@ -50,11 +50,15 @@ _used: set[str] = set()
 
 
 def instructions() -> tuple[Instructions | None, str]:
-    """What this CPU's kernels are written in, and why there are none where it is None."""
-    if os.environ.get("JITEXPORT_KERNELS") == "0":
+    """What this CPU's kernels are written in, and why there are none where it is None.
+
+    JITEXPORT_KERNELS=0 leaves them out, and JITEXPORT_KERNELS=1 uses them on CPUs where they are not the faster way.
+    """
+    wanted = os.environ.get("JITEXPORT_KERNELS")
+    if wanted == "0":
         return None, "JITEXPORT_KERNELS=0 is set"
     has = torch.cpu.get_capabilities()
-    if has.get("amx_tile"):
+    if has.get("amx_tile") and wanted != "1":
         return None, "the CPU has matrix units (AMX), with which plain products are faster"
     chosen = AVX512 if has.get("avx512_f") else AVX2  # a compiler that finds AVX-512 takes its registers
     if lacking := [name for name in chosen.features if not has.get(name)]:

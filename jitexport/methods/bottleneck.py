@@ -165,7 +165,7 @@ class Bottleneck(Method[BottleneckState]):
             spent = stage_cost(number(zip(counts, steps, strict=True)), target.cost)
             if steps[2] >= 1 and spent <= budget:  # what is left buys coarse steps
                 return first, second + min(int((budget - spent) // coarse), target.reference_steps - nfe), steps[2]
-        raise too_fast(target.speedup, target.reference_steps)
+        raise too_fast(target.speedup, target.reference_steps, fewest=3)
 
     def _sigmas(self, steps: Sequence[int], target: Target) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The levels at which the stages end are those of one schedule over all steps; noise is added to them."""

@@ -393,7 +393,7 @@ class RALU(Method[RALUState]):
             most = max(least, int(self.coarse.tokens * _MOST_CELLS))
             cells = max((k for k in range(least, most + 1) if cost(steps, k) <= budget), default=least)
             return steps, self.coarse.tokens + 3 * cells, (e1, e2, 1.0)
-        raise too_fast(target.speedup, target.reference_steps)
+        raise too_fast(target.speedup, target.reference_steps, fewest=3)
 
     def noise_fields(self, schedule: StageSchedule) -> int:
         """One for each change of resolution."""

@@ -264,7 +264,13 @@ def aliases(modules: Iterable[str]) -> dict[str, Target]:
     return names.found
 
 
-NAMING = Naming((*TRANSFORMER, Prefix("text_encoder.", "text_encoder")), aliases)
+NAMING = Naming(
+    (*TRANSFORMER, Prefix("text_encoder.", "text_encoder")),
+    aliases,
+    constant=(
+        "stream_modulation", "time_guidance_embed", "time_in", "norm_out.linear", "final_layer.adaLN_modulation",
+    ),
+)
 
 
 # --- published models ------------------------------------------------------------------------------------------------

@@ -360,6 +360,16 @@ def aliases(modules: Iterable[str]) -> dict[str, Target]:
     return names.found
 
 
+NAMING = Naming(
+    PREFIXES,
+    aliases,
+    constant=(
+        "norm1.linear", "norm1_context.linear", "norm_out.linear", "time_embed",
+        "img_mod", "txt_mod", "final_layer.adaLN_modulation", "time_in",
+    ),
+)
+
+
 # --- the published models ---
 
 
@@ -432,7 +442,7 @@ class HunyuanVideo15Adapter(ModelAdapter):
     }
     tokenizer_folders = ("tokenizer", "tokenizer_2")
     plain_configs: ClassVar = {"guider": "guider_config.json"}
-    naming = Naming(PREFIXES, aliases)
+    naming = NAMING
     published = PUBLISHED
 
     @classmethod

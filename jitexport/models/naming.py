@@ -96,7 +96,8 @@ class Naming:
     Attributes:
         prefixes: all that are known; a name that fits several is looked up under each.
         aliases: from the full names of the model's modules to further names of them, "<component>.<foreign name>".
-        constant: parts of the names of modules that bundles have not, because what they make is a constant of theirs.
+        constant: parts of the names, here and elsewhere, of modules that bundles have not, because what they make is a
+            constant of theirs.
     """
 
     prefixes: Sequence[Prefix]
@@ -135,7 +136,8 @@ class Resolver:
 
     def is_constant(self, name: str) -> bool:
         """Whether a name is of a module whose results a bundle has as constants, without its weights."""
-        return any(part in name for part in self._constant)
+        flat = name.replace(".", "_")
+        return any(part.replace(".", "_") in flat for part in self._constant)
 
     def local_name(self, name: str) -> str:
         """A module's name as its component has it: without wrapper and prefix."""

@@ -152,7 +152,7 @@ class Pipeline(ChangingWeights):
 
     # --- the phases of a call ---
 
-    def tokenize(self, prompts: Sequence[str], *others: Sequence[str]) -> list[Tensor]:
+    def tokenize(self, prompts: Sequence[str], *others: Sequence[str], warn: bool = True) -> list[Tensor]:
         """What the text engine takes: token ids of each tokenizer, [B, L], and its mask where it has one.
 
         A prompt that is too long is cut, with a warning in the log.
@@ -160,6 +160,7 @@ class Pipeline(ChangingWeights):
         Args:
             prompts: for the first tokenizer.
             others: for those after it, in order; those that have none read what the first one reads.
+            warn: False for prompts that nobody wrote.
         """
         inputs = []
         cut: dict[str, list[str]] = {}
@@ -168,7 +169,8 @@ class Pipeline(ChangingWeights):
             for prompt in dict.fromkeys(encoded.cut):
                 cut.setdefault(prompt, []).append(str(reader.tokenizer.length))
             inputs += [encoded.ids, encoded.mask] if reader.tokenizer.mask else [encoded.ids]
-        self._warn_of_cuts(cut)
+        if warn:
+            self._warn_of_cuts(cut)
         return [t.to(self.device) for t in inputs]
 
     def _warn_of_cuts(self, cut: Mapping[str, Sequence[str]]) -> None:
@@ -183,16 +185,8 @@ class Pipeline(ChangingWeights):
         """Everything random, for one image per generator."""
         return self.drawing.draw(generators)
 
-    def encode(self, prompts: Sequence[str], guidance_scale: float | None) -> Condition:
-        """Text and condition engines: everything that the loop reads but does not change.
-
-        Args:
-            prompts: exactly `batch_size` of them.
-        """
-        return self.condition(self.engines["text"](*self.tokenize(prompts)), guidance_scale)
-
     def condition(self, embeddings: Sequence[Tensor], guidance_scale: float | None) -> Condition:
-        """What the loop reads, from the text engine's outputs."""
+        """What the loop reads but does not change, from the text engine's outputs."""
         engine = self.engines["condition"]
         return Condition.of(engine.spec, engine(*self.condition_inputs(embeddings, guidance_scale)))
 

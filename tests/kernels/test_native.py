@@ -66,7 +66,7 @@ def test_machines_are_told_apart(monkeypatch, has, dtypes, reason):
 def test_lowerings_may_come_late(monkeypatch):
     """Modules with kernels are imported with the models that need them, perhaps after the first compilation."""
     taught = []
-    monkeypatch.setattr(native, "missing", lambda: None)
+    monkeypatch.setattr(native, "instructions", lambda: (native.AVX2, ""))
     monkeypatch.setattr(
         "torch._inductor.lowering.register_lowering", lambda operator, **_: lambda low: taught.append((operator, low))
     )
@@ -256,3 +256,14 @@ def test_what_fails_without_kernels_fails(monkeypatch):
 def test_kernels_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("JITEXPORT_KERNELS", "0")
     assert "JITEXPORT_KERNELS" in native.missing()
+
+
+def test_kernels_can_be_asked_for_where_matrix_units_are_faster(monkeypatch):
+    has = dict.fromkeys(("amx_tile", "avx512_f", "avx2", *native.AVX512.features), True)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: has)
+    monkeypatch.delenv("JITEXPORT_KERNELS", raising=False)
+    assert "AMX" in native.missing()
+    monkeypatch.setenv("JITEXPORT_KERNELS", "1")
+    assert native.instructions() == (native.AVX512, "")
+    has["avx512_vnni"] = False
+    assert "avx512_vnni" in native.missing()

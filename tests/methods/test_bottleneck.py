@@ -85,7 +85,7 @@ def test_schedules_by_hand():
 
 
 def test_less_than_one_step_a_stage_is_no_schedule():
-    with pytest.raises(ScheduleError, match="less than one step"):
+    with pytest.raises(ScheduleError, match="less than the 3 steps"):
         planned(bottleneck(), 4.0, reference_steps=4)
 
 

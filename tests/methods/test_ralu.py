@@ -212,7 +212,7 @@ def test_published_schedules_are_as_fast_as_their_names(speedup):
 def test_four_reference_steps_are_distilled_models():
     method = ralu(grid=TokenGrid((64, 64)))
     assert [s.steps for s in planned(method, 1.8, reference_steps=4, cost=flux_cost).stages] == [2, 1, 1]
-    with pytest.raises(ScheduleError, match="less than one step"):
+    with pytest.raises(ScheduleError, match="less than the 3 steps"):
         planned(method, 4.0, reference_steps=4, cost=flux_cost)
 
 

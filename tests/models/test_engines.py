@@ -16,11 +16,13 @@ import torch
 
 from jitexport import registry
 from jitexport.backends.base import Engine
-from jitexport.build import eager_pipeline, probe_inputs, tolerance, verify_engine
+from jitexport.build import compare, eager_pipeline, probe_inputs, tolerance, verify_engine
+from jitexport.kernels import native
 from jitexport.plan import CustomSchedule, plan
 from tests import tiny_flux2_klein, tiny_hunyuan_video15, tiny_qwen_image, tiny_sd3
 
 CPU = torch.device("cpu")
+SHORT = "a fox"  # leaves padding, which masks hide
 FAMILIES = {
     "HunyuanVideo15Pipeline": tiny_hunyuan_video15.save_hunyuan_video15,
     "QwenImagePipeline": tiny_qwen_image.save,
@@ -42,9 +44,9 @@ def eager(request, tmp_path_factory):
 
 
 def image(pipe):
-    """With the family's usual guidance; the short prompt leaves padding, which masks hide."""
+    """With the family's usual guidance."""
     generator = torch.Generator().manual_seed(0)
-    return pipe("a fox", negative_prompt="the snow", generator=generator, output_type="pt").images
+    return pipe(SHORT, negative_prompt="the snow", generator=generator, output_type="pt").images
 
 
 @pytest.mark.parametrize("name", ["onnx", "aoti"])
@@ -71,3 +73,41 @@ def test_engines_make_the_eager_image(eager, name, tmp_path, monkeypatch):
         found = image(pipe)
     assert expected.std() > 0.01 and not torch.equal(found, expected)
     assert (found - expected).norm() <= tolerance("fp32", None) * expected.norm()
+
+
+#: Families whose stages have a mask, with heads that our kernels are for.
+MASKED = {
+    "QwenImagePipeline": partial(tiny_qwen_image.save, channels=64),
+    "HunyuanVideo15Pipeline": partial(
+        tiny_hunyuan_video15.save_hunyuan_video15, attention_head_dim=64, rope_axes_dim=(16, 24, 24)
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MASKED)
+def test_our_kernels_hide_padding(family, tmp_path, monkeypatch):
+    """In compiled stages, in fp32, also on CPUs where PyTorch's own products would be faster."""
+    has = torch.cpu.get_capabilities()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has | {"amx_tile": False})
+    monkeypatch.setattr(native, "AVX512", native.AVX512._replace(dtypes=(torch.float32,)))
+    backend = registry.backend("aoti")
+    if reason := backend.cannot_build(CPU, None) or native.missing():
+        pytest.skip(reason)
+    adapter = registry.family(family).from_folder(MASKED[family](tmp_path / "model"), torch.float32, {})
+    made = plan(adapter, method="dense", custom=CustomSchedule((2,)), dtype="fp32")
+    pipe = eager_pipeline(adapter, made.schedule, made.method, made.options, batch=1, dtype="fp32", device=CPU)
+    stage = made.schedule.stages[0]
+    with torch.no_grad():
+        condition, _ = pipe.prepare([SHORT])
+        where = torch.arange(stage.tokens)[None]
+        tokens = torch.randn(pipe.engines[stage.name].spec.inputs[0].shape, generator=torch.Generator().manual_seed(0))
+        inputs = pipe.stage_inputs(stage, where, condition)(tokens, 0)
+        spec, module = pipe.engines[stage.name].spec, adapter.module(stage.name)
+        (directory := tmp_path / "engine").mkdir()
+        backend.build(spec, module, inputs, directory)
+        assert native.read_record(directory).startswith("attention")
+        engine = backend.load(spec, directory, dict(adapter.tensors()), lambda: module, CPU)
+        found, expected = engine(inputs)[0], module(*inputs)
+        named = zip(spec.inputs, inputs, strict=True)
+        seen = module(*(torch.zeros_like(x) if s.name.endswith("mask") else x for s, x in named))
+    assert compare([found], [expected])[0] < 1e-5 < 1e-3 < compare([seen], [expected])[0]

@@ -325,9 +325,20 @@ def test_adapters_in_diffusers_and_in_the_authors_names(loaded, tmp_path):
     assert torch.equal(video(), plain)
 
 
-def test_adapters_of_layers_that_are_constants_are_refused(loaded, tmp_path):
-    with pytest.raises(JitExportError, match="norm1"):
-        loaded.load_lora(lora(tmp_path / "x.safetensors", ["transformer.transformer_blocks.0.norm1.linear"]))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.transformer_blocks.0.norm1.linear",
+        "transformer.norm_out.linear",
+        "transformer.time_embed.timestep_embedder.linear_1",
+        "diffusion_model.double_blocks.1.txt_mod.linear",
+        "lora_unet_final_layer_adaLN_modulation_1",
+    ],
+)
+def test_adapters_of_layers_that_are_constants_are_refused(loaded, tmp_path, name):
+    with pytest.raises(JitExportError, match=r"(?s)constants of the bundle.*build a bundle") as caught:
+        loaded.load_lora(lora(tmp_path / "x.safetensors", [name]))
+    assert name in str(caught.value)
 
 
 def test_another_checkpoint_brings_its_own_constants(loaded, folder, make_bundle, tmp_path):

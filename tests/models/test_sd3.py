@@ -524,6 +524,12 @@ def test_adapters_change_a_bundle_and_leave_it(bundle, tmp_path):
     assert torch.equal(image(), before)
 
 
+def test_a_build_says_nothing_of_a_prompt_that_nobody_wrote(folder, tmp_path, caplog):
+    """The tiny tokenizers cut the one that engines are tried with."""
+    build(str(folder), output=tmp_path / "x", custom=CustomSchedule((1,), (1.0,)), backend="eager", dtype="fp32")
+    assert not [r for r in caplog.records if "cut to" in r.getMessage()]
+
+
 @pytest.mark.parametrize("name", ["sd3.5-large-turbo", "stabilityai/stable-diffusion-3.5-large-turbo"])
 def test_settings_of_a_published_model_go_with_its_weights(folder, name):
     """Nothing in SD3.5-large-turbo's folder says that it takes four steps without guidance."""

@@ -53,7 +53,7 @@ class CacheOptions:
     every: int | None = None
     warmup: int = 1
     computed: tuple[int, ...] = ()
-    spatial: float = 0.75
+    spatial: float = 0.5
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "computed", tuple(self.computed))  # a list in a manifest
