@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 import jitexport
 from jitexport.bundle.reading import read_manifest
 from jitexport.errors import InputError, UnsupportedModelError
+from jitexport.flops import meta_adapter, step_cost
 from jitexport.methods.temporal.toca import Kept, ToCa
 from jitexport.models import flux, flux2_klein, layers, sd3
 from jitexport.models.sources import find_source, load_adapter
@@ -311,6 +312,18 @@ def test_shares_are_the_published_ones():
     assert counts == doubles + [int(0.1 * (1.5 - i / 27) * 1.6 * 4608) for i in range(38)]
     assert 0.095 < sum(counts) / sum(lengths) < 0.105
     assert Cell("text", 0.1).fresh(0.1, 10) == 1 and Cell("text", 3.0).fresh(0.9, 10) == 10
+
+
+def test_the_cost_of_a_refresh_is_that_of_a_few_tokens_mlps(tiny_flux):
+    """And of the first and the last layer; counted by hand. It has no attention, so it grows with the tokens."""
+    adapter = meta_adapter(load_adapter(find_source(str(tiny_flux)), torch.float32), "fp32", "tokens:0.1")
+    cost, m, d = step_cost(adapter, "fp32", "refresh"), 2**17, 32
+    layers_of = {"text": 2 * 4 * d * d, "image": 2 * 4 * d * d, "both": 4 * d * d + 5 * d * d}  # of a token
+    lengths = {"text": 10, "image": m, "both": m + 10}
+    counted = 2 * 2 * m * 16 * d
+    for cell in adapter.cells(adapter.configs):
+        counted += 2 * cell.fresh(0.1, lengths[cell.tokens]) * layers_of[cell.tokens]
+    assert cost(m) == pytest.approx(counted, rel=1e-5) and cost.quadratic == 0
 
 
 # --- what is refused ---
