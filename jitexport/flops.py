@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jitexport.blocks import calls_through, make_of
 from jitexport.models.base import ModelAdapter
-from jitexport.models.stages import ACTS, INDICATOR
+from jitexport.models.stages import ACTS, INDICATOR, REFRESH, kind_of
 from jitexport.quant import unquantized
 from jitexport.schedule import COMPUTED, FORECAST, Stage, StageSchedule
 from jitexport.specs import DTYPES, EngineSpec
@@ -90,11 +90,11 @@ def step_cost(adapter: ModelAdapter, dtype: str, action: str = COMPUTED) -> Step
         specs = {s.name: s for s in adapter.specs(schedule, 1, dtype)}
         return sum(count_flops(adapter.module(name), specs[name]) for name in names)
 
-    a, b, c = at(64), at(128), at(192)  # equally spaced by h = 64
-    h = 64
-    quadratic = (a - 2 * b + c) / (2 * h * h)
-    linear = (b - a) / h - quadratic * (64 + 128)
-    return StepCost(a - linear * 64 - quadratic * 64**2, linear, quadratic)
+    h = 2**16 if action == REFRESH else 64  # there, shares of tokens are rounded to whole tokens
+    a, b, c = at(h), at(2 * h), at(3 * h)
+    quadratic = 0.0 if action == REFRESH else (a - 2 * b + c) / (2 * h * h)
+    linear = (b - a) / h - quadratic * 3 * h
+    return StepCost(a - linear * h - quadratic * h**2, linear, quadratic)
 
 
 def step_costs(adapter: ModelAdapter, dtype: str) -> dict[str, StepCost]:
@@ -103,7 +103,7 @@ def step_costs(adapter: ModelAdapter, dtype: str) -> dict[str, StepCost]:
     Args:
         adapter: a model on the meta device, with the features that its stage engines are to have.
     """
-    actions = [action for action in ACTS[adapter.settings()["features"]] if action != INDICATOR]
+    actions = [action for action in ACTS[kind_of(adapter.settings()["features"])] if action != INDICATOR]
     return {FORECAST: NOTHING} | {action: step_cost(adapter, dtype, action) for action in actions}
 
 

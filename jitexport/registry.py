@@ -62,6 +62,7 @@ CACHES = {
     "taylorseer": "jitexport.methods.temporal.taylorseer:TaylorSeer",
     "teacache": "jitexport.methods.temporal.teacache:TeaCache",
     "delta-dit": "jitexport.methods.temporal.delta_dit:DeltaDiT",
+    "toca": "jitexport.methods.temporal.toca:ToCa",
 }
 
 #: Ways of running a stage module.

@@ -274,8 +274,10 @@ TEMPORAL: dict[str, dict[str, Any]] = {
     "dense-taylorseer-7": {"speedup": 1, "cache": "taylorseer:every=7"},
     "dense-taylorseer-11": {"speedup": 1, "cache": "taylorseer:every=11"},
     "dense-delta-dit-5": {"speedup": 1, "cache": "delta-dit:every=5"},
+    "dense-toca-5": {"speedup": 1, "cache": "toca:every=5"},
     "ralu-5x-taylorseer-3": {"speedup": 5, "method": "ralu", "cache": "taylorseer:every=3,warmup=2"},
     "ralu-5x-delta-dit-2": {"speedup": 5, "method": "ralu", "cache": "delta-dit:every=2"},
+    "ralu-5x-toca-3": {"speedup": 5, "method": "ralu", "cache": "toca:every=3"},
 }
 
 

@@ -21,6 +21,7 @@ from jitexport.graphs import CUDARecorder, LoopGraph, Recording
 from jitexport.grid import TokenGrid
 from jitexport.methods.base import Draws
 from jitexport.methods.jit import JiT
+from jitexport.models.stages import GIVES, kind_of
 from jitexport.plan import CustomSchedule, make_cache
 from jitexport.positions import Rotary
 from jitexport.sampler import draw, sample
@@ -245,7 +246,7 @@ def on_meta(method, custom, batch=2, shape=(12, 8), patch=2, cache=None):
 
             def run(action, tokens, step, *beside):
                 velocity = tokens.to(torch.bfloat16) * cos.mean() + sin.mean() + sum(t.mean() for t in beside)
-                kept = {"residual": 1, "deltas": 2}.get(temporal.features, 0) if action == "stage" else 0
+                kept = len(GIVES.get(kind_of(temporal.features), {}).get(action, ()))
                 return [velocity, *(torch.zeros(*tokens.shape[:2], 8, device="meta") for _ in range(kept))]
 
             return run

@@ -16,7 +16,7 @@ from jitexport import registry
 from jitexport.errors import JitExportError, ManifestError
 from jitexport.methods.temporal.base import Cache
 from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry
-from jitexport.models.stages import ACTS, TAKES, kept_specs
+from jitexport.models.stages import ACTS, GIVES, TAKES, exchanged, kind_of
 from jitexport.prompting import Tokenizer
 from jitexport.schedule import COMPUTED, FORECAST, Stage, StageSchedule
 from jitexport.specs import EngineSpec, TensorSpec
@@ -311,6 +311,7 @@ class Manifest(_Entry):
         """Where engines, schedule, tokenizers and geometry do not fit each other: a call would fail halfway."""
         try:
             geometry, _ = self.model_geometry, self.defaults
+            cells = self.model.adapter().cells(self.model.configs)
         except Exception as error:  # whatever a family raises on configurations that are not its own
             yield f"no {self.model.family} has these configurations and settings ({type(error).__name__}: {error})"
             return
@@ -341,16 +342,20 @@ class Manifest(_Entry):
         if any(c.shape[0] != schedule.nfe for c in self.constants):
             yield f"constants are not one value per step: {[(c.name, c.shape) for c in self.constants]}"
         yield from self._temporal_contradictions(schedule)
+        features = self.model.settings.get("features")
         words, width = shared["context"][0][1:] if "context" in shared else (0, 0)
         for action, stage in schedule.runs:
             tokens = ((rows, stage.tokens, geometry.channels), self.dtype)
             places = geometry.positions.specs(rows, stage.tokens, self.dtype)
-            kept = kept_specs(self.model.settings.get("features"), rows, stage.tokens, words, width, self.dtype)
-            handed_on = {k.name: (k.shape, k.dtype) for k in kept}
+            handed_on = {
+                name: (spec.shape, spec.dtype) for name, spec in exchanged(
+                    features, cells, rows=rows, tokens=stage.tokens, words=words, width=width, dtype=self.dtype
+                ).items()
+            }
             spec, known = specs[f"{action}{stage.index}"], shared | {p.name: (p.shape, p.dtype) for p in places}
             taken = {name: handed_on[name] for name in TAKES.get(action, ()) if name in handed_on}
             yield from _unlike(spec, known | {"tokens": tokens} | taken)
-            given = [tokens, *handed_on.values()] if action == COMPUTED else [tokens]
+            given = [tokens, *(handed_on[name] for name in GIVES.get(kind_of(features), {}).get(action, ()))]
             if [(o.shape, o.dtype) for o in spec.outputs] != given:
                 yield f"{spec.name} does not give one velocity per token, and what the cache remembers"
         shape: tuple[int, ...] = (geometry.grid.tokens, geometry.channels)
@@ -368,7 +373,7 @@ class Manifest(_Entry):
     def _temporal_contradictions(self, schedule: StageSchedule) -> Iterator[str]:
         """Where the actions of the steps, the temporal method and what the engines hand on do not fit each other."""
         features = self.model.settings.get("features")
-        known = {*ACTS.get(features, {}), FORECAST}
+        known = {*ACTS.get(kind_of(features), {}), FORECAST}
         if wrong := {*schedule.actions} - known:
             yield f"steps have actions {sorted(wrong)}, engines with features {features} have {sorted(known)}"
         if self.cache is None:

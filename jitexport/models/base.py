@@ -34,7 +34,8 @@ from jitexport.errors import InputError, UnsupportedModelError
 from jitexport.grid import TokenGrid
 from jitexport.guidance import Guidance
 from jitexport.models.naming import Naming
-from jitexport.models.stages import ACTS, Act, act_of, engine_spec
+from jitexport.models.stages import Act, act_of, check_features, engine_spec
+from jitexport.models.tokens import Cell
 from jitexport.positions import Positions
 from jitexport.prompting import Tokenizer
 from jitexport.quant import check_kind, quantize_linears
@@ -194,6 +195,7 @@ class ModelAdapter(ABC):
         self._tokenizers = list(tokenizers)
         self._settings = dict(settings)
         self.check(self.configs, self._settings)
+        check_features(self._settings.get("features"), self.cells(self.configs), self.family)
         self.geometry = self.geometry_of(self.configs, self._settings)
         self.defaults = self.defaults_of(self.configs, self._settings)
         for module in self.components.values():
@@ -243,6 +245,11 @@ class ModelAdapter(ABC):
         return "transformer_blocks." in name and "norm" not in name
 
     @classmethod
+    def cells(cls, configs: Configs) -> tuple[Cell, ...]:
+        """What each block has for a cache of tokens, in the order in which blocks run; empty for a family without."""
+        return ()
+
+    @classmethod
     @abstractmethod
     def tokenizer(cls, folder: str, configs: Configs, settings: Mapping[str, Any]) -> Tokenizer:
         """What is fed to the tokenizer in a folder: length, template, mask; its `json` is put in by the reader."""
@@ -281,7 +288,7 @@ class ModelAdapter(ABC):
         Raises:
             UnknownNameError: no such engine.
         """
-        return act_of(engine, self._settings.get("features"))
+        return act_of(engine, self._settings.get("features"), self.cells(self.configs))
 
     # --- what follows from it ---
 
@@ -352,7 +359,7 @@ class ModelAdapter(ABC):
         def stage(action: str, index: int, tokens: int) -> EngineSpec:
             shape = (rows, tokens, geometry.channels)
             inputs = (TensorSpec("tokens", shape, dtype), *geometry.positions.specs(rows, tokens, dtype), *given)
-            return engine_spec(action, index, inputs, self._settings.get("features"))
+            return engine_spec(action, index, inputs, self._settings.get("features"), self.cells(self.configs))
 
         runs = [*schedule.runs, *((action, s) for action in further for s in schedule.engines)]
         stages = [stage(action, s.index, s.tokens) for action, s in runs]
@@ -399,8 +406,6 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         InputError: naming the settings that are wrong.
     """
     check_kind(settings["quantization"])
-    if (features := settings["features"]) not in ACTS:
-        raise InputError("unknown features of stage engines", found=features, expected=f"one of {[*ACTS]}")
     sizes = {k: v for k, v in settings.items() if k not in ("guidance_scale", "quantization", "features")}
     wrong = {k: v for k, v in sizes.items() if not isinstance(v, int) or isinstance(v, bool) or v < 1}
     guidance = settings["guidance_scale"]

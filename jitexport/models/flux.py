@@ -40,6 +40,7 @@ from jitexport.models.layers import (
 )
 from jitexport.models.schedulers import flow_sigmas, resolution_shift
 from jitexport.models.stages import Evaluation, TransformerStage
+from jitexport.models.tokens import Cell, Memo, flux_cells
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
@@ -88,7 +89,8 @@ class FluxCondition(TransformerPart):
 
 
 def double_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor
+    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor,
+    memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own; modulation [B, 12 D]."""
     attn = block.attn
@@ -97,19 +99,34 @@ def double_block(
         image_side(attn, block.norm1.norm, block.norm2, block.ff),
     )
     of_image, of_text = modulation.chunk(2, dim=-1)
-    text, image = joint_block(attn, sides, (text, image), (of_text, of_image), cos, sin)
+    text, image = joint_block(attn, sides, (text, image), (of_text, of_image), cos, sin, memo=memo)
     return image, text
 
 
-def single_block(block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def single_block(
+    block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, memo: Memo | None = None
+) -> Tensor:
     """Attention and MLP side by side on text and image together, x [B, T + m, D]; modulation [B, 3 D]."""
     shift, scale, gate = modulation.chunk(3, dim=-1)
     attn = block.attn
     d = attn.head_dim
+
+    def update(h: Tensor, a: Tensor) -> Tensor:
+        return run_linear(block.proj_out, a, run_linear(block.proj_mlp, h, gelu=True), wide=True)
+
+    if memo is not None and not memo.attends:
+        norm = block.norm.norm
+        return memo.refreshed(
+            x, gate, lambda x, a: update(modulate(norm, x, shift, scale), a), memo.attention(x)
+        )
     h = modulate(block.norm.norm, x, shift, scale)
     streams = [stream(h, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), d)]
     a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_q)).flatten(2)
-    return gated(x, gate, run_linear(block.proj_out, a, run_linear(block.proj_mlp, h, gelu=True), wide=True))
+    added = update(h, a)
+    if memo is not None:
+        memo.score(streams)
+        memo.keep(added, a)
+    return gated(x, gate, added)
 
 
 class FluxStage(TransformerStage):
@@ -130,14 +147,14 @@ class FluxStage(TransformerStage):
         d, half = model.inner_dim, len(model.transformer_blocks)
         *parts, out = modulation.split([12 * d] * len(doubles) + [3 * d] * len(singles) + [2 * d], dim=-1)
 
-        def blocks(start: int, stop: int, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        def blocks(start: int, stop: int, image: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
             for i in range(start, min(stop, half)):
-                image, text = self.double_block(doubles[i], image, text, parts[i], cos, sin)
+                image, text = self.double_block(doubles[i], image, text, parts[i], cos, sin, *memo)
             if stop <= half:
                 return image, text
             x = torch.cat([text, image], dim=1)
             for i in range(max(start, half), stop):
-                x = self.single_block(singles[i - half], x, parts[i], cos, sin)
+                x = self.single_block(singles[i - half], x, parts[i], cos, sin, *memo)
             return x[:, text.shape[1] :], x[:, : text.shape[1]]
 
         def output(image: Tensor) -> Tensor:
@@ -255,6 +272,11 @@ class FluxAdapter(ModelAdapter):
         distilled = settings["guidance_scale"] if configs["transformer"].get("guidance_embeds") else None
         guidance = Guidance(distilled=distilled, true=1.0)
         return ModelDefaults(guidance, settings["num_inference_steps"], settings["max_sequence_length"])
+
+    @classmethod
+    def cells(cls, configs: Configs) -> tuple[Cell, ...]:
+        config = configs["transformer"]
+        return flux_cells(config["num_layers"], config["num_single_layers"])
 
     @classmethod
     def tokenizer(cls, folder: str, configs: Configs, settings: Mapping[str, Any]) -> Tokenizer:

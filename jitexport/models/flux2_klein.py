@@ -23,6 +23,7 @@ from jitexport.errors import UnsupportedModelError
 from jitexport.grid import TokenGrid, unpack
 from jitexport.guidance import Guidance
 from jitexport.kernels.attention import Stream, attention
+from jitexport.kernels.linear import linear
 from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
 from jitexport.models.components import AUTOENCODER
 from jitexport.models.flux_names import ATTENTION, NORMS
@@ -42,6 +43,7 @@ from jitexport.models.layers import (
 from jitexport.models.naming import FUSED, TRANSFORMER, Aliases, Naming, Prefix, Target
 from jitexport.models.schedulers import flow_sigmas, scheduler_shift
 from jitexport.models.stages import Evaluation, TransformerStage
+from jitexport.models.tokens import Cell, Memo, flux_cells
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
@@ -125,7 +127,8 @@ def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
 
 
 def double_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor
+    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor,
+    memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own; modulation [1, 12 D]."""
     attn = block.attn
@@ -134,21 +137,39 @@ def double_block(
         image_side(attn, block.norm1, block.norm2, block.ff),
     )
     of_image, of_text = modulation.chunk(2, dim=-1)
-    text, image = joint_block(attn, sides, (text, image), (of_text, of_image), cos, sin, mlp=feed_forward)
+    text, image = joint_block(attn, sides, (text, image), (of_text, of_image), cos, sin, mlp=feed_forward, memo=memo)
     return image, text
 
 
-def single_block(block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def single_block(
+    block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, memo: Memo | None = None
+) -> Tensor:
     """Attention and MLP side by side on text and image together, x [B, T + m, D]; modulation [1, 3 D]."""
     shift, scale, gate = modulation.chunk(3, dim=-1)
     attn = block.attn
     width = attn.inner_dim
+    if memo is not None and not memo.attends:
+        return memo.refreshed(
+            x, gate, lambda x, a: mlp_alone(attn, modulate(block.norm, x, shift, scale), a), memo.attention(x)
+        )
     h = run_linear(attn.to_qkv_mlp_proj, modulate(block.norm, x, shift, scale))
     *heads, mlp = h.split([width, width, width, h.shape[-1] - 3 * width], dim=-1)
     heads = [part.unflatten(-1, (-1, attn.head_dim)) for part in heads]
     streams = [Stream(*heads, attn.norm_q.weight, attn.norm_k.weight)]
     a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_out)).flatten(2)
-    return gated(x, gate, run_linear(attn.to_out, a, swiglu(mlp), wide=True))
+    update = run_linear(attn.to_out, a, swiglu(mlp), wide=True)
+    if memo is not None:
+        memo.score(streams)
+        memo.keep(update, a)
+    return gated(x, gate, update)
+
+
+def mlp_alone(attn: nn.Module, h: Tensor, a: Tensor) -> Tensor:
+    """What a single block's last layer makes of h, modulated, and of attention's result a, [B, L, D] each."""
+    layer, first = attn.to_qkv_mlp_proj, 3 * attn.inner_dim
+    parts = (layer.weight, layer.bias, getattr(layer, "weight_scale", None))
+    mlp = linear([h], *(None if part is None else part[first:] for part in parts))
+    return run_linear(attn.to_out, a, swiglu(mlp), wide=True)
 
 
 class KleinStage(TransformerStage):
@@ -169,14 +190,14 @@ class KleinStage(TransformerStage):
         d, half = model.inner_dim, len(model.transformer_blocks)
         double, single, out = modulation[None].split([12 * d, 3 * d, 2 * d], dim=-1)
 
-        def blocks(start: int, stop: int, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        def blocks(start: int, stop: int, image: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
             for i in range(start, min(stop, half)):
-                image, text = self.double_block(doubles[i], image, text, double, cos, sin)
+                image, text = self.double_block(doubles[i], image, text, double, cos, sin, *memo)
             if stop <= half:
                 return image, text
             x = torch.cat([text, image], dim=1)
             for i in range(max(start, half), stop):
-                x = self.single_block(singles[i - half], x, single, cos, sin)
+                x = self.single_block(singles[i - half], x, single, cos, sin, *memo)
             return x[:, text.shape[1] :], x[:, : text.shape[1]]
 
         def output(image: Tensor) -> Tensor:
@@ -381,6 +402,11 @@ class KleinAdapter(ModelAdapter):
         true = None if cls.distilled(configs) else settings["guidance_scale"]
         guidance = Guidance(true=true, argument="guidance_scale", negative=None if true is None else "")
         return ModelDefaults(guidance, settings["num_inference_steps"], settings["max_sequence_length"])
+
+    @classmethod
+    def cells(cls, configs: Configs) -> tuple[Cell, ...]:
+        config = configs["transformer"]
+        return flux_cells(config["num_layers"], config["num_single_layers"])
 
     @classmethod
     def tokenizer(cls, folder: str, configs: Configs, settings: Mapping[str, Any]) -> Tokenizer:

@@ -48,6 +48,7 @@ from jitexport.models.layers import (
 from jitexport.models.naming import ADDED, FUSED, QKV, TRANSFORMER, Aliases, Naming, Prefix, Target
 from jitexport.models.schedulers import flow_sigmas
 from jitexport.models.stages import Evaluation, TransformerStage, in_turn
+from jitexport.models.tokens import Cell, Memo, joint_cells
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
@@ -167,7 +168,8 @@ class HunyuanCondition(TransformerPart):
 
 
 def double_block(
-    block: nn.Module, video: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor
+    block: nn.Module, video: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
+    memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of video [B, m, D] and text [B, T, D] with weights of their own; modulation [1, 12 D]."""
     attn = block.attn
@@ -175,7 +177,7 @@ def double_block(
         image_side(attn, block.norm1.norm, block.norm2, block.ff),
         text_side(attn, block.norm1_context.norm, block.norm2_context, block.ff_context),
     )
-    video, text = joint_block(attn, sides, (video, text), modulation.chunk(2, dim=-1), cos, sin, mask)
+    video, text = joint_block(attn, sides, (video, text), modulation.chunk(2, dim=-1), cos, sin, mask, memo=memo)
     return video, text
 
 
@@ -203,8 +205,8 @@ class HunyuanStage(TransformerStage):
         embed = model.x_embedder.proj
         video = F.linear(tokens, embed.weight.flatten(1)[:, : tokens.shape[-1]], embed.bias)
 
-        def block(i: int, video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-            return self.double_block(layers[i], video, text, parts[i], cos, sin, mask)
+        def block(i: int, video: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
+            return self.double_block(layers[i], video, text, parts[i], cos, sin, mask, *memo)
 
         def output(video: Tensor) -> Tensor:
             return last_layer(model, video, out)
@@ -509,6 +511,10 @@ class HunyuanVideo15Adapter(ModelAdapter):
     def defaults_of(cls, configs: Configs, settings: Mapping[str, Any]) -> ModelDefaults:
         guidance = Guidance(true=settings["guidance_scale"], argument="guidance_scale", negative="")
         return ModelDefaults(guidance, settings["num_inference_steps"])
+
+    @classmethod
+    def cells(cls, configs: Configs) -> tuple[Cell, ...]:
+        return joint_cells(configs["transformer"]["num_layers"], "image", "text")
 
     @classmethod
     def tokenizer(cls, folder: str, configs: Configs, settings: Mapping[str, Any]) -> Tokenizer:

@@ -15,6 +15,8 @@ from jitexport.quant import QuantizedLinear
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+    from jitexport.models.tokens import Memo, Refresh
+
 
 def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Normalise x [B, L, D], then scale and shift by vectors [B, D] (adaLN)."""
@@ -101,6 +103,7 @@ def joint_block(
     mask: Tensor | None = None,
     *,
     mlp: Callable[[Any, Tensor], Tensor] = feed_forward,
+    memo: Memo | None = None,
 ) -> list[Tensor]:
     """Attention over all streams together, then an MLP of each, with weights of its own (MM-DiT).
 
@@ -109,23 +112,41 @@ def joint_block(
             [B or 1, 6 D]: shift, scale and gate of attention, then of the MLP.
         cos, sin, mask: see `attention`.
         mlp: runs a side's feed-forward module.
+        memo: see `jitexport.models.tokens`.
 
     Returns:
         The streams after the block.
     """
     head_dim = attn.to_q.weight.shape[0] // attn.heads
     vectors = [part.chunk(6, dim=-1) for part in modulation]
+    if memo is not None and not memo.attends:
+        return [refreshed_side(memo, *side, mlp) for side in zip(sides, tokens, vectors, strict=True)]
     streams = [
         stream(modulate(side.norm, x, shift, scale), side.projections, side.qk_norms, head_dim)
         for side, x, (shift, scale, *_) in zip(sides, tokens, vectors, strict=True)
     ]
     a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_q), mask=mask).flatten(2)
+    if memo is not None:
+        memo.score(streams)
     after = []
     parts = a.split([x.shape[1] for x in tokens], dim=1)
     for side, x, part, (_, _, gate, shift, scale, mlp_gate) in zip(sides, tokens, parts, vectors, strict=True):
-        x = gated(x, gate, run_linear(side.out, part, wide=True))
-        after.append(gated(x, mlp_gate, mlp(side.mlp, modulate(side.mlp_norm, x, shift, scale))))
+        found = run_linear(side.out, part, wide=True)
+        x = gated(x, gate, found)
+        update = mlp(side.mlp, modulate(side.mlp_norm, x, shift, scale))
+        if memo is not None:
+            memo.keep(update, found)
+        after.append(gated(x, mlp_gate, update))
     return after
+
+
+def refreshed_side(
+    memo: Refresh, side: Side, x: Tensor, vectors: Sequence[Tensor], mlp: Callable[[Any, Tensor], Tensor]
+) -> Tensor:
+    """A stream x [B, L, D] after a joint block whose attention is cached, and of whose MLP a part is."""
+    _, _, gate, shift, scale, mlp_gate = vectors
+    x = gated(x, gate, memo.attention(x))
+    return memo.refreshed(x, mlp_gate, lambda x: mlp(side.mlp, modulate(side.mlp_norm, x, shift, scale)))
 
 
 class TransformerPart(nn.Module):

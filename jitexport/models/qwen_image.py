@@ -35,6 +35,7 @@ from jitexport.models.layers import (
 from jitexport.models.naming import FUSED, TRANSFORMER, Aliases, Naming, Prefix, Target
 from jitexport.models.schedulers import flow_sigmas, resolution_shift, scheduler_shift
 from jitexport.models.stages import Evaluation, TransformerStage, in_turn
+from jitexport.models.tokens import Cell, Memo, joint_cells
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
@@ -104,7 +105,8 @@ class QwenImageCondition(TransformerPart):
 
 
 def double_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor
+    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
+    memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own.
 
@@ -116,7 +118,7 @@ def double_block(
         image_side(attn, block.img_norm1, block.img_norm2, block.img_mlp),
     )
     of_image, of_text = modulation.chunk(2, dim=-1)
-    text, image = joint_block(attn, sides, (text, image), (of_text, of_image), cos, sin, mask)
+    text, image = joint_block(attn, sides, (text, image), (of_text, of_image), cos, sin, mask, memo=memo)
     return image, text
 
 
@@ -140,8 +142,8 @@ class QwenImageStage(TransformerStage):
         *parts, out = modulation[None].split([12 * d] * len(layers) + [2 * d], dim=-1)
         mask = F.pad(key_mask, (0, tokens.shape[1]))
 
-        def block(i: int, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-            return self.double_block(layers[i], image, text, parts[i], cos, sin, mask)
+        def block(i: int, image: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
+            return self.double_block(layers[i], image, text, parts[i], cos, sin, mask, *memo)
 
         def output(image: Tensor) -> Tensor:
             return last_layer(model, image, out)
@@ -359,6 +361,10 @@ class QwenImageAdapter(ModelAdapter):
         for up in vae.decoder.up_blocks:
             for upsampler in up.upsamplers or ():
                 upsampler.time_conv = None
+
+    @classmethod
+    def cells(cls, configs: Configs) -> tuple[Cell, ...]:
+        return joint_cells(configs["transformer"]["num_layers"], "text", "image")
 
     @classmethod
     def tokenizer(cls, folder: str, configs: Configs, settings: Mapping[str, Any]) -> Tokenizer:

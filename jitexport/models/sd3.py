@@ -38,6 +38,7 @@ from jitexport.models.layers import (
 from jitexport.models.naming import ADDED, FUSED, QKV, TRANSFORMER, Aliases, Naming, Prefix, Target
 from jitexport.models.schedulers import flow_sigmas, resolution_shift, scheduler_shift
 from jitexport.models.stages import Evaluation, TransformerStage, in_turn
+from jitexport.models.tokens import Cell, Keep, Memo, Refresh, joint_cells
 from jitexport.positions import Positions, Tables
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
@@ -267,40 +268,75 @@ def attend(attn: nn.Module, streams: Sequence[Stream]) -> Tensor:
     return attention(streams, eps=EPS, int8=runs_in_int8(attn.to_q)).flatten(2)
 
 
-def image_update(block: nn.Module, image: Tensor, c: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+def image_update(
+    block: nn.Module, image: Tensor, c: Tensor, modulation: Tensor, memo: Keep | None = None
+) -> tuple[Tensor, Tensor]:
     """The image [B, m, D] after a block, and what attention makes of the text, which comes modulated: c [B, T, D]."""
     vectors = modulation.chunk(image_width(block), dim=-1)
     shift, scale, gate, shift_ff, scale_ff, gate_ff = vectors[:6]
     attn, norm = block.attn, block.norm1.norm
     x = modulate(norm, image, shift, scale)
-    a = attend(attn, [image_stream(attn, x), text_stream(attn, c)])
+    streams = [image_stream(attn, x), text_stream(attn, c)]
+    a = attend(attn, streams)
     a, c = a.split([image.shape[1], c.shape[1]], dim=1)
-    y = gated(image, gate, run_linear(attn.to_out[0], a, wide=True))
+    found = [run_linear(attn.to_out[0], a, wide=True)]
+    y = gated(image, gate, found[0])
     if block.use_dual_attention:
         shift_2, scale_2, gate_2 = vectors[6:]
         again = block.attn2
         a = attend(again, [image_stream(again, modulate(norm, image, shift_2, scale_2))])
-        y = gated(y, gate_2, run_linear(again.to_out[0], a, wide=True))
-    return gated(y, gate_ff, feed_forward(block.ff, modulate(block.norm2, y, shift_ff, scale_ff))), c
+        found.append(run_linear(again.to_out[0], a, wide=True))
+        y = gated(y, gate_2, found[1])
+    update = feed_forward(block.ff, modulate(block.norm2, y, shift_ff, scale_ff))
+    if memo is not None:
+        memo.score(streams[:1] if block.context_pre_only else streams)
+        memo.keep(update, *found)
+    return gated(y, gate_ff, update), c
 
 
-def joint_block(block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+def refreshed_image(block: nn.Module, image: Tensor, modulation: Tensor, memo: Refresh) -> Tensor:
+    """The image [B, m, D] after a block whose attentions are cached, and of whose MLP a part is."""
+    _, _, gate, shift_ff, scale_ff, gate_ff, *further = modulation.chunk(image_width(block), dim=-1)
+    for its_gate in (gate, *further[2:]):
+        image = gated(image, its_gate, memo.attention(image))
+    return memo.refreshed(
+        image, gate_ff, lambda x: feed_forward(block.ff, modulate(block.norm2, x, shift_ff, scale_ff))
+    )
+
+
+def joint_block(
+    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, memo: Memo | None = None
+) -> tuple[Tensor, Tensor]:
     """Joint attention of image [B, m, D] and text [B, T, D] with weights of their own; modulation [B, 12 or 15 D]."""
     d = image.shape[-1]
     mine, theirs = modulation.split([image_width(block) * d, 6 * d], dim=-1)
     shift, scale, gate, shift_ff, scale_ff, gate_ff = theirs.chunk(6, dim=-1)
-    image, c = image_update(block, image, modulate(block.norm1_context.norm, text, shift, scale), mine)
-    text = gated(text, gate, run_linear(block.attn.to_add_out, c, wide=True))
-    update = feed_forward(block.ff_context, modulate(block.norm2_context, text, shift_ff, scale_ff))
+
+    def mlp(text: Tensor) -> Tensor:
+        return feed_forward(block.ff_context, modulate(block.norm2_context, text, shift_ff, scale_ff))
+
+    if memo is not None and not memo.attends:
+        image = refreshed_image(block, image, mine, memo)
+        return image, memo.refreshed(gated(text, gate, memo.attention(text)), gate_ff, mlp)
+    image, c = image_update(block, image, modulate(block.norm1_context.norm, text, shift, scale), mine, memo)
+    found = run_linear(block.attn.to_add_out, c, wide=True)
+    text = gated(text, gate, found)
+    update = mlp(text)
+    if memo is not None:
+        memo.keep(update, found)
     return image, gated(text, gate_ff, update)
 
 
-def last_block(block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor) -> Tensor:
+def last_block(
+    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, memo: Memo | None = None
+) -> Tensor:
     """The same without what would become of the text; modulation [B, 8 or 11 D]."""
     d = image.shape[-1]
     mine, theirs = modulation.split([image_width(block) * d, 2 * d], dim=-1)
+    if memo is not None and not memo.attends:
+        return refreshed_image(block, image, mine, memo)
     scale, shift = theirs.chunk(2, dim=-1)
-    return image_update(block, image, modulate(block.norm1_context.norm, text, shift, scale), mine)[0]
+    return image_update(block, image, modulate(block.norm1_context.norm, text, shift, scale), mine, memo)[0]
 
 
 class SD3Stage(TransformerStage):
@@ -325,10 +361,10 @@ class SD3Stage(TransformerStage):
         image = F.linear(tokens, embed.weight.flatten(1), embed.bias)
         image = (image + positions).to(tokens.dtype)
 
-        def block(i: int, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        def block(i: int, image: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
             if i == len(layers) - 1:
-                return self.last_block(layers[i], image, text, parts[i]), text
-            return self.joint_block(layers[i], image, text, parts[i])
+                return self.last_block(layers[i], image, text, parts[i], *memo), text
+            return self.joint_block(layers[i], image, text, parts[i], *memo)
 
         def output(image: Tensor) -> Tensor:
             # The model writes a token's channels last, and reads them first: [p, q, C] -> [C, p, q].
@@ -553,6 +589,14 @@ class SD3Adapter(ModelAdapter):
     def arrange(self) -> None:
         """Positions are inputs of the stages."""
         self.components["transformer"].pos_embed.pos_embed = None
+
+    @classmethod
+    def cells(cls, configs: Configs) -> tuple[Cell, ...]:
+        config = configs["transformer"]
+        first, twice = config["num_layers"] - 1, config.get("dual_attention_layers") or ()
+        image, text = (joint_cells(first + 1, stream) for stream in ("image", "text"))
+        image = [cell._replace(attentions=1 + (i in twice)) for i, cell in enumerate(image)]
+        return (*(cell for pair in zip(image[:first], text[:first], strict=True) for cell in pair), image[first])
 
     @classmethod
     def tokenizer(cls, folder: str, configs: Configs, settings: Mapping[str, Any]) -> Tokenizer:

@@ -10,7 +10,10 @@ A family's stage module embeds its tokens, says how its blocks are run, and hand
     deltas      stage<k>                        front_delta [B, T + m, D], rear_delta [B, m, D]
                 front<k>    rear_delta
                 rear<k>     front_delta
+    tokens:x    stage<k>                        attention [B, S', D], updates [B, S, D], scores [B, S] fp32
+                refresh<k>  all three           refreshed, the updates after it; fresh [B, S] fp32, 1 where they are new
 
+x is the share of the tokens that are refreshed, S and S' are the lengths of all cells: see `jitexport.models.tokens`.
 So a family knows nothing of temporal methods, and they know nothing of families. `indicator<k>` gives the first block's
 modulated input [B, m, D] in place of a velocity, by which TeaCache decides while it runs.
 """
@@ -23,8 +26,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jitexport.errors import UnknownNameError
+from jitexport.errors import InputError, UnknownNameError, UnsupportedModelError
 from jitexport.models.layers import TransformerPart
+from jitexport.models.tokens import Cell, Keep, Memo, Refresh
 from jitexport.schedule import COMPUTED
 from jitexport.specs import EngineSpec, TensorSpec
 
@@ -39,7 +43,8 @@ class Evaluation:
         image, text: embedded tokens, [B, m, D] and [B, T, D].
         depth: number of blocks.
         half: number of blocks in front of the place where the transformer is cut in two.
-        blocks: (from, up to, image, text) -> image and text behind these blocks.
+        blocks: (from, up to, image, text) -> image and text behind these blocks; with a `Memo` behind these, blocks
+            write into it or read from it.
         output: image behind the last block -> velocity [B, m, C].
         first_input: image -> what the first block's attention sees of it, normalised and modulated.
     """
@@ -48,7 +53,7 @@ class Evaluation:
     text: Tensor
     depth: int
     half: int
-    blocks: Callable[[int, int, Tensor, Tensor], tuple[Tensor, Tensor]]
+    blocks: Callable[..., tuple[Tensor, Tensor]]
     output: Callable[[Tensor], Tensor]
     first_input: Callable[[Tensor], Tensor]
 
@@ -57,12 +62,12 @@ class Evaluation:
         return self.blocks(0, self.depth, self.image, self.text)[0]
 
 
-def in_turn(block: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+def in_turn(block: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """`Evaluation.blocks` of blocks that all take and give image and text: (number, image, text) -> image and text."""
 
-    def blocks(start: int, stop: int, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def blocks(start: int, stop: int, image: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
         for i in range(start, stop):
-            image, text = block(i, image, text)
+            image, text = block(i, image, text, *memo)
         return image, text
 
     return blocks
@@ -115,62 +120,151 @@ def indicator(e: Evaluation, kept: Sequence[Tensor]) -> Tensor:
     return e.first_input(e.image)
 
 
-#: {features: {action: what an engine for it does}}
+def whole_with_tokens(e: Evaluation, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """And what all blocks added, token by token."""
+    memo = Keep()
+    image, _ = e.blocks(0, e.depth, e.image, e.text, memo)
+    return (e.output(image), *memo.tensors(e.image.dtype))
+
+
+@dataclass(frozen=True)
+class RefreshTokens:
+    """All blocks, of which attention is given, and of the MLPs' results all but a share.
+
+    Attributes:
+        cells, share: see `jitexport.models.tokens`.
+    """
+
+    cells: Sequence[Cell]
+    share: float
+
+    def __call__(self, e: Evaluation, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        memo = Refresh(*kept, cells=self.cells, share=self.share)
+        image, _ = e.blocks(0, e.depth, e.image, e.text, memo)
+        return (e.output(image), *memo.tensors())
+
+
+TOKENS, REFRESH = "tokens", "refresh"
+
+#: {kind of features: {action: what an engine for it does}}
 ACTS: dict[str | None, dict[str, Act]] = {
     None: {COMPUTED: whole},
     "residual": {COMPUTED: whole_with_residual, "skip": skip, INDICATOR: indicator},
     "deltas": {COMPUTED: whole_with_deltas, "front": front, "rear": rear},
+    TOKENS: {COMPUTED: whole_with_tokens, REFRESH: RefreshTokens((), 1)},
 }
 #: {action: the tensors that its engine takes beside a stage's own inputs}
-TAKES = {"skip": ("residual",), "front": ("rear_delta",), "rear": ("front_delta",)}
+TAKES = {
+    "skip": ("residual",), "front": ("rear_delta",), "rear": ("front_delta",),
+    REFRESH: ("attention", "updates", "scores"),
+}
+#: {kind of features: {action: the tensors that its engine gives beside the velocity}}
+GIVES = {
+    "residual": {COMPUTED: ("residual",)},
+    "deltas": {COMPUTED: ("front_delta", "rear_delta")},
+    TOKENS: {COMPUTED: ("attention", "updates", "scores"), REFRESH: ("refreshed", "fresh")},
+}
 
 
-def act_of(engine: str, features: str | None) -> Act:
+def kind_of(features: str | None) -> str | None:
+    """Features without the share that some have."""
+    return None if features is None else features.partition(":")[0]
+
+
+def check_features(features: str | None, cells: Sequence[Cell], family: str) -> None:
+    """Refuse features that there are not, or that a family's engines cannot hand on.
+
+    Args:
+        cells: of the family.
+
+    Raises:
+        InputError: no such features.
+        UnsupportedModelError: not of this family.
+    """
+    kind = kind_of(features)
+    known = [*(k for k in ACTS if k != TOKENS), f"{TOKENS}:SHARE, a share of them up to 1"]
+    if kind not in ACTS or (features != kind) != (kind == TOKENS) or not 0 < share_of(features) <= 1:
+        raise InputError("unknown features of stage engines", found=features, expected=f"one of {known}")
+    if kind == TOKENS and not cells:
+        raise UnsupportedModelError(
+            f"the family {family} has no engines for a cache of tokens (toca)", found=f"features {features}",
+            expected="a family that says which cells its blocks have", remedy="another cache, for example taylorseer",
+        )
+
+
+def share_of(features: str | None) -> float:
+    """The share that features say; 1 where they say none, and 0 where it is no number."""
+    _, colon, share = (features or "").partition(":")
+    try:
+        return float(share) if colon else 1.0
+    except ValueError:
+        return 0.0
+
+
+def act_of(engine: str, features: str | None, cells: Sequence[Cell] = ()) -> Act:
     """What the module of an engine does, by its name without the number.
+
+    Args:
+        cells: of the family.
 
     Raises:
         UnknownNameError: no such engine, or none with these features.
     """
     action = engine.rstrip("0123456789")
-    known = ACTS.get(features, {})
+    known = ACTS.get(kind_of(features), {})
     if action not in known:
         raise UnknownNameError(
             "unknown engine", found=f"{engine}, features {features}", expected=", ".join(known) or f"one of {[*ACTS]}"
         )
-    return known[action]
+    return RefreshTokens(cells, share_of(features)) if action == REFRESH else known[action]
 
 
-def kept_specs(features: str | None, rows: int, tokens: int, words: int, width: int, dtype: str) -> list[TensorSpec]:
-    """What a computed step's engine gives beside the velocity.
+def exchanged(
+    features: str | None, cells: Sequence[Cell], *, rows: int, tokens: int, words: int, width: int, dtype: str
+) -> dict[str, TensorSpec]:
+    """What engines of features hand on and take, by name.
 
     Args:
+        cells: of the family.
         rows, tokens, words, width: R, m, T and D.
     """
-    shapes = {
-        "residual": {"residual": (rows, tokens, width)},
-        "deltas": {"front_delta": (rows, words + tokens, width), "rear_delta": (rows, tokens, width)},
-    }
-    return [TensorSpec(name, shape, dtype) for name, shape in shapes.get(features or "", {}).items()]
+    kind = kind_of(features)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if kind == "residual":
+        shapes = {"residual": (rows, tokens, width)}
+    elif kind == "deltas":
+        shapes = {"front_delta": (rows, words + tokens, width), "rear_delta": (rows, tokens, width)}
+    elif kind == TOKENS:
+        lengths = [cell.length(tokens, words) for cell in cells]
+        all_cells = sum(lengths)
+        attentions = sum(length * cell.attentions for length, cell in zip(lengths, cells, strict=True))
+        shapes = {
+            "attention": (rows, attentions, width), "updates": (rows, all_cells, width),
+            "scores": (rows, all_cells), "refreshed": (rows, all_cells, width), "fresh": (rows, all_cells),
+        }  # what is taken and given has another name each: a graph's tensors have names of their own
+    exact = ("scores", "fresh")
+    return {name: TensorSpec(name, shape, "fp32" if name in exact else dtype) for name, shape in shapes.items()}
 
 
-def engine_spec(action: str, index: int, inputs: Sequence[TensorSpec], features: str | None) -> EngineSpec:
+def engine_spec(
+    action: str, index: int, inputs: Sequence[TensorSpec], features: str | None, cells: Sequence[Cell] = ()
+) -> EngineSpec:
     """The engine of an action at a token count.
 
     Args:
         inputs: of the engine that does it all: the tokens [R, m, C] first, the text as `context` [R, T, D] among them.
+        cells: of the family.
     """
     tokens = inputs[0]
     context = next(spec for spec in inputs if spec.name == "context")
     (rows, m, _), (_, words, width) = tokens.shape, context.shape
-    kept = kept_specs(features, rows, m, words, width, tokens.dtype)
-    velocity = TensorSpec("velocity", tokens.shape, tokens.dtype)
-    name = f"{action}{index}"
-    if action == COMPUTED:
-        return EngineSpec(name, tuple(inputs), (velocity, *kept))
+    known = exchanged(features, cells, rows=rows, tokens=m, words=words, width=width, dtype=tokens.dtype)
+    first = TensorSpec("velocity", tokens.shape, tokens.dtype)
     if action == INDICATOR:
-        return EngineSpec(name, tuple(inputs), (TensorSpec("modulated", (rows, m, width), tokens.dtype),))
-    beside = [spec for spec in kept if spec.name in TAKES[action]]
-    return EngineSpec(name, (*inputs, *beside), (velocity,))
+        first = TensorSpec("modulated", (rows, m, width), tokens.dtype)
+    taken = [known[name] for name in TAKES.get(action, ())]
+    given = [known[name] for name in GIVES.get(kind_of(features), {}).get(action, ())]
+    return EngineSpec(f"{action}{index}", (*inputs, *taken), (first, *given))
 
 
 class TransformerStage(TransformerPart):
@@ -183,3 +277,6 @@ class TransformerStage(TransformerPart):
     def __init__(self, transformer: nn.Module, act: Act = whole) -> None:
         super().__init__(transformer)
         self.act = act
+        if act is whole_with_tokens or isinstance(act, RefreshTokens):
+            # Blocks then hand on more than tensors, and each refreshes another number of tokens: nothing to share.
+            self.regions = ()

@@ -46,7 +46,7 @@ from jitexport.runtime.draws import Drawing
 from jitexport.runtime.request import Request, Terms
 from jitexport.sampler import EVERY_STEP, Look, OnStep, sample
 from jitexport.schedule import Stage, StageSchedule
-from jitexport.specs import EngineSpec
+from jitexport.specs import DTYPES, EngineSpec
 from jitexport.weights import SharedWeights
 
 logger = logging.getLogger(__name__)
@@ -218,8 +218,9 @@ class Pipeline(ChangingWeights):
             tokens = tokens.to(self.dtype)
             own = {name: value[step] for name, value in (*condition.per_step.items(), *self.constants.items())}
             values = {**fixed, **own, "tokens": tokens if self.passes == 1 else tokens.repeat(2, 1, 1)}
-            named = [values[s.name] for s in spec.inputs[: len(spec.inputs) - len(beside)]]
-            return [*named, *(value.to(self.dtype) for value in beside)]
+            first = len(spec.inputs) - len(beside)
+            named = [values[s.name] for s in spec.inputs[:first]]
+            return [*named, *(t.to(DTYPES[s.dtype]) for s, t in zip(spec.inputs[first:], beside, strict=True))]
 
         return inputs
 

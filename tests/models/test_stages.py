@@ -6,7 +6,7 @@ from torch import nn
 
 from jitexport import registry
 from jitexport.errors import InputError, UnknownNameError
-from jitexport.models.stages import ACTS, INDICATOR, TAKES, act_of, engine_spec
+from jitexport.models.stages import ACTS, INDICATOR, REFRESH, TAKES, act_of, engine_spec, kind_of
 from jitexport.schedule import COMPUTED, Stage, StageSchedule
 from jitexport.specs import DTYPES, TensorSpec
 from tests import tiny
@@ -26,7 +26,8 @@ def made(folder, features):
     adapter = registry.family(family).from_folder(path, torch.float32, {"features": features})
     tokens = adapter.geometry.grid.tokens
     schedule = StageSchedule((Stage(0, tokens, 1),), (1.0, 0.0))
-    further = [action for action in ACTS[features] if action != COMPUTED]
+    acts = ACTS[kind_of(features)]
+    further = [action for action in acts if action != COMPUTED]
     specs = {s.name: s for s in adapter.specs(schedule, 2, "fp32", further=further)}
     for parameter in adapter.components["transformer"].parameters():  # whatever is zero would hide what it scales
         nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -35,8 +36,8 @@ def made(folder, features):
         torch.zeros(s.shape) if s.name == "key_mask" else torch.randn(s.shape, generator=generator).to(DTYPES[s.dtype])
         for s in specs["stage0"].inputs
     ]
-    modules = {action: adapter.module(f"{action}0") for action in ACTS[features]}
-    return modules, {action: specs[f"{action}0"] for action in ACTS[features]}, inputs
+    modules = {action: adapter.module(f"{action}0") for action in acts}
+    return modules, {action: specs[f"{action}0"] for action in acts}, inputs
 
 
 @torch.no_grad()
@@ -66,6 +67,23 @@ def test_deltas_are_what_the_front_and_the_rear_add(folder):
     for action, delta in (("front", of_rear), ("rear", of_front)):
         torch.testing.assert_close(run(modules, specs, action, inputs, delta)[0], u, atol=1e-4, rtol=1e-4)
         assert (run(modules, specs, action, inputs, 0 * delta)[0] - u).norm() > 1e-2 * u.norm()
+
+
+def test_what_is_cached_of_tokens_adds_up_to_the_whole(folder):
+    plain = run(*made(folder, None)[:2], COMPUTED, made(folder, None)[2])[0]
+    modules, specs, inputs = made(folder, "tokens:1")
+    u, attention, updates, scores = run(modules, specs, COMPUTED, inputs)
+    assert torch.equal(u, plain)
+    v, refreshed, fresh = run(modules, specs, REFRESH, inputs, attention, 0 * updates, scores)
+    torch.testing.assert_close(v, u, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(refreshed, updates, atol=1e-4, rtol=1e-4)
+    assert fresh.eq(1).all()
+    modules, specs, inputs = made(folder, "tokens:0.1")
+    v, refreshed, fresh = run(modules, specs, REFRESH, inputs, attention, updates, scores)
+    torch.testing.assert_close(v, u, atol=1e-4, rtol=1e-4)
+    assert 0 < fresh.mean() < 0.3
+    for wrong in ((0 * attention, updates), (attention, 0 * updates)):
+        assert (run(modules, specs, REFRESH, inputs, *wrong, scores)[0] - u).norm() > 1e-2 * u.norm()
 
 
 def test_the_indicator_changes_with_the_step(folder):

@@ -6,7 +6,8 @@ field's name, places those actions, and gives every step its velocity: at a comp
 takes note, at another it forecasts, outside of any engine or with an engine that does less.
 
 What it remembers is a value that the loop hands from step to step, so a cache object itself has no state and serves
-calls from several threads. It is in fp32. With classifier-free guidance the velocity is the combined one.
+calls from several threads. It is in fp32, but for ToCa's gigabytes. With classifier-free guidance the velocity is the
+combined one.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Cache(ABC, Generic[History]):
     settings_class: ClassVar[type[CacheOptions]] = CacheOptions
     #: What the stage engines hand on beside velocities, by the name that the model families know it by; None for
     #: nothing, and then no engine is made for this method.
-    features: ClassVar[str | None] = None
+    features: str | None = None
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         try:

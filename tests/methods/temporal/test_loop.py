@@ -12,7 +12,7 @@ from jitexport.errors import InputError
 from jitexport.grid import gather_tokens
 from jitexport.methods.temporal.teacache import COEFFICIENTS, DecidingTeaCache
 from jitexport.models.sources import find_source, load_adapter
-from jitexport.plan import CustomSchedule, plan
+from jitexport.plan import CustomSchedule, make_cache, plan
 from jitexport.verify import verify
 from tests.parity import seeded
 
@@ -24,8 +24,7 @@ NATIVE = CustomSchedule((10,), (1.0,))
 
 def pipeline(folder, cache, custom=NATIVE, method="dense", batch=1, passes=1, **options):
     """The eager pipeline of a tiny model with a cache."""
-    made_cache = None if cache is None else registry.cache(cache.partition(":")[0])
-    features = {"features": made_cache and made_cache.features}
+    features = {"features": None if cache is None else make_cache(cache).features}
     adapter = load_adapter(find_source(str(folder)), torch.float32, features)
     made = plan(adapter, custom=custom, method=method, cache=cache)
     pipe = eager_pipeline(
@@ -62,7 +61,7 @@ def test_cheaper_steps_run_what_they_say_and_make_a_near_image(tiny_flux, cache)
     assert [name for name in ran if name not in ("text", "condition", "decode")] == [
         f"{action}0" for action in pipe.schedule.actions if action != "forecast"
     ]
-    assert len(cheaper) == (4 if registry.cache(cache).features else 0)
+    assert len(cheaper) == (4 if pipe.cache.features else 0)
     whole = latents(pipeline(tiny_flux, None))
     assert 0 < (found - whole).norm() / whole.norm() < 0.2
 
