@@ -12,7 +12,7 @@ import jitexport
 from jitexport.cli import main
 from jitexport.errors import InputError
 from jitexport.evaluate import evaluate, write_report
-from jitexport.evaluate.evaluation import Evaluation, Row, _prompts, demo_prompts
+from jitexport.evaluate.evaluation import Evaluation, Row, chosen_prompts, demo_prompts
 from jitexport.evaluate.report import best, curves, markdown_table, worst_first
 from jitexport.evaluate.sources import Latency, bundle_source, bundle_sources, reference_source
 from jitexport.plan import CustomSchedule
@@ -123,8 +123,8 @@ def test_geneval_layout_and_seeds(jit, tmp_path):
 
 
 def test_prompts_of_ones_own_by_default():
-    assert len(_prompts(None, "some-model", None, None).prompts) == 12
-    assert len(_prompts(None, "some-model", 3, 2).prompts) == 3
+    assert len(chosen_prompts(None, "some-model", None, None).prompts) == 12
+    assert len(chosen_prompts(None, "some-model", 3, 2).prompts) == 3
     assert demo_prompts(2).prompts[0].text.endswith(" background")
 
 

@@ -73,6 +73,11 @@ def test_the_same_image_after_a_fork(pipe, used):
     assert not forked()
 
 
+AMX = torch.cpu.get_capabilities().get("amx_tile", False)
+
+
+# A fault of the package on such CPUs, seen on 2026-11-26 and not understood yet: see README, "Limits".
+@pytest.mark.xfail(AMX, run=False, reason="on a CPU with AMX a forked process with threads of its own hangs")
 def test_threads_and_forks_of_a_forked_process(pipe):
     def work():
         images = []

@@ -57,7 +57,7 @@ def test_memory_of_the_loop_of_videos_is_a_few_latents(scale):
         schedule = StageSchedule(stages, timesteps(method.settings.timesteps, 18, None))
         draws = draw(method, schedule, (32, *shape), 1, [torch.Generator().manual_seed(0)])
         with torch.inference_mode(), scale.Living() as living:
-            sample(method, schedule, draws, lambda s, _: lambda tokens, step: tokens)
+            sample(method, schedule, draws, lambda s, _: lambda action, tokens, step: [tokens])
         peaks.append(living.peak / draws.latents.nbytes)
     assert max(peaks) < 10 and peaks[0] == pytest.approx(peaks[1], rel=0.02)
 

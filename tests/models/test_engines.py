@@ -97,8 +97,8 @@ def test_our_kernels_hide_padding(tmp_path, monkeypatch):
         condition, _ = pipe.prepare([SHORT])
         where = torch.arange(stage.tokens)[None]
         tokens = torch.randn(pipe.engines[stage.name].spec.inputs[0].shape, generator=torch.Generator().manual_seed(0))
-        inputs = pipe.stage_inputs(stage, where, condition)(tokens, 0)
         spec, module = pipe.engines[stage.name].spec, adapter.module(stage.name)
+        inputs = pipe.stage_inputs(where, condition)(spec, tokens, 0)
         (directory := tmp_path / "engine").mkdir()
         backend.build(spec, module, inputs, directory)
         assert native.read_record(directory).startswith("attention")

@@ -86,7 +86,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            return self.process.wait(90)
+            return self.process.wait(300)
         finally:
             self.process.kill()
             self.process.stdout.close()
