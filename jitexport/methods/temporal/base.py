@@ -12,6 +12,7 @@ combined one.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,6 +20,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from jitexport.arguments import is_number, is_whole
 from jitexport.errors import InputError
 from jitexport.methods.temporal.placing import at_steps, by_interval, within
 from jitexport.schedule import COMPUTED, FORECAST, StageSchedule, Step
@@ -56,7 +58,9 @@ class CacheOptions:
     spatial: float = 0.65
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "computed", tuple(self.computed))  # a list in a manifest
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # as a manifest has it
+                object.__setattr__(self, name, tuple(value))
         fine = self.meaningful()
         if wrong := [name for name, good in fine.items() if not good]:
             said = ", ".join(f"{name}={getattr(self, name)}" for name in wrong)
@@ -65,15 +69,21 @@ class CacheOptions:
     def meaningful(self) -> dict[str, bool]:
         """Whether each setting has a meaning."""
         return {
-            "every": self.every is None or _whole(self.every, 1),
-            "warmup": _whole(self.warmup, 1),
-            "computed": list(self.computed) == sorted(set(self.computed)) and all(_whole(i, 0) for i in self.computed),
-            "spatial": isinstance(self.spatial, int | float) and 0 <= self.spatial <= 1,
+            "every": self.every is None or whole(self.every, 1),
+            "warmup": whole(self.warmup, 1),
+            "computed": list(self.computed) == sorted(set(self.computed)) and all(whole(i, 0) for i in self.computed),
+            "spatial": share(self.spatial),
         }
 
 
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def whole(value: object, least: int, most: float = math.inf) -> bool:
+    """Whether an option is a whole number within these limits."""
+    return is_whole(value) and least <= value <= most
+
+
+def share(value: object) -> bool:
+    """Whether an option is a number from 0 to 1."""
+    return is_number(value) and 0 <= value <= 1
 
 
 class Cache(ABC, Generic[History]):
@@ -105,7 +115,7 @@ class Cache(ABC, Generic[History]):
     @property
     def options(self) -> dict[str, Any]:
         """All settings as plain JSON values, for a manifest."""
-        return asdict(self.settings) | {"computed": list(self.settings.computed)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.settings).items()}
 
     # --- which steps are computed ---
 
@@ -145,17 +155,17 @@ class Cache(ABC, Generic[History]):
 
     # --- in the loop ---
 
-    @abstractmethod
-    def begin(self) -> History:
-        """What is remembered before the first step."""
+    def begin(self) -> History | None:
+        """What is remembered before the first step: nothing, unless a method says otherwise."""
+        return None
 
-    @abstractmethod
-    def carried(self, history: History, carry: Carry | None) -> History:
-        """What is remembered at the start of a later stage.
+    def carried(self, history: History, carry: Carry | None) -> History | None:
+        """What is remembered at the start of a later stage: nothing, unless a method says otherwise.
 
         Args:
             carry: for what is known of each token; None where the stages' tokens have nothing to do with each other.
         """
+        return None
 
     @abstractmethod
     def velocity(self, run: Run, tokens: Tensor, step: Step, history: History) -> tuple[Tensor, History]:
@@ -166,12 +176,6 @@ class EveryStep(Cache[None]):
     """No temporal method: all steps are computed."""
 
     name = "none"
-
-    def begin(self) -> None:
-        return None
-
-    def carried(self, history: None, carry: Carry | None) -> None:
-        return None
 
     def velocity(self, run: Run, tokens: Tensor, step: Step, history: None) -> tuple[Tensor, None]:
         return run(COMPUTED, tokens, step.index)[0], None
@@ -252,13 +256,23 @@ class ResidualForecast(Forecast):
         return u, self.remember(history, step, residual.float())
 
 
+class LastValue(Forecast):
+    """The last computed value again."""
+
+    computed_kept = 1
+
+    def weights(self, past: Sequence[Step], step: Step) -> list[float]:
+        """All on the last one."""
+        return [0.0] * (len(past) - 1) + [1.0]
+
+
 def combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    """The weighted sum of tensors of one shape; weights of 0 cost nothing."""
-    total: Tensor | None = None
-    for weight, tensor in zip(weights, tensors, strict=True):
-        if weight:
-            total = tensor * weight if total is None else total.add(tensor, alpha=weight)
-    return tensors[-1] * 0 if total is None else total
+    """The sum of tensors of one shape with weights that sum to 1; weights of 0 cost nothing."""
+    (weight, tensor), *others = [pair for pair in zip(weights, tensors, strict=True) if pair[0]]
+    total = tensor * weight
+    for weight, tensor in others:
+        total = total.add(tensor, alpha=weight)
+    return total
 
 
 def polynomial_weights(points: Sequence[float], x: float) -> list[float]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from jitexport.methods.temporal.base import Cache, CacheOptions, Carry, Run
+from jitexport.methods.temporal.base import Cache, CacheOptions, Run, share
 from jitexport.schedule import COMPUTED, StageSchedule, Step
 
 #: Deltas of the front and of the rear blocks, [R, T + m, D] and [R, m, D], fp32.
@@ -29,10 +29,10 @@ class DeltaDiTOptions(CacheOptions):
     boundary: float = 0.5
 
     def meaningful(self) -> dict[str, bool]:
-        return super().meaningful() | {"boundary": isinstance(self.boundary, int | float) and 0 <= self.boundary <= 1}
+        return super().meaningful() | {"boundary": share(self.boundary)}
 
 
-class DeltaDiT(Cache[Deltas | None]):
+class DeltaDiT(Cache[Deltas]):
     """Front blocks alone early, rear blocks alone late. A stage's deltas are its own: they hold its text as well."""
 
     name = "delta-dit"
@@ -42,12 +42,6 @@ class DeltaDiT(Cache[Deltas | None]):
 
     def action(self, schedule: StageSchedule, step: int) -> str:
         return "front" if step < self.settings.boundary * schedule.nfe else "rear"
-
-    def begin(self) -> None:
-        return None
-
-    def carried(self, history: Deltas | None, carry: Carry | None) -> None:
-        return None
 
     def velocity(self, run: Run, tokens: Tensor, step: Step, history: Deltas | None) -> tuple[Tensor, Deltas]:
         if step.action == COMPUTED:

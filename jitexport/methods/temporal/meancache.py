@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jitexport.methods.temporal.base import CacheOptions, VelocityForecast
+from jitexport.methods.temporal.base import CacheOptions, VelocityForecast, whole
 from jitexport.schedule import Step
 
 
@@ -31,7 +31,7 @@ class MeanCacheOptions(CacheOptions):
     window: int = 3
 
     def meaningful(self) -> dict[str, bool]:
-        return super().meaningful() | {"window": isinstance(self.window, int) and 1 <= self.window <= 8}
+        return super().meaningful() | {"window": whole(self.window, 1, 8)}
 
 
 class MeanCache(VelocityForecast):

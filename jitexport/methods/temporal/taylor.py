@@ -10,16 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jitexport.methods.temporal.base import CacheOptions, VelocityForecast, polynomial_weights
+from jitexport.methods.temporal.base import (
+    CacheOptions,
+    Forecast,
+    LastValue,
+    VelocityForecast,
+    polynomial_weights,
+    whole,
+)
 from jitexport.schedule import Step
 
 
 @dataclass(frozen=True)
 class TaylorOptions(CacheOptions):
-    """Settings of `Taylor`.
+    """Settings of forecasts by a polynomial.
 
     Attributes:
-        order: of the polynomial; lower while fewer velocities are known. 0 takes the last one again.
+        order: of the polynomial; lower while fewer values are known. 0 takes the last one again.
         variable: "sigma" or "step".
     """
 
@@ -28,41 +35,36 @@ class TaylorOptions(CacheOptions):
 
     def meaningful(self) -> dict[str, bool]:
         return super().meaningful() | {
-            "order": isinstance(self.order, int) and 0 <= self.order <= 4,
+            "order": whole(self.order, 0, 4),
             "variable": self.variable in ("sigma", "step"),
         }
 
 
-def taylor_weights(variable: str, past: Sequence[Step], step: Step) -> list[float]:
-    """Weights of the values at computed steps in that at another one, by the polynomial through them."""
-    if variable == "step":
-        return polynomial_weights([float(s.index) for s in past], float(step.index))
-    return polynomial_weights([s.sigma for s in past], step.sigma)
+class Polynomial(Forecast):
+    """The polynomial of an order through as many computed values."""
 
-
-class Taylor(VelocityForecast):
-    """The polynomial of an order through as many computed velocities."""
-
-    name = "taylor"
     settings_class = TaylorOptions
     settings: TaylorOptions
 
     @property
     def computed_kept(self) -> int:
-        """Velocities that the polynomial goes through."""
+        """Values that the polynomial goes through."""
         return self.settings.order + 1
 
     def weights(self, past: Sequence[Step], step: Step) -> list[float]:
-        """See `taylor_weights`."""
-        return taylor_weights(self.settings.variable, past, step)
+        """Of the values at computed steps in that at another one."""
+        if self.settings.variable == "step":
+            return polynomial_weights([float(s.index) for s in past], float(step.index))
+        return polynomial_weights([s.sigma for s in past], step.sigma)
 
 
-class Reuse(VelocityForecast):
+class Taylor(Polynomial, VelocityForecast):
+    """The polynomial of an order through as many computed velocities."""
+
+    name = "taylor"
+
+
+class Reuse(LastValue, VelocityForecast):
     """The last computed velocity again: the polynomial of order 0."""
 
     name = "reuse"
-    computed_kept = 1
-
-    def weights(self, past: Sequence[Step], step: Step) -> list[float]:
-        """All on the last one."""
-        return [0.0] * (len(past) - 1) + [1.0]

@@ -8,33 +8,21 @@ steps of warm-up (RALU's supplement, B.2.1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jitexport.methods.temporal.base import ResidualForecast
-from jitexport.methods.temporal.taylor import TaylorOptions, taylor_weights
-from jitexport.schedule import Step
+from jitexport.methods.temporal.taylor import Polynomial, TaylorOptions
 
 
 @dataclass(frozen=True)
 class TaylorSeerOptions(TaylorOptions):
-    """Settings of `TaylorSeer`: those of `Taylor`, with the published warm-up."""
+    """Settings of `TaylorSeer`, with the published warm-up."""
 
     warmup: int = 3
 
 
-class TaylorSeer(ResidualForecast):
+class TaylorSeer(Polynomial, ResidualForecast):
     """The polynomial of an order through as many computed residuals."""
 
     name = "taylorseer"
     settings_class = TaylorSeerOptions
-    settings: TaylorSeerOptions
-
-    @property
-    def computed_kept(self) -> int:
-        """Residuals that the polynomial goes through."""
-        return self.settings.order + 1
-
-    def weights(self, past: Sequence[Step], step: Step) -> list[float]:
-        """See `taylor_weights`."""
-        return taylor_weights(self.settings.variable, past, step)

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from jitexport.arguments import is_number
 from jitexport.errors import InputError, ScheduleError
-from jitexport.methods.temporal.base import Cache, CacheOptions, Carry, Price, ResidualForecast, Run
+from jitexport.methods.temporal.base import Cache, CacheOptions, LastValue, Price, ResidualForecast, Run
 from jitexport.schedule import COMPUTED, StageSchedule, Step
 
 #: Published polynomials by family, highest power first: TeaCache's for FLUX.1; vLLM-Omni's, from ComfyUI, for
@@ -43,29 +44,16 @@ class TeaCacheOptions(CacheOptions):
     threshold: float = 0.6
     coefficients: tuple[float, ...] = ()
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "coefficients", tuple(self.coefficients))
-        super().__post_init__()
-
     def meaningful(self) -> dict[str, bool]:
-        return super().meaningful() | {"threshold": isinstance(self.threshold, int | float) and self.threshold > 0}
+        return super().meaningful() | {"threshold": is_number(self.threshold) and self.threshold > 0}
 
 
-class TeaCache(ResidualForecast):
+class TeaCache(LastValue, ResidualForecast):
     """The last computed residual again, at steps that were found by calibration."""
 
     name = "teacache"
     settings_class = TeaCacheOptions
     settings: TeaCacheOptions
-    computed_kept = 1
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return super().options | {"coefficients": list(self.settings.coefficients)}
-
-    def weights(self, past: Sequence[Step], step: Step) -> list[float]:
-        """All on the last one."""
-        return [0.0] * (len(past) - 1) + [1.0]
 
     def solve(self, schedule: StageSchedule, price: Price, budget: float) -> StageSchedule | None:
         """Which steps TeaCache computes is no matter of a budget.
@@ -102,7 +90,7 @@ class Watch(NamedTuple):
     residual: Tensor
 
 
-class DecidingTeaCache(Cache[Watch | None]):
+class DecidingTeaCache(Cache[Watch]):
     """TeaCache as published: it decides at every step while it runs, by one image or the mean of a batch.
 
     For schedules of which all steps are computed, and engines `stage`, `skip` and `indicator`.
@@ -122,12 +110,6 @@ class DecidingTeaCache(Cache[Watch | None]):
         self.threshold = threshold
         self.coefficients = tuple(coefficients)
         self.decided = decided
-
-    def begin(self) -> None:
-        return None
-
-    def carried(self, history: Watch | None, carry: Carry | None) -> None:
-        return None
 
     def rescaled(self, change: float) -> float:
         """The polynomial's value (Horner)."""

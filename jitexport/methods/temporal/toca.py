@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from jitexport.methods.temporal.base import Cache, CacheOptions, Carry, Run
+from jitexport.arguments import is_number
+from jitexport.methods.temporal.base import Cache, CacheOptions, Run, share
 from jitexport.schedule import COMPUTED, StageSchedule, Step
 
 #: Steps from one computed step to the next by which staleness is measured where `every` does not say.
@@ -44,8 +45,8 @@ class ToCaOptions(CacheOptions):
 
     def meaningful(self) -> dict[str, bool]:
         return super().meaningful() | {
-            "fresh": isinstance(self.fresh, int | float) and 0 < self.fresh <= 1,
-            "staleness": isinstance(self.staleness, int | float) and 0 <= self.staleness < float("inf"),
+            "fresh": share(self.fresh) and self.fresh > 0,
+            "staleness": is_number(self.staleness) and self.staleness >= 0,
         }
 
 
@@ -63,7 +64,7 @@ class Kept(NamedTuple):
     ages: Tensor
 
 
-class ToCa(Cache[Kept | None]):
+class ToCa(Cache[Kept]):
     """Attention of the last computed step, and its MLPs but for a few tokens. A stage's state is its own."""
 
     name = "toca"
@@ -76,12 +77,6 @@ class ToCa(Cache[Kept | None]):
 
     def action(self, schedule: StageSchedule, step: int) -> str:
         return "refresh"
-
-    def begin(self) -> None:
-        return None
-
-    def carried(self, history: Kept | None, carry: Carry | None) -> None:
-        return None
 
     def velocity(self, run: Run, tokens: Tensor, step: Step, history: Kept | None) -> tuple[Tensor, Kept]:
         if step.action == COMPUTED:
