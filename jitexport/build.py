@@ -195,7 +195,7 @@ def probe_inputs(pipeline: Pipeline) -> Iterator[tuple[EngineSpec, list[Tensor]]
     for action, stage in pipeline.schedule.runs:
         where = torch.arange(stage.tokens, device=device).expand(batch, -1)
         step = pipeline.schedule.steps_of(stage)[0]
-        spec = pipeline.engines[f"{action}{stage.index}"].spec
+        spec = pipeline.engines[stage.engine(action)].spec
         inputs = pipeline.stage_inputs(where, condition)
         beside = [
             torch.randn(s.shape, generator=generator).to(device, DTYPES[s.dtype])

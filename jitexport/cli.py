@@ -382,6 +382,7 @@ def plan(
         f"{times[made.passes] if guided else ''}",
         soft_wrap=True,
     )
+
     def counted(actions: Sequence[str]) -> str:
         """Steps, and with a cache how many are computed."""
         return str(len(actions)) if made.cache is None else f"{len(actions)} ({actions.count(COMPUTED)})"
@@ -420,10 +421,11 @@ def plan(
 
 def _others(made: Any) -> str:
     """What the steps that are not computed do, and what one of them costs at all tokens."""
-    actions = {action: made.schedule.actions.count(action) for action in made.schedule.actions if action != "stage"}
+    from jitexport.schedule import COMPUTED
+
     said = [
         f"{count} {action}, {_tera(made.costs[action](made.grid_tokens) / 1e12)} TFLOP each at all tokens"
-        for action, count in actions.items()
+        for action, count in Counter(made.schedule.actions).items() if action != COMPUTED
     ]
     return f"{made.cache.name}: {'; '.join(said) or 'none'}"
 
@@ -613,6 +615,7 @@ def _cache(manifest: Any) -> str:
 def inspect(bundle: Bundle, as_json: Json = False) -> None:
     """Show what a bundle holds. Reads the manifest only; nothing is checked or opened."""
     from jitexport.bundle.reading import read_manifest
+    from jitexport.schedule import COMPUTED
 
     manifest = read_manifest(bundle)
     if as_json:
@@ -639,17 +642,18 @@ def inspect(bundle: Bundle, as_json: Json = False) -> None:
         if value:
             facts.add_row(name, value)
     out.print(facts)
-    stages = {s.index: s for s in schedule.stages}
-    steps = Counter(f"{step.action}{stage.index}" for stage, steps in schedule.schedule() for step in steps)
+    tflops = {s.index: s.step_tflops for s in schedule.stages}
+    steps = Counter(stage.engine(step.action) for stage, steps in schedule.schedule() for step in steps)
+    runs = {stage.engine(action): (action, stage) for action, stage in schedule.schedule().runs}
     sizes = {
         e.name: sum(f.size for f in manifest.files if f.path.startswith(e.directory + "/")) for e in manifest.engines
     }
     table = Table("engine", "steps", "tokens", "TFLOP/step", "MB", "relative error")
     for engine in manifest.engines:
         cells = ("", "", "")
-        if engine.name in steps:
-            stage = stages[int(engine.name.lstrip("abcdefghijklmnopqrstuvwxyz"))]
-            flops = _tera(stage.step_tflops) if engine.name.startswith("stage") else ""
+        if engine.name in runs:
+            action, stage = runs[engine.name]
+            flops = _tera(tflops[stage.index]) if action == COMPUTED else ""
             cells = (str(steps[engine.name]), str(stage.tokens), flops)
         error = "not run" if engine.relative_error is None else f"{engine.relative_error:.1g}"
         table.add_row(engine.name, *cells, f"{sizes[engine.name] / 1e6:.1f}", error)

@@ -42,7 +42,11 @@ class Stage:
     @property
     def name(self) -> str:
         """Name of the stage's engine."""
-        return f"stage{self.index}"
+        return self.engine(COMPUTED)
+
+    def engine(self, action: str) -> str:
+        """Name of the engine that an action of a step runs."""
+        return f"{action}{self.index}"
 
 
 #: What gives a step its velocity: an evaluation of the whole transformer, or a forecast outside of any engine. Other
@@ -105,13 +109,8 @@ class StageSchedule:
             )
         if len({id(s) for s in self.stages}) < len(self.stages):  # `steps_of` tells stages apart by identity
             object.__setattr__(self, "stages", number([(s.tokens, s.steps) for s in self.stages]))
-        if self.actions and len(self.actions) != self.nfe:
-            raise ScheduleError("actions do not fit the stages", found=self.actions, expected=f"{self.nfe} of them")
-        if wrong := [i + 1 for i in self.mandatory if self.action(i) != COMPUTED]:
-            raise ScheduleError(
-                "a step that must be computed is not", found=f"steps {wrong} of {self.nfe}",
-                expected="computed: the first step of every stage, and the last step",
-            )
+        if self.actions:
+            self._check_actions()
         reached = math.inf
         for stage, steps in self:
             if not all(step.sigma > step.sigma_next for step in steps):  # false with NaN
@@ -125,6 +124,15 @@ class StageSchedule:
                     expected="a stage that starts at the noise level that the last one reached, or above it",
                 )
             reached = steps[-1].sigma_next
+
+    def _check_actions(self) -> None:
+        if len(self.actions) != self.nfe:
+            raise ScheduleError("actions do not fit the stages", found=self.actions, expected=f"{self.nfe} of them")
+        if wrong := [i + 1 for i in self.mandatory if self.action(i) != COMPUTED]:
+            raise ScheduleError(
+                "a step that must be computed is not", found=f"steps {wrong} of {self.nfe}",
+                expected="computed: the first step of every stage, and the last step",
+            )
 
     def __iter__(self) -> Iterator[tuple[Stage, tuple[Step, ...]]]:
         for k, stage in enumerate(self.stages):
@@ -152,8 +160,7 @@ class StageSchedule:
     @property
     def mandatory(self) -> tuple[int, ...]:
         """Numbers of the steps that are computed in any case."""
-        firsts = [self.steps_of(stage).start for stage in self.stages]
-        return tuple(dict.fromkeys([*firsts, self.nfe - 1]))
+        return tuple(sorted({*(self.steps_of(stage).start for stage in self.stages), self.nfe - 1}))
 
     @property
     def runs(self) -> tuple[tuple[str, Stage], ...]:

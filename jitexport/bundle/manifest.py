@@ -299,7 +299,7 @@ class Manifest(_Entry):
         if missing := used - set(declared):
             raise ValueError(f"files that are used but not declared: {sorted(missing)}")
         names = [e.name for e in self.engines]
-        stages = [f"{action}{s.index}" for action, s in self.schedule.schedule().runs]
+        stages = [stage.engine(action) for action, stage in self.schedule.schedule().runs]
         wanted = ["text", "condition", *stages, "decode"]
         if sorted(n for n in names if n != "preview") != sorted(wanted) or names.count("preview") > 1:
             raise ValueError(f"engines are {names}, the schedule needs {wanted}")

@@ -39,7 +39,7 @@ from jitexport.models.tokens import Cell
 from jitexport.positions import Positions
 from jitexport.prompting import Tokenizer
 from jitexport.quant import check_kind, quantize_linears
-from jitexport.schedule import StageSchedule, middle_shift
+from jitexport.schedule import Stage, StageSchedule, middle_shift
 from jitexport.specs import EngineSpec, TensorSpec
 from jitexport.tiling import Tiling
 
@@ -356,13 +356,13 @@ class ModelAdapter(ABC):
         ]
         given += [replace(s, shape=s.shape[1:], per_step=False) for s in self.constant_specs(schedule.nfe, dtype)]
 
-        def stage(action: str, index: int, tokens: int) -> EngineSpec:
-            shape = (rows, tokens, geometry.channels)
-            inputs = (TensorSpec("tokens", shape, dtype), *geometry.positions.specs(rows, tokens, dtype), *given)
-            return engine_spec(action, index, inputs, self._settings.get("features"), self.cells(self.configs))
+        def run(action: str, stage: Stage) -> EngineSpec:
+            shape = (rows, stage.tokens, geometry.channels)
+            inputs = (TensorSpec("tokens", shape, dtype), *geometry.positions.specs(rows, stage.tokens, dtype), *given)
+            return engine_spec(action, stage, inputs, self._settings.get("features"), self.cells(self.configs))
 
-        runs = [*schedule.runs, *((action, s) for action in further for s in schedule.engines)]
-        stages = [stage(action, s.index, s.tokens) for action, s in runs]
+        stages = [run(action, stage) for action, stage in schedule.runs]
+        stages += [run(action, stage) for action in further for stage in schedule.engines]
         previews = [self.decoder_spec("preview", batch)] if preview else []
         return [self.text_spec(batch, dtype), condition, *stages, *previews, self.decoder_spec("decode", batch)]
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from jitexport.errors import InputError, UnknownNameError, UnsupportedModelError
 from jitexport.models.layers import TransformerPart
 from jitexport.models.tokens import Cell, Keep, Memo, Refresh
-from jitexport.schedule import COMPUTED
+from jitexport.schedule import COMPUTED, Stage
 from jitexport.specs import EngineSpec, TensorSpec
 
 INDICATOR = "indicator"
@@ -247,9 +247,9 @@ def exchanged(
 
 
 def engine_spec(
-    action: str, index: int, inputs: Sequence[TensorSpec], features: str | None, cells: Sequence[Cell] = ()
+    action: str, stage: Stage, inputs: Sequence[TensorSpec], features: str | None, cells: Sequence[Cell] = ()
 ) -> EngineSpec:
-    """The engine of an action at a token count.
+    """The engine of an action at a stage's token count.
 
     Args:
         inputs: of the engine that does it all: the tokens [R, m, C] first, the text as `context` [R, T, D] among them.
@@ -264,7 +264,7 @@ def engine_spec(
         first = TensorSpec("modulated", (rows, m, width), tokens.dtype)
     taken = [known[name] for name in TAKES.get(action, ())]
     given = [known[name] for name in GIVES.get(kind_of(features), {}).get(action, ())]
-    return EngineSpec(f"{action}{index}", (*inputs, *taken), (first, *given))
+    return EngineSpec(stage.engine(action), (*inputs, *taken), (first, *given))
 
 
 class TransformerStage(TransformerPart):

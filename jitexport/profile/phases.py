@@ -245,7 +245,7 @@ def profile_pipeline(
         peak = {"process": memory.process(), "gpu": memory.gpu()}
         ceiling = max(ceiling, matmul_rate(pipe.dtype, pipe.device))
 
-    stages = {f"{action}{s.index}": s for action, s in pipe.schedule.runs}
+    stages = {stage.engine(action): stage for action, stage in pipe.schedule.runs}
     inner = [*stages, "preview"] if "preview" in pipe.engines else [*stages]  # engines that the loop runs
     names = ["text", "condition", "draw", *inner, "transition", "step", "decode", "image"]
     sums = [{name: sum(s.seconds for s in spans if s.phase == name) for name in names} for spans in images]
@@ -311,7 +311,7 @@ def _steps(images: Sequence[Sequence[Span]], pipe: Pipeline) -> list[StepTiming]
 
 def _engine(step: Step, stage: Stage) -> str:
     """Name of the engine that a step runs."""
-    return FORECAST if step.action == FORECAST else f"{step.action}{stage.index}"
+    return FORECAST if step.action == FORECAST else stage.engine(step.action)
 
 
 def call_seconds(pipe: Pipeline, prompt: str, seed: int) -> float:

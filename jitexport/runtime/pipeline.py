@@ -251,7 +251,7 @@ class Pipeline(ChangingWeights):
             second = None if negative is None or self.passes == 2 else self.stage_inputs(where, negative)
 
             def run(action: str, tokens: Tensor, step: int, *beside: Tensor) -> Sequence[Tensor]:
-                engine = self.engines[f"{action}{stage.index}"]
+                engine = self.engines[stage.engine(action)]
                 twice = guided is not None and step in guided.steps
                 if second is not None and twice:
                     first_rows, second_rows = zip(*(t.chunk(2) for t in beside), strict=True) if beside else ((), ())
@@ -291,7 +291,7 @@ class Pipeline(ChangingWeights):
             condition, draws, guided = from_names(inputs, self.schedule.nfe)
             return pipe.denoise(condition, draws, guided=guided)
 
-        names = (f"{action}{stage.index}" for action, stage in self.schedule.runs)
+        names = (stage.engine(action) for action, stage in self.schedule.runs)
         return LoopGraph(loop, {name: self.engines[name] for name in names}, recorder)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -472,7 +472,7 @@ class Pipeline(ChangingWeights):
             where = "engine condition"
         elif first is not None:
             stage = next(stage for stage, steps in self.schedule if first in [step.index for step in steps])
-            where = f"engine {stage.name} at step {first + 1} of {self.schedule.nfe}"
+            where = f"engine {stage.engine(self.schedule.action(first))} at step {first + 1} of {self.schedule.nfe}"
         elif not fine(latents):
             where = f"the sampler, after {len(healthy)} steps with finite velocities"
         else:

@@ -109,10 +109,11 @@ def test_features_that_there_are_not(folder):
 
 
 def test_cheaper_engines_take_what_the_computed_one_gives():
+    stage = Stage(1, 6, 1)
     inputs = [TensorSpec("tokens", (4, 6, 3), "bf16"), TensorSpec("context", (4, 5, 8), "bf16")]
     for features, acts in ACTS.items():
-        given = {s.name: s for s in engine_spec(COMPUTED, 1, inputs, features).outputs}
+        given = {s.name: s for s in engine_spec(COMPUTED, stage, inputs, features).outputs}
         for action in acts:
-            spec = engine_spec(action, 1, inputs, features)
+            spec = engine_spec(action, stage, inputs, features)
             assert spec.name == f"{action}1" and spec.inputs[:2] == tuple(inputs)
             assert [s for s in spec.inputs[2:]] == [given[name] for name in TAKES.get(action, ())]
