@@ -12,6 +12,7 @@ The modules below run diffusers' own weights under their own names, arranged for
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -32,6 +33,7 @@ from jitexport.models.layers import (
     joint_block,
     last_layer,
     modulate,
+    modulated,
     run_linear,
     runs_in_int8,
     stream,
@@ -39,7 +41,7 @@ from jitexport.models.layers import (
     time_embedding,
 )
 from jitexport.models.schedulers import flow_sigmas, resolution_shift
-from jitexport.models.stages import Evaluation, TransformerStage
+from jitexport.models.stages import Evaluation, TransformerStage, doubles_then_singles
 from jitexport.models.tokens import Cell, Memo, flux_cells
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
@@ -147,23 +149,15 @@ class FluxStage(TransformerStage):
         d, half = model.inner_dim, len(model.transformer_blocks)
         *parts, out = modulation.split([12 * d] * len(doubles) + [3 * d] * len(singles) + [2 * d], dim=-1)
 
-        def blocks(start: int, stop: int, image: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
-            for i in range(start, min(stop, half)):
-                image, text = self.double_block(doubles[i], image, text, parts[i], cos, sin, *memo)
-            if stop <= half:
-                return image, text
-            x = torch.cat([text, image], dim=1)
-            for i in range(max(start, half), stop):
-                x = self.single_block(singles[i - half], x, parts[i], cos, sin, *memo)
-            return x[:, text.shape[1] :], x[:, : text.shape[1]]
+        def double(i: int, image: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
+            return self.double_block(doubles[i], image, text, parts[i], cos, sin, *memo)
 
-        def output(image: Tensor) -> Tensor:
-            return last_layer(model, image, out)
+        def single(i: int, x: Tensor, *memo: Memo) -> Tensor:
+            return self.single_block(singles[i], x, parts[half + i], cos, sin, *memo)
 
-        def first_input(image: Tensor) -> Tensor:
-            shift, scale, *_ = parts[0].split(d, dim=-1)
-            return modulate(doubles[0].norm1.norm, image, shift, scale)
-
+        blocks = doubles_then_singles(half, double, single)
+        output = partial(last_layer, model, modulation=out)
+        first_input = partial(modulated, doubles[0].norm1.norm, parts[0])
         image, depth = model.x_embedder(tokens), len(parts)
         return self.act(Evaluation(image, context, depth, half, blocks, output, first_input), kept)
 

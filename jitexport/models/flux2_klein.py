@@ -13,6 +13,7 @@ The modules below run diffusers' own weights under their own names, arranged for
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -35,6 +36,7 @@ from jitexport.models.layers import (
     joint_block,
     last_layer,
     modulate,
+    modulated,
     run_linear,
     runs_in_int8,
     text_side,
@@ -42,7 +44,7 @@ from jitexport.models.layers import (
 )
 from jitexport.models.naming import FUSED, TRANSFORMER, Aliases, Naming, Prefix, Target
 from jitexport.models.schedulers import flow_sigmas, scheduler_shift
-from jitexport.models.stages import Evaluation, TransformerStage
+from jitexport.models.stages import Evaluation, TransformerStage, doubles_then_singles
 from jitexport.models.tokens import Cell, Memo, flux_cells
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
@@ -188,25 +190,17 @@ class KleinStage(TransformerStage):
         model = self.transformer
         doubles, singles = model.transformer_blocks, model.single_transformer_blocks
         d, half = model.inner_dim, len(model.transformer_blocks)
-        double, single, out = modulation[None].split([12 * d, 3 * d, 2 * d], dim=-1)
+        of_double, of_single, out = modulation[None].split([12 * d, 3 * d, 2 * d], dim=-1)
 
-        def blocks(start: int, stop: int, image: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
-            for i in range(start, min(stop, half)):
-                image, text = self.double_block(doubles[i], image, text, double, cos, sin, *memo)
-            if stop <= half:
-                return image, text
-            x = torch.cat([text, image], dim=1)
-            for i in range(max(start, half), stop):
-                x = self.single_block(singles[i - half], x, single, cos, sin, *memo)
-            return x[:, text.shape[1] :], x[:, : text.shape[1]]
+        def double(i: int, image: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
+            return self.double_block(doubles[i], image, text, of_double, cos, sin, *memo)
 
-        def output(image: Tensor) -> Tensor:
-            return last_layer(model, image, out)
+        def single(i: int, x: Tensor, *memo: Memo) -> Tensor:
+            return self.single_block(singles[i], x, of_single, cos, sin, *memo)
 
-        def first_input(image: Tensor) -> Tensor:
-            shift, scale, *_ = double.split(d, dim=-1)
-            return modulate(doubles[0].norm1, image, shift, scale)
-
+        blocks = doubles_then_singles(half, double, single)
+        output = partial(last_layer, model, modulation=out)
+        first_input = partial(modulated, doubles[0].norm1, of_double)
         image, depth = run_linear(model.x_embedder, tokens), half + len(singles)
         return self.act(Evaluation(image, context, depth, half, blocks, output, first_input), kept)
 

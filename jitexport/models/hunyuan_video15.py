@@ -15,6 +15,7 @@ The modules below run diffusers' own weights under their own names, arranged for
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +42,7 @@ from jitexport.models.layers import (
     image_side,
     joint_block,
     last_layer,
-    modulate,
+    modulated,
     text_side,
     time_embedding,
 )
@@ -208,13 +209,8 @@ class HunyuanStage(TransformerStage):
         def block(i: int, video: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
             return self.double_block(layers[i], video, text, parts[i], cos, sin, mask, *memo)
 
-        def output(video: Tensor) -> Tensor:
-            return last_layer(model, video, out)
-
-        def first_input(video: Tensor) -> Tensor:
-            shift, scale, *_ = parts[0].split(d, dim=-1)
-            return modulate(layers[0].norm1.norm, video, shift, scale)
-
+        output = partial(last_layer, model, modulation=out)
+        first_input = partial(modulated, layers[0].norm1.norm, parts[0])
         depth = len(layers)
         return self.act(Evaluation(video, context, depth, depth // 2, in_turn(block), output, first_input), kept)
 

@@ -23,6 +23,12 @@ def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor
     return norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
+def modulated(norm: nn.Module, modulation: Tensor, x: Tensor) -> Tensor:
+    """What a block's first layer sees of x [B, L, D], by modulation [B or 1, n D] that begins with shift and scale."""
+    shift, scale, *_ = modulation.split(x.shape[-1], dim=-1)
+    return modulate(norm, x, shift, scale)
+
+
 def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """x + gate * update for x [B, L, D] and a vector [B, D]."""
     return (x + gate[:, None] * update).to(x.dtype)

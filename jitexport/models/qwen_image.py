@@ -12,6 +12,7 @@ The modules below run diffusers' own weights under their own names, arranged for
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -29,7 +30,7 @@ from jitexport.models.layers import (
     image_side,
     joint_block,
     last_layer,
-    modulate,
+    modulated,
     text_side,
 )
 from jitexport.models.naming import FUSED, TRANSFORMER, Aliases, Naming, Prefix, Target
@@ -145,13 +146,8 @@ class QwenImageStage(TransformerStage):
         def block(i: int, image: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
             return self.double_block(layers[i], image, text, parts[i], cos, sin, mask, *memo)
 
-        def output(image: Tensor) -> Tensor:
-            return last_layer(model, image, out)
-
-        def first_input(image: Tensor) -> Tensor:
-            shift, scale, *_ = parts[0].split(d, dim=-1)
-            return modulate(layers[0].img_norm1, image, shift, scale)
-
+        output = partial(last_layer, model, modulation=out)
+        first_input = partial(modulated, layers[0].img_norm1, parts[0])
         image, depth = model.img_in(tokens), len(layers)
         return self.act(Evaluation(image, context, depth, depth // 2, in_turn(block), output, first_input), kept)
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,6 +30,7 @@ from jitexport.models.layers import (
     gated,
     last_layer,
     modulate,
+    modulated,
     run_linear,
     runs_in_int8,
     stream,
@@ -370,10 +371,7 @@ class SD3Stage(TransformerStage):
             # The model writes a token's channels last, and reads them first: [p, q, C] -> [C, p, q].
             return last_layer(model, image, out).unflatten(-1, (PATCH**2, -1)).transpose(-1, -2).flatten(-2)
 
-        def first_input(image: Tensor) -> Tensor:
-            shift, scale, *_ = parts[0].split(model.inner_dim, dim=-1)
-            return modulate(layers[0].norm1.norm, image, shift, scale)
-
+        first_input = partial(modulated, layers[0].norm1.norm, parts[0])
         depth = len(layers)
         return self.act(Evaluation(image, context, depth, depth // 2, in_turn(block), output, first_input), kept)
 

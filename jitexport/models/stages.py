@@ -73,6 +73,32 @@ def in_turn(block: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
     return blocks
 
 
+def doubles_then_singles(
+    half: int,
+    double: Callable[..., tuple[Tensor, Tensor]],
+    single: Callable[..., Tensor],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`Evaluation.blocks` of FLUX's two kinds: blocks of image and text, then blocks of both in one buffer.
+
+    Args:
+        half: number of double blocks.
+        double: (number, image, text) -> image and text.
+        single: (number, from 0, text and image in one) -> the same.
+    """
+    doubles = in_turn(double)
+
+    def blocks(start: int, stop: int, image: Tensor, text: Tensor, *memo: Memo) -> tuple[Tensor, Tensor]:
+        image, text = doubles(start, min(stop, half), image, text, *memo)
+        if stop <= half:
+            return image, text
+        x = torch.cat([text, image], dim=1)
+        for i in range(max(start, half), stop):
+            x = single(i - half, x, *memo)
+        return x[:, text.shape[1] :], x[:, : text.shape[1]]
+
+    return blocks
+
+
 Act = Callable[[Evaluation, Sequence[Tensor]], Tensor | tuple[Tensor, ...]]
 
 
