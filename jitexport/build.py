@@ -45,7 +45,7 @@ from jitexport.compiling import Compilers, Recipe, Task, check_jobs, default_job
 from jitexport.errors import BackendUnavailableError, InputError, VerificationError
 from jitexport.files import temporary_folder
 from jitexport.kernels.native import read_record
-from jitexport.methods.temporal.base import Cache, parse_cache
+from jitexport.methods.temporal.base import Cache
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import ModelSource, download, find_source, load_adapter
 from jitexport.models.stages import TAKES
@@ -351,8 +351,9 @@ def build(
     found = None if calibration is None else read_calibration(calibration, cache)
     cache = cache if found is None else found.cache
     if cache is not None:
-        label = f"{label}-{parse_cache(cache)[0]}"
-        settings = (settings or {}) | {"features": make_cache(cache).features}
+        temporal = make_cache(cache)
+        label = f"{label}-{temporal.name}"
+        settings = (settings or {}) | {"features": temporal.features}
     if quantization is not None:
         settings = (settings or {}) | {"quantization": quantization}
         label = f"{label}-{quantization}"

@@ -185,11 +185,9 @@ def calibrate_model(
     chosen = choose(device, "eager", dtype)
     source = find_source(model, base)
     folder = source.folder or download(source)
-    given = {name: value for name, value in (settings or {}).items() if value is not None} | {"features": "residual"}
+    given = (settings or {}) | {"features": TeaCache.features}
     adapter = load_adapter(replace(source, folder=folder), DTYPES[chosen.dtype], given)
     texts = [prompt.text for prompt in chosen_prompts(prompts, source.name, limit).prompts]
-    for component in adapter.components.values():
-        component.to(chosen.device)
     return calibrate(
         adapter, texts, cache, dtype=chosen.dtype, device=chosen.device,
         progress=lambda done: progress(done, len(texts)), **schedule,

@@ -82,12 +82,9 @@ def step_cost(adapter: ModelAdapter, dtype: str, action: str = COMPUTED) -> Step
     """
 
     def at(tokens: int) -> int:
-        if action == COMPUTED:
-            schedule, names = StageSchedule((Stage(0, tokens, 1),), (1.0, 0.0)), ("condition", "stage0")
-        else:
-            actions = (COMPUTED, action, COMPUTED)
-            schedule, names = StageSchedule((Stage(0, tokens, 3),), (1.0, 0.8, 0.4, 0.0), (), actions), (f"{action}0",)
-        specs = {s.name: s for s in adapter.specs(schedule, 1, dtype)}
+        stage = Stage(0, tokens, 1)
+        specs = {s.name: s for s in adapter.specs(StageSchedule((stage,), (1.0, 0.0)), 1, dtype, further=(action,))}
+        names = ("condition", stage.name) if action == COMPUTED else (stage.engine(action),)
         return sum(count_flops(adapter.module(name), specs[name]) for name in names)
 
     h = 2**16 if action == REFRESH else 64  # there, shares of tokens are rounded to whole tokens

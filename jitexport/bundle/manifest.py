@@ -16,7 +16,7 @@ from jitexport import registry
 from jitexport.errors import JitExportError, ManifestError
 from jitexport.methods.temporal.base import Cache
 from jitexport.models.base import ModelAdapter, ModelDefaults, ModelGeometry
-from jitexport.models.stages import ACTS, GIVES, TAKES, exchanged, kind_of
+from jitexport.models.stages import ACTS, engine_spec, kind_of
 from jitexport.prompting import Tokenizer
 from jitexport.schedule import COMPUTED, FORECAST, Stage, StageSchedule
 from jitexport.specs import EngineSpec, TensorSpec
@@ -342,21 +342,17 @@ class Manifest(_Entry):
         if any(c.shape[0] != schedule.nfe for c in self.constants):
             yield f"constants are not one value per step: {[(c.name, c.shape) for c in self.constants]}"
         yield from self._temporal_contradictions(schedule)
-        features = self.model.settings.get("features")
-        words, width = shared["context"][0][1:] if "context" in shared else (0, 0)
+        if "context" not in shared:
+            yield "neither the condition engine nor a constant gives the stages a context"
+            return
+        context = TensorSpec("context", *shared["context"])
         for action, stage in schedule.runs:
-            tokens = ((rows, stage.tokens, geometry.channels), self.dtype)
-            places = geometry.positions.specs(rows, stage.tokens, self.dtype)
-            handed_on = {
-                name: (spec.shape, spec.dtype) for name, spec in exchanged(
-                    features, cells, rows=rows, tokens=stage.tokens, words=words, width=width, dtype=self.dtype
-                ).items()
-            }
-            spec, known = specs[f"{action}{stage.index}"], shared | {p.name: (p.shape, p.dtype) for p in places}
-            taken = {name: handed_on[name] for name in TAKES.get(action, ()) if name in handed_on}
-            yield from _unlike(spec, known | {"tokens": tokens} | taken)
-            given = [tokens, *(handed_on[name] for name in GIVES.get(kind_of(features), {}).get(action, ()))]
-            if [(o.shape, o.dtype) for o in spec.outputs] != given:
+            tokens = TensorSpec("tokens", (rows, stage.tokens, geometry.channels), self.dtype)
+            wanted = engine_spec(action, stage, (tokens, context), self.model.settings.get("features"), cells)
+            read = (*geometry.positions.specs(rows, stage.tokens, self.dtype), *wanted.inputs)
+            spec = specs[stage.engine(action)]
+            yield from _unlike(spec, shared | {r.name: (r.shape, r.dtype) for r in read})
+            if [(o.shape, o.dtype) for o in spec.outputs] != [(o.shape, o.dtype) for o in wanted.outputs]:
                 yield f"{spec.name} does not give one velocity per token, and what the cache remembers"
         shape: tuple[int, ...] = (geometry.grid.tokens, geometry.channels)
         if geometry.tiles is not None:

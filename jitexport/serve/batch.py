@@ -57,7 +57,6 @@ class Batch:
         self.metrics = metrics
         self._encoders = encoders
         self._previews = [pictures.preview_steps(pipe.schedule, w.job.partial_images) for w in members]
-        self._actions = [step.action for _, steps in pipe.schedule for step in steps]
         self._since = time.monotonic()
         self._marks: list[float] = []
 
@@ -107,8 +106,7 @@ class Batch:
             digits = pictures.detail(tensors["places"], grid)
             for waiting, detail in zip(self.members, digits, strict=False):
                 if waiting.job.steps:
-                    tokens = tensors["places"].shape[1]
-                    action = self._actions[step]
+                    tokens, action = tensors["places"].shape[1], pipe.schedule.action(step)
                     waiting.emit(Step(step + 1, pipe.schedule.nfe, action, tokens, grid.tokens, grid.shape, detail))
         wanting = [i for i, w in enumerate(self.members) if not w.gone and step in self._previews[i]]
         if not wanting:
