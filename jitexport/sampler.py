@@ -17,21 +17,23 @@ from jitexport.schedule import Stage, StageSchedule
 
 EVERY_STEP = EveryStep()
 
-#: (step index, noise level reached, function that computes the latents [B, N, C]) -> latents to go on with, or None
-OnStep = Callable[[int, float, Callable[[], Tensor]], Tensor | None]
-
-
 @dataclass(frozen=True)
 class Look:
-    """What a step can be watched by.
+    """What there is to see of a step; each is computed when it is asked for.
 
     Attributes:
+        latents: behind the step, [B, N, C].
+        clean: the clean latents that it predicts, [B, N, C].
         places: which of the method's places ran, [B, m].
-        clean: computes the clean latents that the step predicts, [B, N, C].
     """
 
-    places: Tensor
+    latents: Callable[[], Tensor]
     clean: Callable[[], Tensor]
+    places: Callable[[], Tensor]
+
+
+#: (step index, noise level reached, what there is to see) -> latents to go on with, or None
+OnStep = Callable[[int, float, Look], Tensor | None]
 
 
 def draw(
@@ -78,7 +80,6 @@ def sample(
     preview: Preview | None = None,
     stop: Callable[[], bool] = lambda: False,
     cache: Cache[Any] = EVERY_STEP,
-    watch: Callable[[Look], None] | None = None,
 ) -> Tensor:
     """Integrate from noise to data through all stages; returns the clean latents [B, N, C], fp32.
 
@@ -89,7 +90,6 @@ def sample(
         preview: decodes latents of half the sides, for methods that look at pictures between stages.
         stop: asked before every step; where it says so, the steps that are left are skipped.
         cache: the temporal method that placed the schedule's actions.
-        watch: shown every step, before `on_step`.
     """
     state, history = None, cache.begin()
     for stage, steps in schedule:
@@ -105,11 +105,11 @@ def sample(
             if stop():
                 break
             u, history = cache.velocity(run, method.tokens(state), step, history)
-            if watch is not None:
-                watch(Look(method.where(state), partial(method.predicted, state, u, step.sigma)))
-            state = method.step(state, u, step.sigma, step.sigma_next)
+            before, state = state, method.step(state, u, step.sigma, step.sigma_next)
             if on_step is not None:
-                changed = on_step(step.index, step.sigma_next, partial(method.latents, state))
+                predicted = partial(method.predicted, before, u, step.sigma)
+                look = Look(partial(method.latents, state), predicted, partial(method.where, before))
+                changed = on_step(step.index, step.sigma_next, look)
                 if changed is not None:
                     state = method.with_latents(state, changed)
     return method.latents(state)

@@ -14,20 +14,19 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 import jitexport
-from jitexport.build import eager_pipeline
 from jitexport.bundle.manifest import Manifest
 from jitexport.bundle.reading import read_manifest
 from jitexport.console import PlainConsole, Table, track
-from jitexport.models.sources import ModelSource, load_adapter
 from jitexport.png import encode_png
 from jitexport.profile import conditions
 from jitexport.profile.measure import matmul_rate
-from jitexport.profile.peers import diffusers_call, diffusers_pipeline, model_folder
+from jitexport.profile.peers import diffusers_call, diffusers_pipeline, eager_bundle
 from jitexport.quant import unquantized
 from jitexport.runtime import Pipeline
 from jitexport.specs import DTYPES
@@ -44,15 +43,9 @@ def pipeline_way(pipe: Pipeline) -> Way:
     return lambda seed: pipe(PROMPT, generator=torch.Generator().manual_seed(seed)).images
 
 
-def eager_way(manifest: Manifest) -> Way:
-    """A bundle's schedule with the model's own modules in fp32, not compiled."""
-    settings = unquantized(manifest.model.settings)
-    adapter = load_adapter(ModelSource(manifest.model.name, folder=model_folder(manifest)), DTYPES["fp32"], settings)
-    method, device = manifest.method, torch.device(manifest.host.device)
-    schedule = manifest.schedule.schedule()
-    return pipeline_way(
-        eager_pipeline(adapter, schedule, method.name, method.options, batch=1, dtype="fp32", device=device)
-    )
+def plain(manifest: Manifest) -> dict[str, Any]:
+    """A model's settings without what is an engine's own."""
+    return unquantized(manifest.model.settings) | {"features": None}
 
 
 def ways(bundles: Sequence[Path]) -> dict[str, Way]:
@@ -65,14 +58,15 @@ def ways(bundles: Sequence[Path]) -> dict[str, Way]:
         f"diffusers, {steps} steps, eager fp32": lambda seed: diffusers_call(pipe, first, [PROMPT], [seed], steps)
     }
     for path, manifest in manifests.items():
-        if manifest.model != first.model and unquantized(manifest.model.settings) != unquantized(first.model.settings):
+        if manifest.model != first.model and plain(manifest) != plain(first):
             raise SystemExit(f"{path} is of another model or size than {bundles[0]}")
         if manifest.batch != 1:
             raise SystemExit(f"{path} is for batches of {manifest.batch}: ratios are of single images")
         speedup = manifest.schedule.speedup or manifest.schedule.predicted_speedup
-        label = f"{manifest.method.name} {speedup:.3g}x, eager fp32"
+        method = manifest.method.name if manifest.cache is None else f"{manifest.method.name}, {manifest.cache.name}"
+        label = f"{method} {speedup:.3g}x, eager fp32"
         if label not in found:
-            found[label] = eager_way(manifest)
+            found[label] = pipeline_way(eager_bundle(manifest, "fp32"))
     return found | {
         f"{path.name}: {manifest.backend} {manifest.precision}": pipeline_way(jitexport.load(path))
         for path, manifest in manifests.items()

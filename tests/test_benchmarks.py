@@ -251,8 +251,7 @@ def test_ratios_are_taken_within_a_round():
 def test_all_ways_make_the_same_image(make_bundle, tiny_flux, monkeypatch, capsys):
     import in_turns
 
-    for module in ("in_turns", "jitexport.profile.peers"):
-        monkeypatch.setattr(f"{module}.model_folder", lambda manifest: tiny_flux)
+    monkeypatch.setattr("jitexport.profile.peers.model_folder", lambda manifest: tiny_flux)
     bundle = make_bundle(custom=CustomSchedule((2, 1, 2), (0.35, 0.62, 1.0)))
     images = {label: np.asarray(way(3)[0]).astype(int) for label, way in in_turns.ways([bundle]).items()}
     first, second, third = images

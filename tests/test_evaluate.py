@@ -17,6 +17,7 @@ from jitexport.evaluate.report import best, curves, markdown_table, worst_first
 from jitexport.evaluate.sources import Latency, bundle_source, bundle_sources, reference_source
 from jitexport.plan import CustomSchedule
 from tests import tiny
+from tests.parity import seeded
 
 JIT = CustomSchedule((2, 2), (0.5, 1.0))
 
@@ -54,6 +55,18 @@ def test_the_reference_is_the_ordinary_sampler_on_the_bundles_own_engines(jit, d
     theirs = jitexport.load(dense)("a red fox", generator=torch.Generator().manual_seed(3), output_type="latent").images
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert source.steps == 5 and source.tflops == pytest.approx(bundle_source(dense).tflops)
+
+
+def test_a_bundle_with_a_cache_is_the_same_reference_and_another_source(make_bundle, dense):
+    """Its engine for all tokens runs every step; what it forecasts is its own, and a part of what images depend on."""
+    custom = CustomSchedule((2, 2), (0.5, 1.0))
+    cached, other = (make_bundle(custom=custom, cache=f"taylorseer:computed=0+2,order={order}") for order in (1, 2))
+    ours = reference_source(cached, 5).open()("a red fox", generator=seeded(3), output_type="latent").images
+    theirs = jitexport.load(dense)("a red fox", generator=seeded(3), output_type="latent").images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    first, second = map(bundle_source, (cached, other))
+    assert first.key != second.key and (first.steps, second.steps) == (3, 3)
+    assert "taylorseer" in first.description
 
 
 def test_a_dense_bundle_equals_the_reference(evaluation):

@@ -154,9 +154,9 @@ def test_an_image_of_a_batch_is_that_seed_alone():
 def test_on_step_sees_every_step_and_may_change_the_latents():
     calls = []
 
-    def on_step(i, sigma, latents):
+    def on_step(i, sigma, look):
         calls.append((i, sigma))
-        return torch.zeros_like(latents()) if i == 4 else None
+        return torch.zeros_like(look.latents()) if i == 4 else None
 
     image = run(jit(), SPARSE, draw(jit(), SPARSE, LATENT, 2, [seeded(0)]), on_step=on_step)
     assert calls == [(i, SPARSE.sigmas[i + 1]) for i in range(5)]
@@ -168,10 +168,12 @@ def test_a_step_shows_its_places_and_the_clean_latents_that_it_predicts(method):
     schedule = SPARSE if method.name == "jit" else FULL
     looks, latents = [], []
     drawn = draw(method, schedule, LATENT, 2, [seeded(0)])
-    image = sample(
-        method, schedule, drawn, model, lambda i, sigma, y: latents.append(y()),
-        watch=lambda look: looks.append((look.places, look.clean())),
-    )
+
+    def on_step(i, sigma, look):
+        latents.append(look.latents())
+        looks.append((look.places(), look.clean()))
+
+    image = sample(method, schedule, drawn, model, on_step)
     assert [places.shape[1] for places, _ in looks] == [s.tokens for s in schedule.stages for _ in range(s.steps)]
     assert torch.equal(looks[-1][1], image)  # the last step goes to the end
     sigmas = schedule.sigmas
@@ -194,7 +196,7 @@ def test_the_predicted_image_has_no_noise_where_tokens_have_not_run():
         first = schedule.steps_of(stage).start
         return lambda action, tokens, step: [(tokens - gather_tokens(clean, where)) / schedule.sigmas[max(step, first)]]
 
-    sample(method, schedule, drawn, begin_stage, watch=lambda look: looks.append(look.clean()))
+    sample(method, schedule, drawn, begin_stage, lambda i, sigma, look: looks.append(look.clean()))
     for predicted in looks:
         torch.testing.assert_close(predicted, clean, atol=1e-4, rtol=0)
 
@@ -207,12 +209,12 @@ def test_changed_latents_are_what_the_next_step_starts_from(method):
         return lambda action, tokens, step: seen.append(tokens) or [torch.zeros_like(tokens)]
 
     drawn = draw(method, FULL, LATENT, 2, [seeded(0)])
-    run(method, FULL, drawn, begin_stage, lambda i, sigma, latents: torch.full_like(latents(), float(i)))
+    run(method, FULL, drawn, begin_stage, lambda i, sigma, look: torch.full_like(look.latents(), float(i)))
     assert [t.unique().tolist() for t in seen[1:]] == [[0.0], [1.0], [2.0], [3.0]]
 
 
 def test_an_exception_in_on_step_ends_the_loop():
-    def stop(i, sigma, latents):
+    def stop(i, sigma, look):
         if i == 2:
             raise RuntimeError("enough")
 

@@ -398,6 +398,11 @@ class Manifest(_Entry):
         return self.model.adapter().defaults_of(self.model.configs, self.model.settings)
 
     @property
+    def temporal(self) -> Cache[Any] | None:
+        """The temporal method, if there is one."""
+        return None if self.cache is None else self.cache.cache()
+
+    @property
     def precision(self) -> str:
         """The dtype, and the 8-bit type of the linear layers where they have one: "bf16", "bf16 + int8"."""
         kind = self.model.settings.get("quantization")

@@ -28,6 +28,7 @@ from jitexport.evaluate.prompts import PromptSet
 from jitexport.models.base import ModelAdapter
 from jitexport.profile import conditions
 from jitexport.runtime import Pipeline, load
+from jitexport.sampler import EVERY_STEP
 from jitexport.schedule import Stage, StageSchedule
 from jitexport.specs import DTYPES
 
@@ -76,13 +77,14 @@ def bundle_source(path: Path, label: str | None = None) -> Source:
         )
     schedule = manifest.schedule
     stages = " / ".join(f"{s.steps} steps x {s.tokens}" for s in schedule.stages)
+    forecasts = "" if manifest.cache is None else f", cache {manifest.cache.name}"
     return Source(
         label=label or path.resolve().name,
         method=manifest.method.name,
-        description=f"{manifest.method.name}, preset {manifest.method.preset}, {manifest.backend} "
+        description=f"{manifest.method.name}, preset {manifest.method.preset}{forecasts}, {manifest.backend} "
         f"{manifest.precision}: {stages} tokens",
         key=bundle_key(manifest),
-        steps=schedule.schedule().nfe,
+        steps=len(schedule.schedule().computed),
         tflops=schedule.tflops,
         open=lambda: quiet(load(path)),
     )
@@ -92,6 +94,8 @@ def bundle_key(manifest: Manifest) -> str:
     """A digest of everything in a manifest that images depend on: a bundle that is built again keeps its images."""
     fields = {"jitexport_version", "model", "geometry", "method", "schedule", "backend", "dtype", "batch", "weights"}
     said = manifest.model_dump(mode="json", include=fields)
+    if manifest.cache is not None:
+        said["cache"] = {"name": manifest.cache.name, "options": manifest.cache.options}
     golden = {e.golden for e in manifest.engines}
     said["files"] = sorted((f.path, f.sha256) for f in manifest.files if f.path not in golden)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
@@ -214,6 +218,7 @@ def dense_pipeline(pipe: Pipeline, stage: str, sigmas: tuple[float, ...]) -> Pip
     dense.schedule = StageSchedule((Stage(0, pipe.geometry.grid.tokens, len(sigmas) - 1),), sigmas)
     method = registry.method("dense")
     dense.method = method(pipe.geometry.grid, method.options("default"))
+    dense.cache = EVERY_STEP
     dense.engines = {
         "text": pipe.engines["text"],
         "condition": RepeatedCondition(pipe.engines["condition"]),

@@ -16,12 +16,13 @@ from jitexport.specs import DTYPES
 
 if TYPE_CHECKING:
     from jitexport.bundle.manifest import Manifest
+    from jitexport.runtime import Pipeline
 
 #: What `--against` takes, and what it is.
 PEERS: dict[str, str] = {
     "diffusers": "the ordinary pipeline, eager, fp32",
     "compile": "the ordinary pipeline with a torch.compile'd transformer, in the bundle's dtype",
-    "few-step": "the ordinary pipeline with as many steps as the bundle has, eager, in the bundle's dtype",
+    "few-step": "the ordinary pipeline with as many steps as the bundle computes, eager, in the bundle's dtype",
     "eager": "the bundle's own schedule and modules, not compiled, fp32",
 }
 
@@ -41,7 +42,7 @@ def measure_peer(peer: str, manifest: Manifest, prompt: str, *, repeats: int) ->
             manifest, prompt, steps=schedule.reference_steps, dtype=dtype, compiled=True, repeats=repeats
         ),
         "few-step": lambda: diffusers_profile(
-            manifest, prompt, steps=schedule.schedule().nfe, dtype=dtype, repeats=repeats
+            manifest, prompt, steps=len(schedule.schedule().computed), dtype=dtype, repeats=repeats
         ),
         "eager": lambda: eager_profile(manifest, prompt, dtype="fp32", repeats=repeats),
     }
@@ -103,8 +104,8 @@ def diffusers_profile(
     return profile_call(call, label, repeats=repeats)
 
 
-def eager_profile(manifest: Manifest, prompt: str, *, dtype: str, repeats: int) -> Profile:
-    """The bundle's own schedule and stage modules, not compiled.
+def eager_bundle(manifest: Manifest, dtype: str) -> Pipeline:
+    """The bundle's own schedule, methods and stage modules, not compiled and without quantization.
 
     Raises:
         InputError: the bundle's model is not at hand.
@@ -115,7 +116,7 @@ def eager_profile(manifest: Manifest, prompt: str, *, dtype: str, repeats: int) 
 
     source = ModelSource(manifest.model.name, folder=model_folder(manifest))
     adapter = load_adapter(source, DTYPES[dtype], unquantized(manifest.model.settings))
-    pipe = eager_pipeline(
+    return eager_pipeline(
         adapter,
         manifest.schedule.schedule(),
         manifest.method.name,
@@ -123,10 +124,19 @@ def eager_profile(manifest: Manifest, prompt: str, *, dtype: str, repeats: int) 
         batch=manifest.batch,
         dtype=dtype,
         device=torch.device(manifest.host.device),
+        cache=manifest.temporal,
     )
+
+
+def eager_profile(manifest: Manifest, prompt: str, *, dtype: str, repeats: int) -> Profile:
+    """`eager_bundle`, measured.
+
+    Raises:
+        InputError: the bundle's model is not at hand.
+    """
     schedule = manifest.schedule
     return profile_pipeline(
-        pipe,
+        eager_bundle(manifest, dtype),
         f"{manifest.method.name}, eager {dtype}",
         prompt,
         flops=engine_flops(manifest),

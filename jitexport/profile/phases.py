@@ -18,6 +18,7 @@ from jitexport.backends.base import Engine
 from jitexport.png import encode_all
 from jitexport.profile.measure import PeakMemory, Timing, matmul_rate, now
 from jitexport.runtime import Pipeline
+from jitexport.sampler import Look
 from jitexport.schedule import FORECAST, Stage, Step
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class Recorder:
             yield Span(run.phase, begin, until)
             begin = until
 
-    def _on_step(self, step: int, sigma: float, latents: Callable[[], Tensor]) -> None:
+    def _on_step(self, step: int, sigma: float, look: Look) -> None:
         self.step_ends.append(now(self.device))
 
     def _loop(self, runs: Sequence[Span], begin: float) -> list[Span]:

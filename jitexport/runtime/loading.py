@@ -105,7 +105,7 @@ def load(
         readers=readers,
         batch_size=manifest.batch,
         passes=manifest.passes,
-        cache=None if manifest.cache is None else manifest.cache.cache(),
+        cache=manifest.temporal,
         constants=engines.constants(),
         dtype=DTYPES[manifest.dtype],
         device=engines.device,

@@ -232,12 +232,11 @@ class Pipeline(ChangingWeights):
         stop: Callable[[], bool] = lambda: False,
         healthy: dict[int, Tensor] | None = None,
         guided: Guided | None = None,
-        watch: Callable[[Look], None] | None = None,
     ) -> Tensor:
         """The stage loop: clean latents [B, N, C], fp32. As one CUDA graph where `at_once` says so and no `on_step`.
 
         Args:
-            on_step, stop, watch: see `sampler.sample`.
+            on_step, stop: see `sampler.sample`.
             healthy: is given a truth value for each step that runs an engine, on the device: whether its velocity is
                 finite.
             guided: classifier-free guidance.
@@ -268,9 +267,7 @@ class Pipeline(ChangingWeights):
 
             return run
 
-        return sample(
-            self.method, self.schedule, draws, begin_stage, on_step, self.preview, stop, self.cache, watch
-        )
+        return sample(self.method, self.schedule, draws, begin_stage, on_step, self.preview, stop, self.cache)
 
     def at_once(self, guided: Guided | None) -> bool:
         """Whether the loop runs as a graph: where there is one, and all steps have a second pass or none has."""
@@ -424,21 +421,18 @@ class Pipeline(ChangingWeights):
                 embeddings = texts.embeddings(self, rows)
                 condition = self.condition(embeddings, request.distilled)
                 guided = self._guided(request, rows)
-                looks: list[Look] = []
 
-                def on_step(i: int, sigma: float, latents: Callable[[], Tensor]) -> Tensor | None:
+                def on_step(i: int, sigma: float, look: Look) -> Tensor | None:
                     progress.advance(task)
                     watch.look()
                     if callback is None:
                         return None
-                    look = looks.pop()  # noqa: B023 - called at once
-                    return self._callback(callback, names, i, latents, embeddings, look)  # noqa: B023 - the same
+                    return self._callback(callback, names, i, look, embeddings)  # noqa: B023 - called at once
 
                 at_once = self.at_once(guided) and callback is None and not call.interrupted
                 healthy: dict[int, Tensor] | None = None if at_once else {}
                 y = self.denoise(
-                    condition, chunk, None if at_once else on_step, lambda: call.interrupted, healthy, guided,
-                    None if callback is None else looks.append,
+                    condition, chunk, None if at_once else on_step, lambda: call.interrupted, healthy, guided
                 )
                 progress.advance(task, self.schedule.nfe if at_once else 0)
                 pictures = y if output_type == "latent" else self.decode(y)
@@ -487,14 +481,12 @@ class Pipeline(ChangingWeights):
         callback: Callback,
         names: Sequence[str],
         step: int,
-        latents: Callable[[], Tensor],
-        embeddings: Sequence[Tensor],
         look: Look,
+        embeddings: Sequence[Tensor],
     ) -> Tensor | None:
         """Run a callback outside of inference mode, on tensors that it may keep; the latents that it asks for."""
-        y = latents()
-        watched = {"clean": look.clean, "places": lambda: look.places}
-        watched = {name: compute() for name, compute in watched.items() if name in names}
+        y = look.latents()
+        watched = {name: getattr(look, name)() for name in ("clean", "places") if name in names}
         with plain():
             given = {"latents": y.clone()} | {name: value.clone() for name, value in watched.items()}
             if "prompt_embeds" in names:
