@@ -10,23 +10,20 @@ Images come from the eager modules, in bf16 where the CPU computes in it; the sc
 `jitexport evaluate`.
 """
 
-import argparse
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import torch
-from comparison import Deadline, OutOfTime, Printing, built, signed, write_results
+from comparison import against_50_steps, signed, usual_arguments, write_results
 from torch import Tensor
 
 from jitexport.build import eager_pipeline
 from jitexport.choice import choose
-from jitexport.evaluate import Evaluation, compare, write_report
-from jitexport.evaluate.evaluation import demo_prompts
+from jitexport.evaluate import Evaluation, write_report
 from jitexport.evaluate.report import markdown_table
-from jitexport.evaluate.sources import Source, bundle_source, quiet, relabelled
+from jitexport.evaluate.sources import Source, quiet
 from jitexport.evaluate.statistics import Score
 from jitexport.flops import meta_adapter, step_cost
 from jitexport.grid import scatter_tokens
@@ -175,21 +172,8 @@ def differences(evaluation: Evaluation, measure: str) -> dict[str, Score]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--folder", type=Path, default=Path("out/evaluation"), help="images, kept from run to run")
-    parser.add_argument("--output", "-o", type=Path, default=Path("docs/results"))
-    parser.add_argument("--minutes", type=float, help="stop after about that long, to be started again")
-    args = parser.parse_args()
-
-    reference = built("dense-50", args.folder / "bundles", "eager")
-    try:
-        evaluation = compare(
-            [source(v) for v in variants()], relabelled(bundle_source(reference), "dense-50"), reference,
-            demo_prompts(args.prompts), args.folder / "images", timed=0, progress=Deadline(Printing(), args.minutes),
-        )  # fmt: skip
-    except OutOfTime as stopped:
-        raise SystemExit(str(stopped)) from None
+    args = usual_arguments(__doc__, prompts=24).parse_args()
+    evaluation = against_50_steps([source(v) for v in variants()], args)
     quality, likeness = (differences(evaluation, m) for m in ("demo_psnr", "psnr"))
     lines = ["| | PSNR to the prompted picture, dB | PSNR to the reference, dB |", "|---|---|---|"]
     lines += [f"| {label} | {signed(quality[label])} | {signed(likeness[label])} |" for label in quality]

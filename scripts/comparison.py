@@ -150,6 +150,32 @@ def write_results(
     stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
+def usual_arguments(doc: str, prompts: int) -> argparse.ArgumentParser:
+    """What scripts take that compare ways of making the demo model's images."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=prompts)
+    parser.add_argument("--folder", type=Path, default=Path("out/evaluation"), help="images, kept from run to run")
+    parser.add_argument("--output", "-o", type=Path, default=Path("docs/results"))
+    parser.add_argument("--minutes", type=float, help="stop after about that long, to be started again")
+    return parser
+
+
+def against_50_steps(sources: Sequence[Source], args: argparse.Namespace) -> Evaluation:
+    """Sources of uncompiled images beside the ordinary sampler's, untimed.
+
+    Raises:
+        SystemExit: the time of `--minutes` is over.
+    """
+    reference = built(REFERENCE, args.folder / "bundles", "eager")
+    try:
+        return compare(
+            sources, relabelled(bundle_source(reference), REFERENCE), reference, demo_prompts(args.prompts),
+            args.folder / "images", timed=0, progress=Deadline(Printing(), args.minutes),
+        )  # fmt: skip
+    except OutOfTime as stopped:
+        raise SystemExit(str(stopped)) from None
+
+
 def against_dense(evaluation: Evaluation) -> str:
     """Who wins at equal cost: differences to dense sampling with as many steps as the same cost would pay for."""
     measures = [m for m in ("demo_psnr", "psnr", "vae_distance", "sharpness") if m in evaluation.measures]
@@ -181,16 +207,12 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = usual_arguments(__doc__, prompts=48)
     parser.add_argument("--backend", default="auto", help="of the bundles: the machine's (default), aoti, eager, onnx")
     parser.add_argument("--bundles", type=Path, default=Path("engines"), help="taken from here, or built here")
     parser.add_argument("--sources", nargs="+", choices=RECIPES, metavar="NAME", help="some of them; all by default")
-    parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--timed", type=int, default=5, help="images that a latency is the median of")
     parser.add_argument("--only", choices=("build", "latency", "images"), help="do a part, and write no report")
-    parser.add_argument("--folder", type=Path, default=Path("out/evaluation"), help="images, kept from run to run")
-    parser.add_argument("--output", "-o", type=Path, default=Path("docs/results"))
-    parser.add_argument("--minutes", type=float, help="stop after about that long, to be started again")
     args = parser.parse_args()
 
     names = chosen(args.sources or list(RECIPES))

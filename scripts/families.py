@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,17 +47,9 @@ for bundle in sys.argv[1:]:
 
 def tiny_pipelines(root: Path) -> Iterator[Path]:
     """Folders of one pipeline of each family, and of a model of four steps."""
-    from tests import tiny, tiny_flux2_klein, tiny_hunyuan_video15, tiny_qwen_image, tiny_sd3
+    from tests.tiny_families import SAVE
 
-    for name, save in {
-        "FLUX.1": partial(tiny.save_flux, guidance=True),
-        "FLUX.1-4-steps": partial(tiny.save_flux, guidance=False),
-        "SD3.5": partial(tiny_sd3.save_sd3, medium35=True),
-        "SD3": partial(tiny_sd3.save_sd3, medium35=False),
-        "Qwen-Image": tiny_qwen_image.save,
-        "FLUX.2-klein": tiny_flux2_klein.save_klein,
-        "HunyuanVideo-1.5": tiny_hunyuan_video15.save_hunyuan_video15,
-    }.items():
+    for name, save in SAVE.items():
         yield save(root / name)
 
 

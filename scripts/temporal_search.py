@@ -8,21 +8,17 @@ computed steps are what the budget pays for). Images come from the eager modules
 the scores and intervals are those of `jitexport evaluate`. Results go to docs/results/temporal-search.{md,json}.
 """
 
-import argparse
 import hashlib
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from ablations import BATCH, DTYPE
-from comparison import Deadline, OutOfTime, Printing, built, write_results
+from comparison import against_50_steps, usual_arguments, write_results
 
 from jitexport.build import eager_pipeline
-from jitexport.evaluate import compare
-from jitexport.evaluate.evaluation import demo_prompts
 from jitexport.evaluate.report import markdown_table
-from jitexport.evaluate.sources import Source, bundle_source, quiet, relabelled
+from jitexport.evaluate.sources import Source, quiet
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import find_source, load_adapter
 from jitexport.plan import Plan, plan
@@ -94,21 +90,8 @@ def source(candidate: Candidate) -> Source:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--folder", type=Path, default=Path("out/evaluation"), help="images, kept from run to run")
-    parser.add_argument("--output", "-o", type=Path, default=Path("docs/results"))
-    parser.add_argument("--minutes", type=float, help="stop after about that long, to be started again")
-    args = parser.parse_args()
-
-    reference = built("dense-50", args.folder / "bundles", "eager")
-    try:
-        evaluation = compare(
-            [source(c) for c in candidates()], relabelled(bundle_source(reference), "dense-50"), reference,
-            demo_prompts(args.prompts), args.folder / "images", timed=0, progress=Deadline(Printing(), args.minutes),
-        )  # fmt: skip
-    except OutOfTime as stopped:
-        raise SystemExit(str(stopped)) from None
+    args = usual_arguments(__doc__, prompts=8).parse_args()
+    evaluation = against_50_steps([source(c) for c in candidates()], args)
     write_results(
         args.output / "temporal-search", evaluation, title="Temporal methods and their part of a speed-up, demo model",
         table=markdown_table(evaluation, ["psnr", "demo_psnr", "sharpness", "pair_right", "ssim"]),

@@ -19,21 +19,17 @@ from jitexport.backends.base import Engine
 from jitexport.build import compare, eager_pipeline, probe_inputs, tolerance, verify_engine
 from jitexport.kernels import native
 from jitexport.plan import CustomSchedule, plan
-from tests import tiny_flux2_klein, tiny_hunyuan_video15, tiny_qwen_image, tiny_sd3
+from tests import tiny_hunyuan_video15
+from tests.tiny_families import FAMILIES
 
 CPU = torch.device("cpu")
 SHORT = "a fox"  # leaves padding, which masks hide
-FAMILIES = {
-    "HunyuanVideo15Pipeline": tiny_hunyuan_video15.save_hunyuan_video15,
-    "QwenImagePipeline": tiny_qwen_image.save,
-    "StableDiffusion3Pipeline": partial(tiny_sd3.save_sd3, medium35=True),
-    "Flux2KleinPipeline": tiny_flux2_klein.save_klein,
-}
+OTHERS = {family: save for family, save in FAMILIES.items() if family != "FluxPipeline"}
 #: What AOTInductor compiles: stages, and a decoder that scales its latents by numbers of the configuration.
-COMPILED = {*((family, "stage0") for family in FAMILIES), ("QwenImagePipeline", "decode")}
+COMPILED = {*((family, "stage0") for family in OTHERS), ("QwenImagePipeline", "decode")}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=OTHERS)
 def eager(request, tmp_path_factory):
     """The adapter of a family's tiny model, and its eager pipeline of one stage, two steps."""
     folder = FAMILIES[request.param](tmp_path_factory.mktemp("engines") / "model")

@@ -9,15 +9,12 @@ from jitexport.errors import InputError, UnknownNameError
 from jitexport.models.stages import ACTS, INDICATOR, REFRESH, TAKES, act_of, engine_spec, kind_of
 from jitexport.schedule import COMPUTED, Stage, StageSchedule
 from jitexport.specs import DTYPES, TensorSpec
-from tests import tiny
-from tests.models.test_engines import FAMILIES
-
-EVERY = {"FluxPipeline": lambda folder: tiny.save_flux(folder, guidance=True), **FAMILIES}
+from tests.tiny_families import FAMILIES
 
 
-@pytest.fixture(scope="module", params=EVERY)
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory):
-    return request.param, EVERY[request.param](tmp_path_factory.mktemp("stages") / "model")
+    return request.param, FAMILIES[request.param](tmp_path_factory.mktemp("stages") / "model")
 
 
 def made(folder, features):

@@ -1,6 +1,7 @@
 """ToCa: against a loop written out around diffusers' own modules, with attention frozen, and as bundles."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -21,33 +22,17 @@ from jitexport.schedule import COMPUTED, Step
 from jitexport.specs import DTYPES
 from tests.methods.temporal.test_loop import PROMPT, latents, pipeline
 from tests.parity import seeded
+from tests.tiny_families import SAVE
 
 # --- the refresh engine of every family, where all tokens are refreshed ---
 
-FAMILIES = ["flux", "sd3", "sd3.5", "klein", "qwen", "hunyuan"]
+MODELS = [name for name in SAVE if name != "FLUX.1-4-steps"]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, tiny_flux):
-    from tests import tiny_flux2_klein, tiny_hunyuan_video15, tiny_qwen_image, tiny_sd3
-
+def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    makers = {
-        "flux": lambda folder: tiny_flux,
-        "sd3": lambda folder: tiny_sd3.save_sd3(folder, medium35=False),
-        "sd3.5": lambda folder: tiny_sd3.save_sd3(folder, medium35=True),
-        "klein": tiny_flux2_klein.save_klein,
-        "qwen": tiny_qwen_image.save,
-        "hunyuan": tiny_hunyuan_video15.save_hunyuan_video15,
-    }
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = makers[name](root / name)
-        return made[name]
-
-    return get
+    return cache(lambda name: SAVE[name](root / name))
 
 
 class Engines:
@@ -68,7 +53,7 @@ class Engines:
         return engine(*self._inputs(engine.spec, tokens, step, *beside))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_all_tokens_refreshed_with_the_same_attention_are_the_computed_step(folders, family):
     run = Engines(folders(family), fresh=1)
     tokens = run.tokens(0)
@@ -78,7 +63,7 @@ def test_all_tokens_refreshed_with_the_same_attention_are_the_computed_step(fold
     assert not torch.allclose(run("refresh", tokens, 2, 2 * attention, updates, scores)[0], u, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_a_refresh_is_a_computed_step_whose_attention_is_frozen(folders, family, monkeypatch):
     """At another step, so with its modulation and its gates: attention of the first step is played back in a second."""
     run = Engines(folders(family), fresh=1)
@@ -104,7 +89,7 @@ def test_a_refresh_is_a_computed_step_whose_attention_is_frozen(folders, family,
     assert not torch.allclose(refreshed, updates, atol=1e-2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_a_share_of_each_cell_is_refreshed(folders, family):
     run = Engines(folders(family), fresh=0.2)
     _, attention, updates, scores = run(COMPUTED, run.tokens(0), 0)
@@ -277,7 +262,7 @@ def test_a_stage_begins_anew(tiny_flux):
     assert latents(pipe).isfinite().all()
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd3.5"])
+@pytest.mark.parametrize("family", ["SD3", "SD3.5"])
 def test_guided_images_are_the_same_in_one_run_or_two(folders, family):
     call = {"guidance_scale": 4.0, "negative_prompt": "a dog"}
     one, both = (
