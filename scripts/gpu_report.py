@@ -1,12 +1,17 @@
 """What a GPU does with FLUX.1-dev: ceilings, the ordinary pipeline, and this package's engines, in one command.
 
     python scripts/gpu_report.py            # at most 9 minutes; run again for the parts that it had no time for
+    python scripts/gpu_report.py --config shallow --only ours-4x-graph --out out/build     # engines alone, in a minute
 
 The transformer has FLUX.1-dev's configuration and random bf16 weights made on the device (11.9 billion parameters, 24
 GB), at 1024 x 1024 with 512 text tokens: no checkpoint, no network. Random weights take as long as trained ones.
 
-Needs torch 2.11 or newer, numpy, scipy, pillow, rich, safetensors, tokenizers and transformers as they come with many
-images, and diffusers, whose wheel is pure Python (with importlib_metadata). Not pydantic, not torchao.
+Our engines are AOTInductor's, of regions: one library for each kind of block and number of tokens, whatever the depth.
+They are kept in --engines and are not compiled again, so that a shallow model of the same width builds them for the
+deep one. Each is compared with the eager module.
+
+Needs torch 2.11 or newer, numpy, scipy, pillow, rich, safetensors, tokenizers, pydantic and transformers, and
+diffusers, whose wheel is pure Python (with importlib_metadata). Not torchao.
 
 Every part has an estimate and is left out, with the reason, when less than that is left. Results are kept in --out
 after each part, and a part that has one is not run again.
@@ -15,31 +20,39 @@ after each part, and a part that has one is not run again.
 import argparse
 import dataclasses
 import json
+import os
 import platform
+import shutil
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jitexport import quant, registry
+from jitexport.backends.aoti import PROGRAM, REGIONS, AOTInductorBackend
 from jitexport.backends.base import Engine
 from jitexport.backends.eager import as_engine
+from jitexport.build import compare
 from jitexport.console import err
 from jitexport.graphs import CUDARecorder
 from jitexport.methods.base import Draws
 from jitexport.models.sources import ModelSource, config_adapter, find_source
 from jitexport.plan import Plan, plan
-from jitexport.profile.measure import Timing, conditions, copy_rate, matmul_rate, now
+from jitexport.profile.measure import Timing, conditions, copy_rate, matmul_rate, now, shortest
 from jitexport.quant import quantize_linears
 from jitexport.runtime import Condition, Pipeline
+from jitexport.specs import DTYPES, EngineSpec
 
 SPEEDUPS = {"dense": 1.0, "4x": 4.0, "7x": 7.0}
 OLDEST_TORCH = (2, 11)
@@ -61,14 +74,19 @@ TINY = {
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
+MODELS = {"flux": "FLUX.1-dev", "shallow": "FLUX.1-dev with 2 + 3 blocks", "tiny": "A tiny FLUX"}
+
+#: As wide as FLUX.1-dev: its blocks are the same, and so are their engines.
+SHALLOW = {"transformer": {"num_layers": 2, "num_single_layers": 3}, "settings": {}}
+
+
 def source(config: str) -> ModelSource:
-    """FLUX.1-dev as it is, or a tiny model of its kind that shows that everything runs."""
+    """FLUX.1-dev as it is, or with a few of its blocks, or a tiny model of its kind that shows that everything runs."""
     flux = find_source("flux")
-    if config == "flux":
-        return flux
-    transformer = flux.configs["transformer"] | TINY["transformer"]
+    changed = {"flux": {"transformer": {}, "settings": {}}, "shallow": SHALLOW, "tiny": TINY}[config]
+    transformer = flux.configs["transformer"] | changed["transformer"]
     return dataclasses.replace(
-        flux, configs=flux.configs | {"transformer": transformer}, settings=flux.settings | TINY["settings"]
+        flux, configs=flux.configs | {"transformer": transformer}, settings=flux.settings | changed["settings"]
     )
 
 
@@ -91,12 +109,26 @@ def has_fp8(device: torch.device) -> bool:
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
+#: Orders in which PyTorch tries its attention kernels; its own where there is none.
+ATTENTION = {
+    "default": None,
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "flash": [SDPBackend.FLASH_ATTENTION],
+}
+
+
+def attention_by(kind: str) -> AbstractContextManager[None]:
+    """Attention by a kind of kernel, in what is run and in what is compiled."""
+    return nullcontext() if ATTENTION[kind] is None else sdpa_kernel(ATTENTION[kind])
+
+
 class Bench:
     """The model on the device, and what is measured on it."""
 
-    def __init__(self, config: str, device: torch.device, engine: str, repeats: int) -> None:
+    def __init__(self, config: str, device: torch.device, engine: str, repeats: int, engines: Path) -> None:
         self.device = device
         self.engine = engine
+        self.engines = engines / config.replace("shallow", "flux")
         self.repeats = repeats
         self.source = source(config)
         self.dtype = torch.bfloat16
@@ -135,7 +167,20 @@ class Bench:
                  "copy_tbs": copy_rate(self.device, size) / 1e12}  # fmt: skip
         if has_fp8(self.device):
             found["fp8_tflops"] = self.fp8_rate() / 1e12
-        return found
+        rates = {kind: self.attention_rate(kind) for kind in ATTENTION}
+        return found | {f"attention_{kind}_tflops": rate / 1e12 for kind, rate in rates.items() if rate is not None}
+
+    def attention_rate(self, kind: str) -> float | None:
+        """FLOP/s of PyTorch's attention at FLUX.1-dev's shapes; None where the device has no such kernel."""
+        tokens, heads, channels = (4608, 24, 128) if self.device.type == "cuda" else (256, 4, 64)
+        shape = (1, tokens, heads, channels)
+        q, k, v = (torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2) for _ in range(3))
+        try:
+            with attention_by(kind), torch.inference_mode():
+                seconds = shortest(lambda: F.scaled_dot_product_attention(q, k, v), self.device, 0.25)
+        except RuntimeError:
+            return None
+        return 4 * tokens**2 * heads * channels / seconds
 
     def fp8_rate(self, n: int = 8192) -> float:
         x, w = (quant.quantize(torch.randn(n, n, device=self.device), "fp8") for _ in range(2))
@@ -203,6 +248,7 @@ class Bench:
             for stage in made.schedule.stages:
                 step = self.engine_seconds(pipe, stage.name, condition, graphs)
                 found[f"{stage.name}_ms"] = step * 1e3
+                found[f"{stage.name}_error"] = self.engine_error(pipe, stage.name, condition)
                 engines += stage.steps * step
         level = None if pipe.graph is None else pipe.graph.level
         return found | {
@@ -217,12 +263,9 @@ class Bench:
     def pipeline(self, made: Plan, graphs: bool) -> Pipeline:
         adapter = self.adapter
         specs = adapter.specs(made.schedule, 1, "bf16")
-        compiled = self.engine == "blocks"
-        modules = {s.name: adapter.module(s.name) for s in specs if s.name == "condition" or s.name.startswith("stage")}
-        if compiled:
-            compile_blocks([m for name, m in modules.items() if name != "condition"])
+        engines = {s.name: self.open(s) for s in specs if s.name == "condition" or s.name.startswith("stage")}
         return Pipeline(
-            engines={s.name: Engine(s, as_engine(modules[s.name]), self.device) for s in specs if s.name in modules},
+            engines=engines,
             method=registry.method(made.method)(adapter.geometry.grid, made.options, adapter.geometry.patch),
             schedule=made.schedule,
             geometry=adapter.geometry,
@@ -234,6 +277,21 @@ class Bench:
             cuda_graphs=graphs,
         )
 
+    def open(self, spec: EngineSpec) -> Engine:
+        """An engine; what it has no library for is compiled. Conditions are made once for an image, and run eagerly."""
+        module = self.adapter.module(spec.name)
+        if spec.name == "condition" or self.engine == "eager":
+            return Engine(spec, as_engine(module), self.device)
+        if self.engine == "blocks":
+            compile_blocks([module])
+            return Engine(spec, as_engine(module), self.device)
+        weights = dict(self.adapter.tensors())
+        kinds = "fp8" if any(t.dtype == torch.float8_e4m3fn for t in weights.values()) else "bf16"
+        folder = self.engines / f"{spec.inputs[0].shape[1]}-tokens-{kinds}"
+        build_regions(spec, module, example(spec, self.device), folder)
+        raw = AOTInductorBackend().load(spec, folder, weights, lambda: module, self.device)
+        return Engine(spec, raw, self.device)
+
     def condition(self, pipe: Pipeline) -> Condition:
         """Of random embeddings."""
         engine = pipe.engines["condition"]
@@ -241,15 +299,21 @@ class Bench:
         given = [known.get(s.name, torch.randn(s.shape, dtype=self.dtype)).to(self.device) for s in engine.spec.inputs]
         return Condition.of(engine.spec, engine(*given))
 
+    def engine_inputs(self, pipe: Pipeline, name: str, condition: Condition) -> list[Tensor]:
+        """Of a condition, with random tokens."""
+        spec = pipe.engines[name].spec
+        known = {**{name: value[0] for name, value in condition.per_step.items()}, **condition.static}
+        given = example(spec, self.device)
+        return [known.get(s.name, value) for s, value in zip(spec.inputs, given, strict=True)]
+
+    def engine_error(self, pipe: Pipeline, name: str, condition: Condition) -> float:
+        """Of an engine, relative to the eager module."""
+        given = self.engine_inputs(pipe, name, condition)
+        return compare(pipe.engines[name](*given), as_engine(self.adapter.module(name))(given))[0]
+
     def engine_seconds(self, pipe: Pipeline, name: str, condition: Condition, graphs: bool) -> float:
         """Seconds of one run of an engine among runs of nothing else."""
-        engine = pipe.engines[name]
-        known = {**{name: value[0] for name, value in condition.per_step.items()}, **condition.static}
-        kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
-        given = [
-            known[s.name] if s.name in known else torch.randn(s.shape, device=self.device).to(kinds[s.dtype])
-            for s in engine.spec.inputs
-        ]
+        engine, given = pipe.engines[name], self.engine_inputs(pipe, name, condition)
         run: Callable[[], object] = lambda: engine(*given)[0]  # noqa: E731
         if graphs and self.device.type == "cuda":
             run, _ = CUDARecorder(self.device).record(run)
@@ -261,6 +325,29 @@ class Bench:
                 run()
             seconds.append((now(self.device) - start) / 5)
         return statistics.median(seconds)
+
+
+def example(spec: EngineSpec, device: torch.device) -> list[Tensor]:
+    """Random inputs of an engine."""
+    return [torch.randn(s.shape, device=device).to(DTYPES[s.dtype]) for s in spec.inputs]
+
+
+def build_regions(spec: EngineSpec, module: nn.Module, given: list[Tensor], folder: Path) -> None:
+    """An AOTInductor engine of regions; libraries that the folder has are kept, and its program is made anew."""
+    backend = AOTInductorBackend(regional=True)
+    made = backend.outline(spec, module, given)
+    assert made is not None
+    for name, kind in made.kinds.items():
+        library = folder / REGIONS / name
+        if not library.is_dir():
+            err.print(f"compiling {name} for {given[0].shape[1]} tokens")
+            scratch = folder / f".{name}-{os.getpid()}"
+            backend.compile(f"{spec.name} (region {name})", kind, kind.example(), scratch)
+            library.parent.mkdir(exist_ok=True)
+            with suppress(OSError):  # another process was first
+                scratch.rename(library)
+            shutil.rmtree(scratch, ignore_errors=True)
+    (folder / PROGRAM).write_text(made.program.model_dump_json(exclude_defaults=True))
 
 
 def compile_blocks(modules: list[nn.Module]) -> None:
@@ -345,6 +432,9 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["| ceiling | |", "|---|---|", f"| bf16 matrix product | {ceilings['bf16_tflops']:.4g} TFLOP/s |"]
         if "fp8_tflops" in ceilings:
             lines += [f"| fp8 matrix product, a scale per row | {ceilings['fp8_tflops']:.4g} TFLOP/s |"]
+        for kind in ATTENTION:
+            if rate := ceilings.get(f"attention_{kind}_tflops"):
+                lines += [f"| attention, PyTorch's {kind} kernel | {rate:.4g} TFLOP/s |"]
         lines += [f"| copy, read and written | {ceilings['copy_tbs']:.4g} TB/s |", ""]
     header = ("denoising", "median s", "p90 s", "times faster", "TFLOP/s", "of ceiling", "around engines", "peak GB")
     lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
@@ -372,8 +462,10 @@ def markdown(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--config", choices=("flux", "tiny"), default="flux")
-    parser.add_argument("--engine", choices=("blocks", "eager"), default="blocks", help="blocks: torch.compile'd")
+    parser.add_argument("--config", choices=("flux", "shallow", "tiny"), default="flux")
+    parser.add_argument("--engine", choices=("aoti", "blocks", "eager"), default="aoti", help="blocks: torch.compile'd")
+    parser.add_argument("--attention", choices=tuple(ATTENTION), default="default", help="PyTorch's kernel for it")
+    parser.add_argument("--engines", type=Path, default=Path("out/gpu-engines"), help="folder of compiled engines")
     parser.add_argument("--seconds", type=float, default=540, help="of all parts together")
     parser.add_argument("--repeats", type=int, default=5, help="of each loop, after one that is not counted")
     parser.add_argument("--only", action="append", default=[], metavar="PART", help="repeatable")
@@ -389,23 +481,26 @@ def main() -> None:
     if unknown := set(args.only) - {p.name for p in every}:
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in every)}")
 
-    bench = Bench(args.config, device, args.engine, args.repeats)
+    bench = Bench(args.config, device, args.engine, args.repeats, args.engines)
     settings = bench.source.settings
-    facts = conditions() | {"system": platform.platform(), "engines": args.engine, "cuda": torch.version.cuda}
+    facts = conditions() | {
+        "system": platform.platform(), "engines": args.engine, "attention": args.attention, "cuda": torch.version.cuda,
+    }
     size = f"{settings['height']} x {settings['width']}, {settings['max_sequence_length']} text tokens"
     report: dict[str, Any] = {"parts": {}}
     if (args.out / "gpu.json").is_file():
         report = json.loads((args.out / "gpu.json").read_text())
-        kept = {k: report["conditions"][k] for k in ("gpu", "cpu", "torch", "engines")}
+        kept = {k: report["conditions"][k] for k in ("gpu", "cpu", "torch", "engines", "attention")}
         if kept != {k: facts[k] for k in kept} or report["size"] != size:
             parser.error(f"{args.out} has results of another machine or setting ({kept}): choose another --out")
     report |= {
-        "model": f"{'FLUX.1-dev' if args.config == 'flux' else 'A tiny FLUX'}, random bf16 weights",
+        "model": f"{MODELS[args.config]}, random bf16 weights",
         "size": size,
         "rule": f"Batch 1, denoising only, median of {args.repeats} loops after one (diffusers: {args.repeats // 2}).",
         "conditions": facts | {"command": " ".join(["python", "scripts/gpu_report.py", *sys.argv[1:]])},
     }
-    run_parts(bench, [p for p in every if not args.only or p.name in args.only], report, args.out, until)
+    with attention_by(args.attention):
+        run_parts(bench, [p for p in every if not args.only or p.name in args.only], report, args.out, until)
     print((args.out / "gpu.md").read_text())
     sys.exit(75 if report["skipped"] else 0)  # EX_TEMPFAIL: there is more to do
 

@@ -32,6 +32,8 @@ from jitexport.specs import EngineSpec
 #: In an engine that was compiled by regions: the program that runs them, and a folder for each.
 PROGRAM = "program.json"
 REGIONS = "regions"
+#: Opens engines as folders, and is asked whether to copy weights. Older ones are good for trying things out.
+NEWER_TORCH = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 class AOTInductorBackend(Backend):
@@ -125,7 +127,7 @@ class AOTInductorBackend(Backend):
             def compiler() -> None:
                 with shared_runtime(example[0].device) as settings:
                     program = torch.export.export(module, tuple(example))
-                    configs = {**self.settings, **settings}
+                    configs = {**known(self.settings), **settings}
                     aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
 
             try:
@@ -168,6 +170,13 @@ class AOTInductorBackend(Backend):
         for library in libraries:
             weakref.finalize(run, _give_back, library)
         return run
+
+
+def known(settings: Mapping[str, object]) -> dict[str, object]:
+    """Those of Inductor's settings that this torch has: all of them only make code faster, smaller or sooner there."""
+    from torch._inductor import config
+
+    return {name: value for name, value in settings.items() if name in config.get_config_copy()}
 
 
 def worthwhile(program: Program) -> bool:
@@ -251,8 +260,9 @@ class _Library:
 
     def __init__(self, directory: Path, device: torch.device, identity: tuple[object, ...]) -> None:
         index = device.index if device.index is not None else -1
-        # path, model name, single-threaded, number of runners, device index
-        self.loader = torch._C._aoti.AOTIModelPackageLoader(str(directory), "model", device.type == "cuda", 1, index)
+        with opening(directory) as path:
+            # path, model name, single-threaded, number of runners, device index
+            self.loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", device.type == "cuda", 1, index)
         self.identity = identity
         self.constants: dict[str, Tensor] = {}
 
@@ -267,7 +277,8 @@ class _Library:
                 self.constants[name].data = weight
         # Inactive buffer: no; every constant must be given: the first time; the tensors stay ours: yes; copy to device:
         # no. Later nothing is given, which makes the library look up where its constants are now.
-        self.loader.load_constants(self.constants if first else {}, False, first, True, False)
+        copied = [False] if NEWER_TORCH else []
+        self.loader.load_constants(self.constants if first else {}, False, first, True, *copied)
 
     def release(self) -> None:
         """Let go of the weights' memory. The library must not run until it is lent weights again."""
@@ -299,6 +310,26 @@ def _give_back(library: _Library) -> None:
     with _idle_lock:
         _idle.append(library)
         del _idle[:-_MOST_IDLE]
+
+
+@contextmanager
+def opening(directory: Path) -> Iterator[Path]:
+    """What torch opens of an engine: its folder, or with torch before 2.13 an archive of it.
+
+    There the source's name, of which nothing is read, says what the other files are called.
+    """
+    if NEWER_TORCH:
+        yield directory
+        return
+    with tempfile.NamedTemporaryFile(suffix=".pt2") as file:
+        with zipfile.ZipFile(file, "w") as archive:
+            for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+                name = Path("model") / path.relative_to(directory)
+                archive.write(path, name)
+                if name.name.endswith(".wrapper.so"):
+                    archive.writestr(str(name.with_suffix(".cpp")), "")
+        file.flush()
+        yield Path(file.name)
 
 
 def unpack_package(package: Path, directory: Path) -> None:
