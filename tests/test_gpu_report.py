@@ -1,13 +1,13 @@
 """The GPU report, dry: the same parts on a CPU with a tiny model of FLUX.1's kind."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from jitexport.backends.aoti import AOTInductorBackend
 from jitexport.quant import QuantizedLinear
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -84,26 +84,27 @@ def test_results_of_another_machine_are_not_mixed_in(run, script, tmp_path, monk
 def test_flux_dev_is_the_model(script):
     source = script.source("flux")
     assert source.configs["transformer"]["num_layers"] == 19 and source.settings["height"] == 1024
-    bench = script.Bench("tiny", torch.device("cpu"), "eager", 1)
+    bench = script.Bench("tiny", torch.device("cpu"), "eager", 1, Path("none"))
     parameters = list(bench.transformer.parameters())
     assert parameters and all(p.device.type == "cpu" and p.dtype == torch.bfloat16 for p in parameters)
     assert all(p.isfinite().all() for p in parameters)
 
 
 def test_the_fp8_part_runs_on_quantized_blocks(script):
-    bench = script.Bench("tiny", torch.device("cpu"), "eager", 1)
+    bench = script.Bench("tiny", torch.device("cpu"), "eager", 1, Path("none"))
     assert bench.ours(7.0, graphs=False, fp8=True)["median"] > 0
     linears = {n: m for n, m in bench.transformer.named_modules() if isinstance(m, QuantizedLinear)}
     assert linears and all(m.kind == "fp8" for m in linears.values())
     assert bench.ours(4.0, graphs=False, fp8=True)["median"] > 0  # not quantized a second time
 
 
-def test_it_needs_no_binary_packages_of_our_own():
-    """GPU images rarely have pydantic: nothing that the report runs may import it."""
-    code = (
-        "import sys; sys.modules['pydantic'] = None; sys.path.insert(0, sys.argv[1]); import gpu_report, torch\n"
-        "bench = gpu_report.Bench('tiny', torch.device('cpu'), 'eager', 1)\n"
-        "print(bench.ours(7.0, graphs=False)['median'] > 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(SCRIPTS)], capture_output=True, text=True)
-    assert done.stdout.strip() == "True", done.stderr
+def test_engines_are_compiled_once_whatever_the_depth(script, tmp_path, monkeypatch):
+    if reason := AOTInductorBackend().cannot_build(torch.device("cpu"), None):
+        pytest.skip(reason)
+    shallow = script.Bench("tiny", torch.device("cpu"), "aoti", 1, tmp_path)
+    found = shallow.ours(1.0, graphs=False)
+    assert 0 < found["stage0_error"] < 0.05
+    monkeypatch.setattr(AOTInductorBackend, "compile", None)
+    monkeypatch.setitem(script.TINY["transformer"], "num_single_layers", 4)
+    deep = script.Bench("tiny", torch.device("cpu"), "aoti", 1, tmp_path)
+    assert deep.ours(1.0, graphs=False)["stage0_error"] < 0.05
