@@ -31,8 +31,13 @@ a few times with other noise and another caption, which costs about a tenth of t
 A line of `WORK/losses.jsonl` for every evaluation holds the averaged weights' loss on scenes that are never trained
 on, at fixed noise levels and with fixed noise. The running loss says little: it depends on the levels drawn.
 
-`--device cuda` uses bfloat16, larger batches and compiled blocks, and scenes are made ahead by `--workers` processes.
-That path has not been run.
+`--minutes` measures a run by time in place of pictures, whatever the device's speed: each stage has its share of the
+time, which begins with the first step and includes evaluations and checkpoints but not the last ones and the sheets.
+A shard of scenes that is used up stays in use until the next one is there; the log counts the steps that did so. Such
+a run can go on from its checkpoint, but two of them differ.
+
+`--device cuda` uses bfloat16 and batches of 32,768 tokens, and scenes are drawn ahead by `--workers` processes. A step
+never waits for the device. That path has not been run on a device.
 """
 
 import argparse
