@@ -31,28 +31,32 @@ a few times with other noise and another caption, which costs about a tenth of t
 A line of `WORK/losses.jsonl` for every evaluation holds the averaged weights' loss on scenes that are never trained
 on, at fixed noise levels and with fixed noise. The running loss says little: it depends on the levels drawn.
 
-`--device cuda` uses bfloat16, larger batches and compiled blocks, and scenes are made ahead by `--workers` processes.
-That path has not been run.
+`--minutes` measures a run by time in place of pictures, whatever the device's speed: each stage has its share of the
+time, which begins with the first step and includes evaluations and checkpoints but not the last ones and the sheets.
+A shard of scenes that is used up stays in use until the next one is there; the log counts the steps that did so. Such
+a run can go on from its checkpoint, but two of them differ.
+
+`--device cuda` uses bfloat16 and batches of 32,768 tokens, and scenes are drawn ahead by `--workers` processes. A step
+never waits for the device. That path has not been run on a device.
 """
 
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from demo_data import IMAGE_SIZE, PICTURES_PACKAGE, load_objects
+from demo_shards import TEXT_TOKENS, Artist, Shard, ShardMaker, caption_ids, encode_shard, padding_tokenizer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -68,24 +72,17 @@ from transformers import (
 from jitexport.evaluate.scenes import (
     COLOURS,
     OBJECTS,
-    Scene,
     caption_words,
-    draw_request,
-    draw_scene,
     held_out_colours,
     plural,
-    render,
-    write_caption,
 )
 
 GRID = 32  # tokens a side: 256 pixels / 4 (autoencoder) / 2 (packing)
-TEXT_TOKENS = 16
 SHIFT = 2.0  # moves noise levels up, in training and in the scheduler alike: s -> SHIFT * s / (1 + (SHIFT - 1) * s)
 NEUTRAL = 1.0  # the guidance input where it guides nothing
 GUIDANCE = 2.5  # what the pipeline is used with
 MOST_GUIDANCE = 5.0
 EMPTY_CAPTIONS = 0.1
-CAPTIONS_A_SCENE = 4
 SPECIAL_TOKENS = {"<pad>": 0, "<eos>": 1, "<bos>": 2}
 UNKNOWN = "<unk>"
 
@@ -131,6 +128,7 @@ class Stage:
 
     Attributes:
         pictures: how many it trains on, before `--scale`.
+        time: its share of the time of a run with `--minutes`.
         pixels: a picture's side; 128 makes 16 x 16 tokens at every second position.
         whole: share of pictures of which all tokens are seen.
         ratios: sizes of the subsets of the others, as shares of all tokens.
@@ -140,6 +138,7 @@ class Stage:
 
     name: str
     pictures: int
+    time: float
     pixels: int = IMAGE_SIZE
     whole: float = 1.0
     ratios: tuple[float, ...] = ()
@@ -161,10 +160,10 @@ class Stage:
 
 JIT_RATIOS = (0.32, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.62, 0.65)
 STAGES = (
-    Stage("coarse", 240_000, pixels=128),
-    Stage("subsets", 75_000, whole=0.05, ratios=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5)),
-    Stage("grids", 28_000, whole=0.6, ratios=JIT_RATIOS),
-    Stage("guidance", 12_000, whole=0.5, ratios=JIT_RATIOS, distil=True),
+    Stage("coarse", 240_000, 0.4, pixels=128),
+    Stage("subsets", 75_000, 0.15, whole=0.05, ratios=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5)),
+    Stage("grids", 28_000, 0.25, whole=0.6, ratios=JIT_RATIOS),
+    Stage("guidance", 12_000, 0.2, whole=0.5, ratios=JIT_RATIOS, distil=True),
 )
 
 
@@ -177,7 +176,7 @@ class Sizes:
     encoded: int
 
 
-SIZES = {"cpu": Sizes(6144, 384, 8), "cuda": Sizes(131072, 16384, 256)}
+SIZES = {"cpu": Sizes(6144, 384, 8), "cuda": Sizes(32768, 2048, 32)}
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -319,133 +318,10 @@ def make_pipeline(models: Models) -> FluxPipeline:
     )
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Shard:
-    """Scenes, ready for the transformer. S scenes, N tokens, C channels, V captions a scene, T words a caption."""
-
-    latents: torch.Tensor  # [S, N, C]
-    t5_ids: torch.Tensor  # [S, V, T]
-    clip_ids: torch.Tensor  # [S, V, T]
-
-    @cached_property
-    def detail(self) -> torch.Tensor:
-        """Log of the variance of the latents around each token: [S, N]."""
-        return local_detail(self.latents)
-
-
-def scene_and_captions(
-    key: Sequence[int], count: int = CAPTIONS_A_SCENE, from_held_out: bool = False
-) -> tuple[Scene, list[str]]:
-    """The scene of a key, a tuple of numbers, and captions that are true of it."""
-    rng = np.random.default_rng(list(key))
-    scene = draw_scene(rng, from_held_out=from_held_out)
-    return scene, [write_caption(draw_request(scene, rng), rng) for _ in range(count)]
-
-
-def make_picture(scene: Scene, sprites: Mapping[str, Image.Image], pixels: int) -> np.ndarray:
-    """RGB of a scene in 0..255: [pixels, pixels, 3]."""
-    return np.array(render(scene, sprites).resize((pixels, pixels), Image.Resampling.BOX))
-
-
-_worker_sprites: dict[str, Image.Image] = {}
-
-
-def _start_worker(sprites: dict[str, Image.Image]) -> None:
-    _worker_sprites.update(sprites)
-
-
-def _work(task: tuple[tuple[int, ...], int]) -> tuple[np.ndarray, list[str]]:
-    scene, captions = scene_and_captions(task[0])
-    return make_picture(scene, _worker_sprites, task[1]), captions
-
-
-class ShardMaker:
-    """Makes the shards of a run; with `workers`, the pictures of the next one are made while this one is used."""
-
-    def __init__(self, models: Models, sprites: dict[str, Image.Image], seed: int, sizes: Sizes, workers: int = 0):
-        self.models, self.sprites, self.seed, self.sizes = models, sprites, seed, sizes
-        context = multiprocessing.get_context("spawn")
-        self.pool = context.Pool(workers, _start_worker, (sprites,)) if workers else None
-        self.ahead: dict[tuple[int, int, int], object] = {}
-        self.made: tuple[tuple[int, int, int], Shard] | None = None
-
-    def __call__(self, stage: int, number: int, pixels: int) -> Shard:
-        """Shard `number` of a stage; the last one is kept."""
-        key = (stage, number, pixels)
-        if self.made is None or self.made[0] != key:
-            self.made = None  # not two in memory
-            drawn = self._drawn(key)
-            if self.pool:
-                self._order((stage, number + 1, pixels))
-            self.made = key, self.encode(drawn)
-        return self.made[1]
-
-    def _tasks(self, key: tuple[int, int, int]) -> list[tuple[tuple[int, ...], int]]:
-        stage, number, pixels = key
-        first = number * self.sizes.shard
-        return [((self.seed, stage, index), pixels) for index in range(first, first + self.sizes.shard)]
-
-    def _order(self, key: tuple[int, int, int]) -> None:
-        self.ahead = {key: self.pool.map_async(_work, self._tasks(key), chunksize=64)}
-
-    def _drawn(self, key: tuple[int, int, int]) -> list[tuple[np.ndarray, list[str]]]:
-        if self.pool is None:
-            _start_worker(self.sprites)
-            return [_work(task) for task in self._tasks(key)]
-        if key not in self.ahead:
-            self._order(key)
-        return self.ahead.pop(key).get()
-
-    def encode(self, drawn: list[tuple[np.ndarray, list[str]]]) -> Shard:
-        """The shard of pictures and their captions."""
-        latents = encode_pictures(self.models.vae, [picture for picture, _ in drawn], self.sizes.encoded)
-        captions = [captions for _, captions in drawn]
-        device = latents.device
-        return Shard(
-            latents,
-            caption_ids(self.models.t5_tokenizer, captions).to(device),
-            caption_ids(self.models.clip_tokenizer, captions).to(device),
-        )
-
-
-def caption_ids(tokenizer: PreTrainedTokenizerFast, captions: list[list[str]]) -> torch.Tensor:
-    """Token numbers of the captions of each scene: [S, V, T]."""
-    texts = [text for several in captions for text in several]
-    encoded = tokenizer(texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
-    return encoded.input_ids.unflatten(0, (len(captions), -1))
-
-
-@torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pictures: list[np.ndarray], at_once: int) -> torch.Tensor:
-    """Normalised, packed latents of RGB pictures [S, S, 3] of one size: [P, N, C], on the autoencoder's device."""
-    packed = []
-    for start in range(0, len(pictures), at_once):
-        pixels = torch.from_numpy(np.stack(pictures[start : start + at_once])).to(vae.device)
-        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # [B, 3, H, W]
-        latents = vae.encode(pixels).latent_dist.mode()
-        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-        packed.append(FluxPipeline._pack_latents(latents, *latents.shape))
-    return torch.cat(packed)
-
-
-def local_detail(latents: torch.Tensor) -> torch.Tensor:
-    """Log of the variance in the 3 x 3 tokens around each token, mean over channels: [P, N, C] -> [P, N]."""
-    side = math.isqrt(latents.shape[1])
-    grid = latents.transpose(1, 2).unflatten(2, (side, side))  # [P, C, H, W]
-
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-    variance = (mean(grid.square()) - mean(grid).square()).mean(1).flatten(1)
-    return variance.clamp_min(1e-4).log()
-
-
 # --- sparse token sets ------------------------------------------------------------------------------------------------
 
 
+@cache
 def lattice(device: torch.device) -> torch.Tensor:
     """JiT's first anchors: tokens at even row and even column, and the border. Boolean, [N]."""
     row, column = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
@@ -538,6 +414,7 @@ def predict_velocity(
         text, image = block(hidden_states=image, encoder_hidden_states=text, temb=condition, image_rotary_emb=tables)
     return transformer.proj_out(transformer.norm_out(image, condition))
 
+
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
@@ -571,9 +448,17 @@ def grid_positions(side: int, device: torch.device) -> torch.Tensor:
 
 def empty_ids(models: Models, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Token numbers of the empty caption, for both encoders: two tensors [T]."""
-    return tuple(
-        caption_ids(tokenizer, [[""]])[0, 0].to(device) for tokenizer in (models.t5_tokenizer, models.clip_tokenizer)
+    t5_ids, clip_ids = prompt_ids(models, [""], device)
+    return t5_ids[0], clip_ids[0]
+
+
+def prompt_ids(models: Models, prompts: Sequence[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token numbers of captions, for both encoders: two tensors [B, T]."""
+    t5_ids, clip_ids = (
+        torch.from_numpy(caption_ids(padding_tokenizer(tokenizer), [prompts])[0]).to(device)
+        for tokenizer in (models.t5_tokenizer, models.clip_tokenizer)
     )
+    return t5_ids, clip_ids
 
 
 def draw_batch(shard: Shard, count: int, size: int, empty: tuple[torch.Tensor, torch.Tensor], drop: float) -> Batch:
@@ -583,12 +468,11 @@ def draw_batch(shard: Shard, count: int, size: int, empty: tuple[torch.Tensor, t
     variant = torch.randint(shard.t5_ids.shape[1], (size,), device=device)
     kept = torch.rand(size, 1, device=device) >= drop
     clean = shard.latents[index]
-    positions = grid_positions(math.isqrt(tokens), device)
     if count < tokens:
         active = draw_subsets(shard.detail[index], count)  # [B, m]
         clean = clean.gather(1, active[:, :, None].expand(-1, -1, clean.shape[2]))
     else:
-        active = positions.expand(size, -1)
+        active = grid_positions(math.isqrt(tokens), device).expand(size, -1)
     return Batch(
         clean,
         torch.randn_like(clean),
@@ -620,9 +504,9 @@ def guided_velocity(
     empty: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """True classifier-free guidance by a model at the neutral input: [B, m, C]."""
-    neutral = torch.full_like(guidance, NEUTRAL)
     bare = replace(batch, t5_ids=empty[0].expand_as(batch.t5_ids), clip_ids=empty[1].expand_as(batch.clip_ids))
-    with_caption, without = (velocity(models, tables, part, neutral) for part in (batch, bare))
+    both = Batch(*(torch.cat([getattr(batch, f.name), getattr(bare, f.name)]) for f in fields(Batch)))
+    with_caption, without = velocity(models, tables, both, torch.full_like(both.sigma, NEUTRAL)).chunk(2)
     return without + guidance[:, None, None] * (with_caption - without)
 
 
@@ -665,6 +549,8 @@ class Training:
     Attributes:
         folder: for the checkpoint, the losses and sample sheets.
         stages: as STAGES, with their pictures multiplied already.
+        minutes: what the run takes, if it is measured by time and not by pictures.
+        late: steps, with `minutes`, that took a shard which was used up, because the next one was not there yet.
     """
 
     def __init__(
@@ -676,6 +562,7 @@ class Training:
         stages: Sequence[Stage] = STAGES,
         seed: int = 0,
         peak: float = 1e-3,
+        minutes: float | None = None,
         device: str = "cpu",
         sizes: Sizes | None = None,
         workers: int = 0,
@@ -684,8 +571,14 @@ class Training:
         self.device = torch.device(device)
         self.sizes = sizes or SIZES[self.device.type]
         self.models, self.folder, self.stages, self.seed, self.peak = models, folder, tuple(stages), seed, peak
+        self.minutes, self.late = minutes, 0
         self.bf16 = has_bf16(self.device)
         folder.mkdir(parents=True, exist_ok=True)
+        self.artist = Artist(sprites, padding_tokenizer(models.t5_tokenizer), padding_tokenizer(models.clip_tokenizer))
+        self.encode = partial(encode_shard, models.vae, self.sizes.encoded)
+        self.make_shard = ShardMaker(self.artist, self.encode, seed, self.sizes.shard, workers)
+        self.in_use: tuple[int, int] | None = None  # stage and number of the shard, with `minutes`
+        self.drawn = 0  # pictures of it
         models.vae.requires_grad_(False).to(self.device)
         self.trained = models.trained.to(self.device).train()
         models.transformer.set_attn_processor(PerSamplePositions())
@@ -694,17 +587,14 @@ class Training:
         self.evaluated: tuple[int, dict[str, Shard]] | None = None  # by pixels
         self.tables = tuple(table.float().to(self.device) for table in rotary_tables(models.transformer))
         self.empty = empty_ids(models, self.device)
-        self.make_shard = ShardMaker(models, sprites, seed, self.sizes, workers)
-        self.sprites = sprites
         if compiled:
-            # On a CPU, compiling for each number of tokens would take longer than a stage of the run.
-            dynamic = self.device.type == "cpu"
             torch._dynamo.config.recompile_limit = 64
             for block in (*models.transformer.transformer_blocks, *models.transformer.single_transformer_blocks):
-                block.compile(dynamic=dynamic)
+                block.compile(dynamic=True)  # for each number of tokens it would take longer than a stage of the run
         self.parameters = list(self.trained.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         self.progress = Progress(pictures=[0] * len(self.stages))
+        self.losses: dict[str, torch.Tensor] = {}  # as the progress has them, on the device: reading them waits for it
         if self.checkpoint.is_file():
             self._load()
 
@@ -715,17 +605,23 @@ class Training:
     @property
     def stage(self) -> int:
         """Number of the stage that comes next; the number of stages when the run is over."""
+        if self.minutes is not None:
+            ends = list(accumulate(stage.time for stage in self.stages))
+            return next((i for i, end in enumerate(ends) if self.elapsed * ends[-1] < end), len(self.stages))
         done = zip(self.progress.pictures, self.stages, strict=True)
         return next((i for i, (seen, stage) in enumerate(done) if seen < stage.pictures), len(self.stages))
 
     @property
     def elapsed(self) -> float:
-        """Share of the run's work that is done."""
+        """Share of the run's work that is done, or of its time that is over."""
+        if self.minutes is not None:
+            return min(1.0, self.progress.seconds / (60 * self.minutes))
         done = zip(self.progress.pictures, self.stages, strict=True)
         return sum(min(1.0, n / s.pictures) * s.work for n, s in done) / sum(s.work for s in self.stages)
 
     def save(self) -> None:
         """Write the checkpoint; the one before stays until it is whole."""
+        self.read_losses()
         state = {
             "model": self.trained.state_dict(),
             "average": self.average.trained.state_dict(),
@@ -741,6 +637,7 @@ class Training:
         self.average.trained.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
+        self.losses = {kind: torch.tensor(value, device=self.device) for kind, value in self.progress.loss.items()}
         if state["teacher"]:
             self.teacher = averaged_copy(self.average)
             self.teacher.trained.load_state_dict(state["teacher"])
@@ -748,18 +645,49 @@ class Training:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def step(self) -> float:
-        """Train on one batch and return its loss. What is drawn depends on the seed and the step's number alone."""
+    def read_losses(self) -> dict[str, float]:
+        """The running means of the losses, which the progress gets too."""
+        self.progress.loss = {kind: float(value) for kind, value in self.losses.items()}
+        return self.progress.loss
+
+    def prepare(self) -> None:
+        """Make the first shard. With `minutes` and workers, have the first ones of later stages made as well."""
+        if self.stage < len(self.stages):
+            self._shard(self.stage)
+        if self.minutes is not None and self.make_shard.pool is not None:
+            for number in range(self.stage + 1, len(self.stages)):
+                self.make_shard.order((number, self._wanted(number), self.stages[number].pixels))
+
+    def _wanted(self, number: int) -> int:
+        """Number of the shard that a stage has come to, by the pictures that it has seen."""
+        return self.progress.pictures[number] // (self.sizes.shard * self.stages[number].uses)
+
+    def _shard(self, number: int) -> Shard:
+        """What a stage draws from now. With `minutes`, a shard stays in use while the next one is not there yet."""
+        stage = self.stages[number]
+        if self.minutes is None:
+            return self.make_shard((number, self._wanted(number), stage.pixels))
+        if self.in_use is None or self.in_use[0] != number:
+            self.in_use, self.drawn = (number, self._wanted(number)), 0
+        elif self.drawn >= self.sizes.shard * stage.uses:
+            if self.make_shard.ready((number, self.in_use[1] + 1, stage.pixels)):
+                self.in_use, self.drawn = (number, self.in_use[1] + 1), 0
+            else:
+                self.late += 1
+        return self.make_shard((*self.in_use, stage.pixels))
+
+    def step(self) -> torch.Tensor:
+        """Train on one batch and return its loss, without waiting for the device.
+
+        What is drawn depends on the seed and the step's number alone, unless the run is measured by time.
+        """
         number, stage = self.stage, self.stages[self.stage]
         torch.manual_seed(self.seed * 1_000_003 + self.progress.steps)
         count = stage.side**2
         if torch.rand(()) >= stage.whole:
             count = int(count * stage.ratios[int(torch.randint(len(stage.ratios), ()))])
         size = max(1, self.sizes.tokens // count)
-        shard = self.make_shard(
-            number, self.progress.pictures[number] // (self.sizes.shard * stage.uses), stage.pixels
-        )
-        batch = draw_batch(shard, count, size, self.empty, 0.0 if stage.distil else EMPTY_CAPTIONS)
+        batch = draw_batch(self._shard(number), count, size, self.empty, 0.0 if stage.distil else EMPTY_CAPTIONS)
         with self.autocast():
             target, guidance = self._target(batch, stage)
             loss = (velocity(self.models, self.tables, batch, guidance) - target).square().mean()
@@ -771,13 +699,15 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.steps += 1
         self.progress.pictures[number] += size
+        self.drawn += size
         # The average reaches back further as the run gets longer, up to 1000 steps.
         averaged = list(self.average.trained.parameters())
-        torch._foreach_lerp_(averaged, self.parameters, max(0.001, 1 / (1 + self.progress.steps / 10)))
+        loss = loss.detach()
         kind = f"{stage.name} {'whole' if count == stage.side**2 else 'subset'}"
-        value = loss.item()
-        self.progress.loss[kind] = self.progress.loss.get(kind, value) * 0.98 + value * 0.02
-        return value
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, self.parameters, max(0.001, 1 / (1 + self.progress.steps / 10)))
+            self.losses[kind] = self.losses.get(kind, loss).lerp(loss, 0.02)
+        return loss
 
     def _target(self, batch: Batch, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
         """What a step's prediction is compared with, [B, m, C], and its guidance input, [B]."""
@@ -791,9 +721,8 @@ class Training:
         return guided_velocity(self.teacher, self.tables, batch, guidance, self.empty), guidance
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, stage: Stage) -> dict[str, float]:
         """The averaged weights' loss on scenes of trained and of held-out combinations, by noise level."""
-        stage = self.stages[min(self.stage, len(self.stages) - 1)]
         losses = {}
         for kind, shard in self._evaluation_shards(stage.pixels).items():
             for sigma in EVALUATED_SIGMAS:
@@ -817,15 +746,12 @@ class Training:
             shards = {}
             for kind, from_held_out in (("seen", False), ("held out", True)):
                 keys = [(EVALUATION_SEED, from_held_out, i) for i in range(EVALUATED_SCENES)]
-                drawn = [scene_and_captions(key, 1, from_held_out) for key in keys]
-                made = [(make_picture(scene, self.sprites, pixels), captions) for scene, captions in drawn]
-                shards[kind] = self.make_shard.encode(made)
+                shards[kind] = self.encode([self.artist.draw(keys, pixels, 1, from_held_out)])
             self.evaluated = pixels, shards
         return self.evaluated[1]
 
-    def log_evaluation(self) -> None:
-        """Add a line to WORK/losses.jsonl."""
-        stage = self.stages[min(self.stage, len(self.stages) - 1)]
+    def log_evaluation(self, stage: Stage) -> None:
+        """Add a line to WORK/losses.jsonl, on pictures as a stage has them."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "steps": self.progress.steps,
@@ -834,11 +760,19 @@ class Training:
             "pictures": self.progress.pictures,
             "hours": round(self.progress.seconds / 3600, 3),
             "done": round(self.elapsed, 4),
-            "losses": self.evaluate(),
+            "losses": self.evaluate(stage),
         }
         with (self.folder / "losses.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         log(f"held-out losses: {json.dumps(line['losses'])}")
+
+    def draw_samples(self, stage: Stage) -> None:
+        """Sheets of pictures by true guidance, and by the guidance input in the stage that trains it."""
+        for distilled in (False, True) if stage.distil else (False,):
+            with self.autocast():
+                pictures = draw_pictures(self.average, self.tables, SHEET_PROMPTS, stage.side, distilled=distilled)
+            name = f"sample-{self.progress.steps:06}{'-distilled' if distilled else ''}.png"
+            save_sheet(pictures, self.folder / name)
 
 
 EVALUATION_SEED = 10**6
@@ -866,9 +800,7 @@ def draw_pictures(
 ) -> list[Image.Image]:
     """Pictures of prompts, on `side` x `side` tokens, by true guidance or with `distilled` through the input."""
     device = tables[0].device
-    texts = [[prompt] for prompt in prompts]
-    t5_ids = caption_ids(models.t5_tokenizer, texts)[:, 0].to(device)
-    clip_ids = caption_ids(models.clip_tokenizer, texts)[:, 0].to(device)
+    t5_ids, clip_ids = prompt_ids(models, prompts, device)
     empty, scale = empty_ids(models, device), torch.full((len(prompts),), guidance, device=device)
     noise = [torch.randn(side**2, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(len(prompts))]
     latents = torch.stack(noise).to(device)
@@ -905,10 +837,14 @@ def scaled(scale: float) -> list[Stage]:
     return [replace(stage, pictures=round(stage.pictures * scale)) for stage in STAGES]
 
 
+LOG_SECONDS = 10
+
+
 def train(args: argparse.Namespace) -> None:
     """Train, or go on training, for at most `--hours`."""
     torch.set_flush_denormal(True)  # AdamW's second moments become denormal, which is many times slower on a CPU
     torch.set_float32_matmul_precision("high")
+    spare = max(1, (os.cpu_count() or 1) - 4)  # cores that the training itself leaves
     training = Training(
         starting_models(args),
         load_objects(args.data),
@@ -916,41 +852,53 @@ def train(args: argparse.Namespace) -> None:
         stages=scaled(args.scale),
         seed=args.seed,
         peak=args.learning_rate,
+        minutes=args.minutes,
         device=args.device,
-        workers=args.workers if args.workers is not None else (8 if args.device == "cuda" else 0),
-        compiled=args.compile or args.device == "cuda",
+        workers=args.workers if args.workers is not None else (spare if args.device == "cuda" else 0),
+        compiled=args.compile,
     )
+    try:
+        run_training(training, args)
+    finally:
+        training.make_shard.close()
+
+
+def run_training(training: Training, args: argparse.Namespace) -> None:
+    """Steps, and what is to be done between them, until the run is over or `--hours` are."""
     progress = training.progress
     log(f"{training.elapsed:.1%} done, {progress.steps} steps, bf16 {'on' if training.bf16 else 'off'}")
-    began, before, share_before = time.monotonic(), progress.seconds, training.elapsed
-    seen_before = sum(progress.pictures)
+    training.prepare()
     if progress.steps == 0:
-        training.log_evaluation()
-    saved = evaluated = sampled = began
-    while training.stage < len(training.stages):
-        stage = training.stages[training.stage]
+        training.log_evaluation(training.stages[0])
+    log("the first shard is there")
+    began, before, share_before = time.monotonic(), progress.seconds, training.elapsed
+    saved = evaluated = sampled = logged = began
+    logged_steps, logged_pictures = progress.steps, sum(progress.pictures)
+    while (number := training.stage) < len(training.stages):
+        stage = training.stages[number]
         training.step()
         now = time.monotonic()
         progress.seconds = before + now - began
-        if progress.steps % 20 == 0:
-            hours, share = (now - began) / 3600, training.elapsed - share_before
-            means = ", ".join(f"{kind} {value:.4f}" for kind, value in progress.loss.items())
+        over = training.stage != number
+        ended = now - began > 3600 * args.hours or training.stage == len(training.stages)
+        if over or ended or now - logged > LOG_SECONDS:
+            means = ", ".join(f"{kind} {value:.4f}" for kind, value in training.read_losses().items())
+            left = (1 - training.elapsed) / max(training.elapsed - share_before, 1e-9) * (now - began) / 60
             log(
                 f"{stage.name}: step {progress.steps}, pictures {progress.pictures}, loss {means}, "
-                f"{(sum(progress.pictures) - seen_before) / (now - began):.2f} pictures/s, "
-                f"{training.elapsed:.2%} done, {(1 - training.elapsed) * hours / share:.1f} h to go"
+                f"{(progress.steps - logged_steps) / (now - logged):.2f} steps/s, "
+                f"{(sum(progress.pictures) - logged_pictures) / (now - logged):.1f} pictures/s, "
+                f"{training.late} steps with late data, {training.elapsed:.2%} done, {left:.1f} minutes to go"
             )
-        ended = now - began > 3600 * args.hours or training.stage == len(training.stages)
-        if ended or now - saved > 60 * args.checkpoint_minutes:
+            logged, logged_steps, logged_pictures = now, progress.steps, sum(progress.pictures)
+        if over or ended or now - saved > 60 * args.checkpoint_minutes:
             training.save()
             saved = time.monotonic()
-        if ended or now - evaluated > 60 * args.evaluation_minutes:
-            training.log_evaluation()
+        if over or ended or now - evaluated > 60 * args.evaluation_minutes:
+            training.log_evaluation(stage)
             evaluated = time.monotonic()
         if ended or now - sampled > 60 * args.sample_minutes:
-            with training.autocast():
-                pictures = draw_pictures(training.average, training.tables, SHEET_PROMPTS, stage.side)
-            save_sheet(pictures, args.work / f"sample-{progress.steps:06}.png")
+            training.draw_samples(stage)
             sampled = time.monotonic()
         if ended:
             break
@@ -1047,11 +995,13 @@ def main() -> None:
 
     verb = add_verb("train", train)
     verb.add_argument("--hours", type=float, default=math.inf, help="end this call after so many hours")
-    verb.add_argument("--scale", type=float, default=1.0, help="multiplies the pictures of all stages")
+    length = verb.add_mutually_exclusive_group()
+    length.add_argument("--scale", type=float, default=1.0, help="multiplies the pictures of all stages")
+    length.add_argument("--minutes", type=float, help="what all stages together take, by time and not by pictures")
     verb.add_argument("--device", default="cpu", help="cpu, or cuda (not tried yet)")
     verb.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
-    verb.add_argument("--compile", action="store_true", help="compile the blocks on a CPU too")
-    verb.add_argument("--workers", type=int, help="processes that make scenes ahead; 0 on a CPU, 8 for cuda")
+    verb.add_argument("--compile", action="store_true", help="compile the blocks")
+    verb.add_argument("--workers", type=int, help="processes that make scenes ahead; for cuda all cores but 4, else 0")
     verb.add_argument("--checkpoint-minutes", type=float, default=5)
     verb.add_argument("--evaluation-minutes", type=float, default=30)
     verb.add_argument("--sample-minutes", type=float, default=60)

@@ -25,6 +25,13 @@ def train_demo():
 
 
 @pytest.fixture(scope="module")
+def demo_shards(train_demo):
+    import demo_shards
+
+    return demo_shards
+
+
+@pytest.fixture(scope="module")
 def vae():
     from diffusers import AutoencoderKL
 
@@ -35,20 +42,28 @@ def vae():
 def start(train_demo, vae, tmp_path):
     """Starts, or goes on with, a tiny run of four stages in a folder."""
 
-    def start(folder: str = "run"):
+    started = []
+
+    def start(folder: str = "run", **options):
         torch.manual_seed(0)
         models = train_demo.make_models(caption_words(), vae, **TINY, axes_dims_rope=(4, 6, 6))
         stages = [replace(stage, pictures=4, uses=2) for stage in train_demo.STAGES]
         sizes = train_demo.Sizes(tokens=512, shard=4, encoded=4)
-        return train_demo.Training(models, DemoData().sprites, tmp_path / folder, stages=stages, sizes=sizes)
+        training = train_demo.Training(
+            models, DemoData().sprites, tmp_path / folder, stages=stages, sizes=sizes, **options
+        )
+        started.append(training)
+        return training
 
-    return start
+    yield start
+    for training in started:
+        training.make_shard.close()
 
 
 def run(training, steps: int | None = None) -> list[float]:
     losses = []
     while training.stage < len(training.stages) and (steps is None or len(losses) < steps):
-        losses.append(training.step())
+        losses.append(float(training.step()))
     return losses
 
 
@@ -69,23 +84,69 @@ def test_a_run_that_was_killed_has_the_losses_of_one_that_was_not(start):
         assert torch.equal(a, b)
 
 
+def test_workers_make_the_same_shards(start):
+    alone, helped = start("alone"), start("helped", workers=2)
+    for key in ((0, 0, 128), (0, 1, 128), (2, 0, 256)):
+        expected, made = alone.make_shard(key), helped.make_shard(key)
+        assert torch.equal(made.latents, expected.latents)
+        assert torch.equal(made.t5_ids, expected.t5_ids) and torch.equal(made.clip_ids, expected.clip_ids)
+    assert not torch.equal(alone.make_shard((2, 1, 256)).latents, expected.latents)
+
+
+def test_a_run_by_time_ends_its_stages_by_time(start):
+    training = start(minutes=1, peak=1.0)
+    training.prepare()
+    training.progress.steps = 1000  # the warm-up is over
+    rates = []
+    for seconds, stage in ((0, 0), (23.9, 0), (24, 1), (33.1, 2), (48.1, 3), (59.9, 3)):
+        training.progress.seconds = seconds
+        assert training.stage == stage
+        training.step()
+        rates.append(training.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1, 1 - 23.9 / 60, 0.6, 1 - 33.1 / 60, 1 - 48.1 / 60, 0.01])
+    assert all(training.progress.pictures)
+    training.save()
+    again = start(minutes=1)
+    assert again.stage == 3 and again.progress.seconds == 59.9 and again.losses.keys() == training.losses.keys()
+    again.progress.seconds = 60
+    assert again.stage == len(again.stages) and again.elapsed == 1
+
+
+def test_a_run_by_time_uses_a_shard_again_while_the_next_is_late(start, monkeypatch):
+    training = start(minutes=1)
+    there = False
+    monkeypatch.setattr(training.make_shard, "ready", lambda key: there)
+    for _ in range(6):  # of two pictures; a shard of four is used twice
+        training.step()
+    assert training.late == 2 and training.make_shard.made[0] == (0, 0, 128)
+    there = True
+    training.step()
+    assert training.late == 2 and training.make_shard.made[0] == (0, 1, 128)
+
+
+def test_averages_take_no_gradients(start):
+    training = start()
+    training.step()
+    assert not any(parameter.requires_grad for parameter in training.average.trained.parameters())
+
+
 def test_held_out_losses_are_the_same_each_time_and_change_with_the_weights(start):
     training = start()
-    first = training.evaluate()
+    first = training.evaluate(training.stages[0])
     assert len(first) == 10 and all(value > 0 for value in first.values())
-    assert training.evaluate() == first
+    assert training.evaluate(training.stages[0]) == first
     with torch.no_grad():
         training.average.transformer.proj_out.bias += 1
-    assert all(abs(value - first[name]) > 0.1 for name, value in training.evaluate().items())
+    assert all(abs(value - first[name]) > 0.1 for name, value in training.evaluate(training.stages[0]).items())
 
 
-def test_scenes_of_the_run_are_trained_combinations_with_true_captions(train_demo):
+def test_scenes_of_the_run_are_trained_combinations_with_true_captions(demo_shards):
     for index in range(50):
-        scene, captions = train_demo.scene_and_captions((0, 1, index))
+        scene, captions = demo_shards.scene_and_captions((0, 1, index))
         assert not held_out(scene.names, scene.background.colour)
-        assert len(captions) == train_demo.CAPTIONS_A_SCENE
+        assert len(captions) == demo_shards.CAPTIONS_A_SCENE
         assert all(parse(caption).accepts(scene) for caption in captions)
-    scene, _ = train_demo.scene_and_captions((0, 1, 0), 1, from_held_out=True)
+    scene, _ = demo_shards.scene_and_captions((0, 1, 0), 1, from_held_out=True)
     assert held_out(scene.names, scene.background.colour)
 
 
@@ -109,7 +170,7 @@ def test_new_words_take_their_embeddings_from_old_ones(train_demo):
 
 def test_true_guidance_of_one_is_the_caption_and_of_none_is_the_empty_one(train_demo, start):
     training = start()
-    shard = training.make_shard(0, 0, 128)
+    shard = training.make_shard((0, 0, 128))
     torch.manual_seed(1)
     batch = train_demo.draw_batch(shard, 256, 2, training.empty, 0.0)
     with torch.no_grad():

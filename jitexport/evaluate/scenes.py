@@ -419,8 +419,11 @@ def render_background(background: Background) -> Image.Image:
         return render_confetti(background.colour, rng)
     strength = 0.34 if background.texture == "gradient" else 0.18
     mask = {"stripes": stripes, "dots": dots, "gradient": ramp}[background.texture](rng)  # [H, W] in 0..1
-    rgb = base + mask[..., None] * (accent(background.colour, strength) - base)
-    return Image.fromarray((rgb + 0.5).astype(np.uint8))
+    change = accent(background.colour, strength) - base
+    rgb = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
+    for channel in range(3):  # one by one: loops over an axis of three are slow
+        rgb[..., channel] = base[channel] + mask * change[channel] + np.float32(0.5)
+    return Image.fromarray(rgb)
 
 
 _ROW, _COLUMN = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
@@ -439,8 +442,8 @@ def dots(rng: np.random.Generator) -> np.ndarray:
     left, top = rng.random(2) * 2 * step
     distance = np.full((SIZE, SIZE), np.inf, dtype=np.float32)
     for shift in (0.0, step):  # two rectangular lattices
-        across = np.abs((_COLUMN - left + shift) % (2 * step) - step)
-        down = np.abs((_ROW - top + shift) % (2 * step) - step)
+        across = np.abs((_COLUMN[:1] - left + shift) % (2 * step) - step)  # [1, SIZE]
+        down = np.abs((_ROW[:, :1] - top + shift) % (2 * step) - step)  # [SIZE, 1]
         distance = np.minimum(distance, np.hypot(across, down))
     return np.clip(0.4 * step - distance + 0.5, 0, 1)
 
