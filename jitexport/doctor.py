@@ -10,7 +10,7 @@ import torch
 
 from jitexport import machine, registry
 from jitexport._version import __version__
-from jitexport.backends.commands import cpp_compiler
+from jitexport.backends.commands import cpp_compiler, cpp_compilers, found_compilers
 from jitexport.choice import choose
 from jitexport.kernels import native
 from jitexport.specs import DTYPE_NAMES
@@ -90,11 +90,17 @@ def examine() -> dict[str, dict[str, str]]:
             "bf16": _bf16(),
             "kernels": _kernels(),
             "gpu": machine.gpu_problem() or torch.cuda.get_device_name(),
-            "compiler": cpp_compiler()
-            or "none: aoti can load bundles but not build them",
+            "compiler": _compiler(),
         },
         "what a build chooses": {
             field: f"{getattr(chosen, field)}: {reason}" for field, reason in chosen.reasons.items()
         },
         "backends": backends,
     }
+
+
+def _compiler() -> str:
+    """The C++ compiler that is used, and those that come before it and do not work."""
+    if (chosen := cpp_compiler()) is None:
+        return f"none that works: aoti can load bundles but not build them ({found_compilers()})"
+    return chosen if next(iter(cpp_compilers())) == chosen else f"{chosen} ({found_compilers()})"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from jitexport import machine
+from jitexport.backends import commands
 from jitexport.choice import choose
 from jitexport.errors import UnknownNameError
 
@@ -43,6 +44,7 @@ def looks_like(monkeypatch):
             return None if "compiler" in lacking else f"/usr/bin/{name}"
 
         monkeypatch.setattr(shutil, "which", program)
+        monkeypatch.setattr(commands, "compiler_problem", lambda path: None)
 
     return look
 

@@ -1,4 +1,4 @@
-"""Inductor's compilers: which there is, and commands for paths with spaces, of the cache, of torch or of Python.
+"""Inductor's compilers: one that works, and commands for paths with spaces, of the cache, of torch or of Python.
 
 Torch builds a command as one text and splits it as a shell would. In torch 2.13 it quotes the folders of headers, and
 neither sources nor what is made nor the folders of libraries.
@@ -6,25 +6,85 @@ neither sources nor what is made nor the folders of libraries.
 
 from __future__ import annotations
 
+import functools
+import os
 import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 INSTALL_COMPILER = "install g++ (Debian, Ubuntu: apt-get install g++)"
 
 
+#: By name, in the order of preference, behind the one that the environment names.
+COMPILERS = ("g++", "clang++")
+
+
 def cpp_compiler() -> str | None:
-    """Path of the C++ compiler that Inductor finds; None without one."""
-    return shutil.which("g++") or shutil.which("clang++")
+    """Path of the C++ compiler that Inductor is to use: that of CXX, else g++, else clang++; None where none works."""
+    return next((path for path, problem in cpp_compilers().items() if problem is None), None)
+
+
+def cpp_compilers() -> dict[str, str | None]:
+    """The C++ compilers that there are, by path, the best first, and what is wrong with each, or None."""
+    named = [os.environ.get("CXX"), *COMPILERS]
+    return {path: compiler_problem(path) for name in named if name and (path := shutil.which(name))}
+
+
+def found_compilers() -> str:
+    """What was found where no compiler works, or a remark on those that were passed over."""
+    problems = {path: problem for path, problem in cpp_compilers().items() if problem}
+    return "; ".join(f"{path}: {problem}" for path, problem in problems.items()) or "neither g++ nor clang++ on PATH"
+
+
+@functools.cache
+def compiler_problem(path: str) -> str | None:
+    """Why what a compiler makes cannot be used, or None.
+
+    A library that brings a C++ library of its own crashes the process that torch opens it in.
+    """
+    if sys.platform != "linux":
+        return None
+    with tempfile.TemporaryDirectory(prefix="jitexport-") as folder:
+        library = Path(folder, "trial.so")
+        command = [path, "-x", "c++", "-shared", "-fPIC", "-o", str(library), "-"]
+        try:
+            subprocess.run(command, input=TRIAL, text=True, check=True, capture_output=True, timeout=60)
+        except (subprocess.SubprocessError, OSError):
+            return "it cannot make a shared library"
+        made = library.read_bytes()
+    return None if b"libstdc++.so" in made or b"libc++.so" in made else "it links the C++ library statically"
+
+
+TRIAL = """
+#include <iostream>
+void trial(const char* text) { std::cout << text; }
+"""
 
 
 @contextmanager
 def quoted_paths() -> Iterator[None]:
-    """Commands that torch makes inside are right for any path. Ordinary paths give the same text as before."""
+    """Commands that torch makes inside are right for any path, and of a compiler that works.
+
+    Ordinary paths and compilers give the same text as before.
+    """
+    from torch._inductor import config
+
+    first, chosen = next(iter(cpp_compilers()), None), cpp_compiler()
+    # Torch's own choice is CXX, or g++.
+    other = config.patch({"cpp.cxx": (None, chosen)}) if chosen and chosen != first else nullcontext()
+    with other, _quoted():
+        yield
+
+
+@contextmanager
+def _quoted() -> Iterator[None]:
     from torch._inductor.cpp_builder import CppBuilder
 
     original = CppBuilder.__init__

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 import jitexport
-from jitexport.backends.commands import quoted_paths, replace_end
+from jitexport import registry
+from jitexport.backends.commands import cpp_compiler, cpp_compilers, quoted_paths, replace_end
 from jitexport.build import build
+from jitexport.doctor import examine
 from jitexport.plan import CustomSchedule
 
 cpp_builder = pytest.importorskip("torch._inductor.cpp_builder")
@@ -53,6 +56,46 @@ def test_a_torch_that_quotes_is_left_alone():
     assert replace_end("-o '/a b/x'", "/a b/x", "'/a b/x'") == "-o '/a b/x'"
     assert replace_end("-o /a b/x", "/a b/x", "'/a b/x'") == "-o '/a b/x'"
     assert replace_end("", "", "''") == ""
+
+
+@pytest.fixture
+def static(tmp_path) -> Path:
+    """A compiler that puts the C++ library into what it makes, as some that come with other software do."""
+    path = tmp_path / "static-g++"
+    path.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} "$@" -static-libstdc++\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="for g++ on Linux")
+def test_a_compiler_whose_libraries_crash_torch_is_passed_over(static, monkeypatch):
+    monkeypatch.setenv("CXX", str(static))
+    assert cpp_compilers()[str(static)] == "it links the C++ library statically"
+    assert cpp_compiler() == shutil.which("g++")
+    with quoted_paths():
+        assert cpp_builder.get_cpp_compiler() == shutil.which("g++")
+    assert f"{static}: it links the C++ library statically" in examine()["machine"]["compiler"]
+
+    monkeypatch.setenv("PATH", str(static.parent))  # there is no other
+    assert cpp_compiler() is None
+    assert "statically" in registry.backend("aoti").cannot_build(torch.device("cpu"), None)
+
+
+def test_what_is_no_compiler_is_passed_over(tmp_path, monkeypatch):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    assert sys.platform != "linux" or cpp_compilers()[str(broken)] == "it cannot make a shared library"
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    assert str(tmp_path / "none") not in cpp_compilers()
+
+
+def test_torchs_own_compiler_keeps_its_name(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    before = cpp_builder.get_cpp_compiler()
+    with quoted_paths():
+        assert cpp_builder.get_cpp_compiler() == before
 
 
 @pytest.fixture(scope="module")
