@@ -196,3 +196,9 @@ def test_pictures_are_drawn(train_demo, start):
     pictures = train_demo.draw_pictures(training.average, training.tables, ["fox", "two owls"], side=16, steps=2)
     assert [picture.size for picture in pictures] == [(128, 128)] * 2
     assert (np.array(pictures[0]) != np.array(pictures[1])).any()
+
+
+def test_norms_by_elementwise_steps_are_the_fused_ones(train_demo):
+    x, weight = torch.randn(2, 5, 3, 64), torch.randn(64)
+    expected = torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
+    torch.testing.assert_close(train_demo.rms_norm(x, weight, 1e-6), expected)
