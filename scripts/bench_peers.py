@@ -269,6 +269,7 @@ def ours(name: str, options: dict[str, Any], setting: Setting) -> Make:
 
 #: Ours with temporal methods: name, then what is built.
 TEMPORAL: dict[str, dict[str, Any]] = {
+    **{f"dense-{s}x": {"speedup": s, "method": "dense"} for s in (5, 10, 20)},
     **{f"jit-{s}x-taylor": {"speedup": s, "cache": "taylor"} for s in (5, 7, 10, 14, 20)},
     **{f"dense-{s}x-taylor": {"speedup": s, "method": "dense", "cache": "taylor"} for s in (5, 10, 20)},
     "dense-taylorseer-7": {"speedup": 1, "cache": "taylorseer:every=7"},
@@ -404,6 +405,13 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return 10 * math.log10(255**2 / max(error, 1e-2))
 
 
+def likeness(values: list[float]) -> dict[str, Any]:
+    """The median, and the 95% interval that drawing as many prompts again and again gives."""
+    drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
+    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
+    return {"psnr": statistics.median(values), "psnr_interval": [float(low), float(high)]}
+
+
 def summarise(
     contender: Contender, result: dict[str, Any], prompts: list[DemoPrompt], results: Results, judge: Judge
 ) -> dict[str, Any]:
@@ -419,7 +427,7 @@ def summarise(
         "images": len(prompts),
         "median": timing.median,
         "p90": timing.p90,
-        "psnr": statistics.median(psnr(a, b) for a, b in zip(pictures.values(), wanted, strict=True)),
+        **likeness([psnr(a, b) for a, b in zip(pictures.values(), wanted, strict=True)]),
         "psnr_data": statistics.median(s.psnr for s in scores),
         "name_right": sum(s.name_right for s in scores),
         "pair_right": sum(s.pair_right for s in scores),
@@ -449,7 +457,8 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "",
         f"{done[0]['images']} prompts, one seed each, 256 x 256, batch 1, prompt to PNG. "
         "The first PSNR is to the picture of 50 ordinary fp32 steps of the same seed, the second to the data's picture "
-        "of what was asked for; names, pairs and backgrounds are counts of prompts that were answered (see "
+        "of what was asked for; in brackets the 95% interval of the median; names, pairs and backgrounds are counts of "
+        "prompts that were answered (see "
         "`jitexport/evaluate/demo.py`); machine is the rate of matrix products beside the contender's runs, relative "
         f"to the median over all: more than {UNSTEADY:.0%} off is marked with !.",
         "",
@@ -460,17 +469,54 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     for r in done:
         machine = r["rate"] / usual
         mark = "!" if abs(machine - 1) > UNSTEADY else ""
-        likeness = "" if r["name"] == REFERENCE else f"{r['psnr']:.1f}"
         lines.append(
             f"| {r['what']} | {r['median']:.3f} | {r['p90']:.3f} | {base / r['median']:.2f} "
-            f"| {likeness} | {r['psnr_data']:.1f} "
+            f"| {'' if r['name'] == REFERENCE else decibels(r)} | {r['psnr_data']:.1f} "
             f"| {r['name_right']} | {r['pair_right']} | {r['background_right']} | {r['sharpness']:.2f} "
             f"| {machine:.2f}{mark} |"
         )
+    lines += ["", "## At equal latency", "", *at_equal_latency(done, base)]
     failed = [f"- {r['what']}: {r['error']}" for r in rows if r["error"]]
     lines += ["", "Did not run:", "", *failed] if failed else []
     lines += ["", *(f"- {k}: {v}" for k, v in facts.items() if v is not None), ""]
     return "\n".join(lines)
+
+
+def decibels(row: dict[str, Any]) -> str:
+    low, high = row["psnr_interval"]
+    return f"{row['psnr']:.1f} ({low:.1f} to {high:.1f})"
+
+
+#: Ways of one kind, by the beginnings of their names; the first that fits.
+GROUPS = {
+    "few steps": ("diffusers-", "compile-", "openvino-", "ours-dense-5x ", "ours-dense-10x ", "ours-dense-20x "),
+    "diffusers' caches": ("first-block", "taylorseer", "magcache"),
+    "cache-dit": ("cache-dit",),
+    "jitexport, temporal alone": ("ours-dense-",),
+    "jitexport, temporal and spatial": ("ours-jit-", "ours-ralu-"),
+    "jitexport, spatial alone": ("ours-", "bundle-"),
+}
+WIDTH = 1.5  # of a band of latencies: the longest over the shortest
+
+
+def at_equal_latency(rows: list[dict[str, Any]], base: float) -> list[str]:
+    """A table of what is closest to 50 steps among the ways of one kind that take about as long."""
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["name"] != REFERENCE and "-50-" not in row["name"]:
+            kind = next(g for g, starts in GROUPS.items() if f"{row['name']} ".startswith(starts))
+            band = found.setdefault(math.floor(math.log(row["median"], WIDTH)), {})
+            if kind not in band or band[kind]["psnr"] < row["psnr"]:
+                band[kind] = row
+    lines = [f"| seconds | times faster | {' | '.join(GROUPS)} |", "|---" * (len(GROUPS) + 2) + "|"]
+    for band, best in sorted(found.items(), reverse=True):
+        low, high = WIDTH**band, WIDTH ** (band + 1)
+        cells = [
+            f"{decibels(row)}: {row['name']}, {row['median']:.2f} s" if (row := best.get(group)) else ""
+            for group in GROUPS
+        ]
+        lines.append(f"| {low:.2f} to {high:.2f} | {base / high:.1f} to {base / low:.1f} | {' | '.join(cells)} |")
+    return lines
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:

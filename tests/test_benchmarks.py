@@ -89,10 +89,26 @@ def test_report_compares_with_the_reference(peers, bench, tmp_path):
     rows = {r["name"]: r for r in json.loads((tmp_path / "peers.json").read_text())["rows"]}
     expected = 10 * np.log10(255**2 / (10**2 / 3))
     assert rows["ours-red"]["psnr"] == pytest.approx(expected, abs=0.01)
+    low, high = rows["ours-red"]["psnr_interval"]
+    assert low <= rows["ours-red"]["psnr"] <= high
     assert rows["ours-red"]["images"] == 2 and rows["ours-red"]["median"] <= rows["ours-red"]["p90"]
     page = (tmp_path / "peers.md").read_text()
     assert "| the ours-red |" in page and "- the ours-broken: RuntimeError: out of paint" in page
     assert (tmp_path / "peers.png").is_file()
+
+
+def test_what_is_compared_takes_about_as_long(peers):
+    made = [("diffusers-50-bf16", 4.0, 60), ("diffusers-11-bf16", 1.0, 40), ("compile-11-bf16", 0.9, 41),
+            ("cache-dit-fast", 1.05, 38), ("ours-dense-5x", 1.0, 39), ("ours-dense-5x-taylor", 1.0, 48),
+            ("ours-jit-5x-taylor", 0.3, 37), ("ours-aoti-bf16-4x", 1.1, 36), ("taylorseer-5", 0.8, 30)]  # fmt: skip
+    rows = [{"name": n, "median": s, "psnr": p, "psnr_interval": [p - 1, p + 1]} for n, s, p in made]
+    header, _, *bands = peers.at_equal_latency(rows, base=8.0)
+    names = [word.strip() for word in header.strip("|").split("|")]
+    first = dict(zip(names, (word.strip() for word in bands[0].strip("|").split("|")), strict=True))
+    assert first["few steps"] == "40.0 (39.0 to 41.0): diffusers-11-bf16, 1.00 s"  # what takes .9 s is in the next
+    assert first["jitexport, temporal alone"].endswith("ours-dense-5x-taylor, 1.00 s")
+    assert first["cache-dit"] and first["jitexport, spatial alone"] and not first["diffusers' caches"]
+    assert "diffusers-50" not in "".join(bands) and len(bands) == 3
 
 
 def test_names_of_contenders_differ(peers):
