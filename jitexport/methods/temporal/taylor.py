@@ -6,6 +6,7 @@ In the noise level: schedules are not uniform, and a velocity that is a polynomi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -50,6 +51,11 @@ class Polynomial(Forecast):
     def computed_kept(self) -> int:
         """Values that the polynomial goes through."""
         return self.settings.order + 1
+
+    @property
+    def most_amplified(self) -> float:
+        """In steps, as published: without a limit."""
+        return math.inf if self.settings.variable == "step" else super().most_amplified
 
     def weights(self, past: Sequence[Step], step: Step) -> list[float]:
         """Of the values at computed steps in that at another one."""
