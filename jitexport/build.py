@@ -69,7 +69,7 @@ PROBE_PROMPT = "a red apple on a white background"
 
 
 class Progress(Protocol):
-    """What a build reports to; see `jitexport.cli`."""
+    """What a build reports to; see `jitexport.cli.progress`."""
 
     def begin(self, steps: Sequence[str]) -> None:
         """All steps, in order, before the first."""
