@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from jitexport import machine
-from jitexport.build import TOLERANCE, compare
+from jitexport.building.comparing import TOLERANCE, compare
 from jitexport.bundle import EngineBundle
 from jitexport.bundle.golden import read_golden
 from jitexport.bundle.manifest import EngineEntry

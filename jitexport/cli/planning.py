@@ -37,7 +37,7 @@ def plan(
     quiet_libraries()
     import torch
 
-    from jitexport.build import schedule_entry
+    from jitexport.building.declaring import schedule_entry
     from jitexport.models.sources import config_adapter, find_source
     from jitexport.plan import plan as make_plan
 

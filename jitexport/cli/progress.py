@@ -43,7 +43,7 @@ class _OnTerminal:
 
 
 class BuildProgress(_OnTerminal):
-    """Of a build; see `jitexport.build.Progress`."""
+    """Of a build; see `jitexport.building.engines.Progress`."""
 
     def __init__(self) -> None:
         columns = SpinnerColumn(), text_column("{task.description}"), BarColumn(), MofNCompleteColumn()

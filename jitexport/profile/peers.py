@@ -154,7 +154,7 @@ def eager_bundle(manifest: Manifest, dtype: str) -> Pipeline:
     Raises:
         InputError: the bundle's model is not at hand.
     """
-    from jitexport.build import eager_pipeline
+    from jitexport.building.reference import eager_pipeline
     from jitexport.models.sources import ModelSource, load_adapter
     from jitexport.quant import unquantized
 

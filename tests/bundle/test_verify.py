@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from jitexport import errors
-from jitexport.build import TOLERANCE
+from jitexport.building.comparing import TOLERANCE
 from jitexport.bundle.golden import read_golden
 from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME
 from jitexport.bundle.reading import read_manifest
