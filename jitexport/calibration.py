@@ -127,7 +127,7 @@ def calibrate(
     Raises:
         InputError: a cache that decides nothing, or no prompts.
     """
-    from jitexport.build import eager_pipeline
+    from jitexport.building.reference import eager_pipeline
     from jitexport.plan import make_cache, plan
 
     static = make_cache(cache)

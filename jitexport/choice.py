@@ -46,8 +46,8 @@ def choose(
 ) -> Choice:
     """Resolve what is "auto": a GPU before the CPU, then the backend, then the dtype that the processor computes in.
 
-    Where nothing fits what was said by name, the first candidate is taken, which `jitexport.build.check_request` then
-    refuses with its reason. Other values are passed on as they are.
+    Where nothing fits what was said by name, the first candidate is taken, which then is refused with its reason by
+    `jitexport.building.request.check_request`. Other values are passed on as they are.
 
     Raises:
         UnknownNameError: no such backend.

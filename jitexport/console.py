@@ -7,8 +7,10 @@ switched off here, once for everything; a test sees to it that no other module, 
 from __future__ import annotations
 
 import codecs
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -32,7 +34,7 @@ from jitexport.errors import OutputError
 
 __all__ = [
     "BarColumn", "MofNCompleteColumn", "PlainConsole", "Progress", "SpinnerColumn", "Table", "TimeElapsedColumn",
-    "TimeRemainingColumn", "echo", "err", "out", "prepare_streams", "text_column", "track",
+    "TimeRemainingColumn", "echo", "err", "out", "prepare_streams", "quiet_libraries", "text_column", "track",
 ]  # fmt: skip
 
 Item = TypeVar("Item")
@@ -135,6 +137,21 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="jitexport")
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries that read models from writing banners and bars between our lines."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|copyreg")
+    for name in ("diffusers", "transformers", "torch._inductor", "torch.utils.flop_counter"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+    except ImportError:
+        return  # reported by whatever needs them
+    for module in (diffusers_logging, transformers_logging):
+        module.set_verbosity_error()
+        module.disable_progress_bar()
 
 
 def _encodable(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from jitexport import registry
@@ -21,6 +22,26 @@ __all__ = ["CustomSchedule", "Plan", "parse_custom", "plan"]
 
 #: Models with no more steps than this were distilled from models with many, by which papers measure them as well.
 DISTILLED_STEPS = 8
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """Stages in a row that share an engine.
+
+    Attributes:
+        index, tokens: of these stages.
+        actions: of their steps.
+        step_tflops: of a computed step.
+        tflops: of all their steps.
+        sigmas: the noise levels that they go from and to.
+    """
+
+    index: int
+    tokens: int
+    actions: tuple[str, ...]
+    step_tflops: float
+    tflops: float
+    sigmas: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -73,6 +94,18 @@ class Plan:
     def over(self, steps: int) -> float:
         """The speed-up over so many steps at all tokens, such as those of a model before it was distilled."""
         return steps * self.cost(self.grid_tokens) / 1e12 / self.tflops
+
+    def runs(self) -> list[EngineRun]:
+        """The schedule's stages in order, those in a row on one engine together."""
+        runs = []
+        for index, group in groupby(self.schedule, key=lambda pair: pair[0].index):
+            stages, steps_of_stages = zip(*group, strict=True)
+            steps = [step for steps in steps_of_stages for step in steps]
+            tokens, actions = stages[0].tokens, tuple(step.action for step in steps)
+            tflops = sum(self.costs[action](tokens) for action in actions) / 1e12
+            ends = steps[0].sigma, steps[-1].sigma_next
+            runs.append(EngineRun(index, tokens, actions, self.cost(tokens) / 1e12, tflops, ends))
+        return runs
 
 
 def schedule_cost(schedule: StageSchedule, costs: Mapping[str, StepCost]) -> float:

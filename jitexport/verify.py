@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from jitexport import machine
-from jitexport.build import TOLERANCE, compare
+from jitexport.building.comparing import TOLERANCE, compare
 from jitexport.bundle import EngineBundle
 from jitexport.bundle.golden import read_golden
 from jitexport.bundle.manifest import EngineEntry
@@ -45,6 +47,11 @@ class Replay:
         """Whether the engine ran and is within the tolerance; false for NaN."""
         return self.problem is None and self.relative_error <= self.tolerance
 
+    def report(self) -> dict[str, str | bool | float | None]:
+        """All of it for JSON, which has no NaN: None instead."""
+        values = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
+        return values | {"passed": self.passed}
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -58,6 +65,11 @@ class Verification:
     def passed(self) -> bool:
         """Whether every engine passed."""
         return all(replay.passed for replay in self.engines)
+
+    def to_json(self) -> str:
+        """JSON text."""
+        engines = [replay.report() for replay in self.engines]
+        return json.dumps({"passed": self.passed, "files": self.files, "bytes": self.bytes, "engines": engines})
 
 
 def verify(

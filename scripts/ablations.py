@@ -19,7 +19,7 @@ import torch
 from comparison import against_50_steps, signed, usual_arguments, write_results
 from torch import Tensor
 
-from jitexport.build import eager_pipeline
+from jitexport.building.reference import eager_pipeline
 from jitexport.choice import choose
 from jitexport.evaluate import Evaluation, write_report
 from jitexport.evaluate.report import markdown_table

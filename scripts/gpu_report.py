@@ -43,7 +43,7 @@ from jitexport import quant, registry
 from jitexport.backends.aoti import PROGRAM, REGIONS, AOTInductorBackend
 from jitexport.backends.base import Engine
 from jitexport.backends.eager import as_engine
-from jitexport.build import compare
+from jitexport.building.comparing import compare
 from jitexport.console import err
 from jitexport.graphs import CUDARecorder
 from jitexport.methods.base import Draws

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from jitexport import registry
 from jitexport.backends.base import Engine
-from jitexport.build import compare, eager_pipeline, probe_inputs
+from jitexport.building.comparing import compare
+from jitexport.building.reference import eager_pipeline, probe_inputs
 from jitexport.console import Table, err, out
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import find_source, load_adapter

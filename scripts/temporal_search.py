@@ -16,7 +16,7 @@ import torch
 from ablations import BATCH, DTYPE
 from comparison import against_50_steps, usual_arguments, write_results
 
-from jitexport.build import eager_pipeline
+from jitexport.building.reference import eager_pipeline
 from jitexport.evaluate.report import markdown_table
 from jitexport.evaluate.sources import Source, quiet
 from jitexport.models.base import ModelAdapter

@@ -83,3 +83,17 @@ def aoti_bundle(make_bundle: Callable[..., Path]) -> Path:
     from jitexport.plan import CustomSchedule
 
     return make_bundle(backend="aoti", custom=CustomSchedule((2, 2), (0.35, 1.0)), command=("jitexport", "build"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process: (exit code, stdout, stderr)."""
+    from jitexport.cli import main
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return call

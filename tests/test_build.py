@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import jitexport
 from jitexport import machine
 from jitexport.backends.base import Engine
-from jitexport.build import TOLERANCE, compare, tolerance, verify_engine
 from jitexport.build import build as build_bundle
+from jitexport.building.comparing import TOLERANCE, compare, tolerance, verify_engine
 from jitexport.bundle import EngineBundle
 from jitexport.errors import (
     BundleExistsError,
@@ -64,7 +64,7 @@ def test_manifest_tells_the_model(manifest, tiny_flux):
 def test_an_incomplete_configuration_has_one_digest(tiny_flux, tmp_path):
     """In every process and folder: diffusers keeps a list of the entries that are missing, in an order by chance."""
     code = (
-        "import sys, torch; from jitexport.build import config_digest, plain_configs;"
+        "import sys, torch; from jitexport.building.declaring import config_digest, plain_configs;"
         "from jitexport.models.flux import FluxAdapter; from pathlib import Path;"
         "configs = plain_configs(FluxAdapter.from_folder(Path(sys.argv[1]), torch.float32).configs);"
         "print(config_digest(configs), *(c.get('_use_default_values') for c in configs.values()))"

@@ -12,7 +12,9 @@ import torch
 
 from jitexport import compiling, machine, registry
 from jitexport.backends.base import Engine
-from jitexport.build import build, eager_pipeline, probe_inputs, verify_engine
+from jitexport.build import build
+from jitexport.building.comparing import verify_engine
+from jitexport.building.reference import eager_pipeline, probe_inputs
 from jitexport.compiling import Compilers, Recipe, Task, _Worker, check_jobs, default_jobs
 from jitexport.errors import BackendUnavailableError, CompileError, InputError, ResourceError, UnsupportedModelError
 from jitexport.models.flux import FluxAdapter

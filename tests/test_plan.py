@@ -40,6 +40,24 @@ def test_default_is_jit_at_four(small):
     assert made.reference_tflops == pytest.approx(50 * made.cost(96) / 1e12)
 
 
+def test_runs_are_the_schedules_stages_with_what_they_cost(small):
+    made = plan(small)
+    runs = made.runs()
+    assert [(r.index, len(r.actions), r.tokens) for r in runs] == [(2, 7, 33), (1, 4, 59), (0, 7, 96)]
+    assert [r.step_tflops for r in runs] == pytest.approx([made.cost(r.tokens) / 1e12 for r in runs])
+    assert sum(r.tflops for r in runs) == pytest.approx(made.tflops)
+    ends = [sigma for r in runs for sigma in r.sigmas]
+    assert ends == [made.schedule.sigmas[i] for i in (0, 7, 7, 11, 11, 18)]
+
+
+def test_stages_in_a_row_on_one_engine_are_one_run(dev):
+    made = plan(dev, method="bottleneck", speedup=4, cache="taylor")
+    runs = made.runs()
+    assert [r.index for r in runs] == [0, 1, 0][: len(runs)]
+    assert tuple(action for r in runs for action in r.actions) == made.schedule.actions
+    assert sum(r.tflops for r in runs) == pytest.approx(made.tflops)
+
+
 @pytest.mark.parametrize(
     ("speedup", "published", "ratio"),
     [(2, [(5, 1024), (6, 1945), (9, 4096)], 2.17), (3, [(3, 1024), (3, 1636), (6, 4096)], 3.53)],

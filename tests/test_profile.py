@@ -18,7 +18,6 @@ from jitexport.plan import CustomSchedule
 from jitexport.profile.measure import PeakMemory, Timing, shortest
 from jitexport.profile.phases import Recorder
 from jitexport.profile.timeline import draw_timeline
-from tests.test_cli import run  # noqa: F401
 
 CPU = torch.device("cpu")
 
@@ -218,7 +217,7 @@ def test_trace_names_the_engines(pipe, tmp_path):
     assert names.count("engine stage0") == 2
 
 
-def test_command(run, bundle, tmp_path):  # noqa: F811
+def test_command(run, bundle, tmp_path):
     code, out, err = run(
         "profile", bundle, "--repeats", "1", "--prompt", "a red fox", "--json",
         "--timeline", tmp_path / "t.png", "--trace", tmp_path / "t.json",
@@ -230,7 +229,7 @@ def test_command(run, bundle, tmp_path):  # noqa: F811
     assert (tmp_path / "t.png").is_file() and json.loads((tmp_path / "t.json").read_text())
 
 
-def test_command_prints_what_it_measured(run, bundle):  # noqa: F811
+def test_command_prints_what_it_measured(run, bundle):
     code, out, _ = run("profile", bundle, "--repeats", "1", "--prompt", "a red fox")
     assert code == 0
     for text in ("transition", "stage1", "of denoising", "predicted", "GFLOP/s", "of memory in the process"):

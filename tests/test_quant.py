@@ -10,7 +10,9 @@ from torch import nn
 
 import jitexport
 from jitexport import quant, registry
-from jitexport.build import build, check_request, compare
+from jitexport.build import build
+from jitexport.building.comparing import compare
+from jitexport.building.request import check_request
 from jitexport.bundle.reading import read_manifest
 from jitexport.errors import BackendUnavailableError, InputError
 from jitexport.flops import meta_adapter, step_cost

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from jitexport.build import eager_pipeline, probe_inputs
+from jitexport.building.reference import eager_pipeline, probe_inputs
 from jitexport.errors import CompileError
 from jitexport.models.flux import FluxAdapter
 from jitexport.plan import CustomSchedule, plan

@@ -40,7 +40,7 @@ TIMED_IMAGES = 5
 
 
 class Progress(Protocol):
-    """What an evaluation reports to; see `jitexport.cli`."""
+    """What an evaluation reports to; see `jitexport.cli.progress`."""
 
     def begin(self, work: float) -> None:
         """The work ahead, in TFLOPs of denoising."""

@@ -17,7 +17,7 @@ from jitexport.profile.measure import (
     matmul_rate,
     now,
 )
-from jitexport.profile.peers import PEERS, diffusers_profile, measure_peer, model_folder
+from jitexport.profile.peers import PEERS, diffusers_profile, measure_peer, model_folder, parse_peers, profile_bundle
 from jitexport.profile.phases import Profile, Span, chrome_trace, engine_flops, profile_call, profile_pipeline
 
 __all__ = [
@@ -35,6 +35,8 @@ __all__ = [
     "measure_peer",
     "model_folder",
     "now",
+    "parse_peers",
+    "profile_bundle",
     "profile_call",
     "profile_pipeline",
 ]

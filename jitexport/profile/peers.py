@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from jitexport.errors import InputError
-from jitexport.profile.phases import Profile, engine_flops, profile_call, profile_pipeline
+from jitexport.profile.phases import Profile, chrome_trace, engine_flops, profile_call, profile_pipeline
 from jitexport.specs import DTYPES
 
 if TYPE_CHECKING:
@@ -25,6 +25,50 @@ PEERS: dict[str, str] = {
     "few-step": "the ordinary pipeline with as many steps as the bundle computes, eager, in the bundle's dtype",
     "eager": "the bundle's own schedule and modules, not compiled, fp32",
 }
+
+
+def parse_peers(text: str) -> list[str]:
+    """Names of `PEERS` from comma-separated text; empty for none.
+
+    Raises:
+        InputError: there is another name.
+    """
+    peers = [p for p in text.split(",") if p]
+    if wrong := set(peers) - set(PEERS):
+        raise InputError("unknown peer", found=", ".join(sorted(wrong)), expected=", ".join(PEERS))
+    return peers
+
+
+def profile_bundle(
+    pipe: Pipeline, manifest: Manifest, prompt: str, *, repeats: int, peers: Sequence[str] = (),
+    trace: Path | None = None, status: Callable[[str], None] = lambda text: None,
+) -> list[Profile]:
+    """Profiles of peers and, last in the list, of a bundle; that one is measured first, so that its memory is its own.
+
+    Args:
+        pipe, manifest: the bundle's.
+        repeats: of peers at most 3.
+        trace: file for a Chrome trace of one image.
+        status: told what is being done.
+
+    Raises:
+        InputError: no such peer, or the bundle's model is not at hand.
+    """
+    schedule = manifest.schedule
+    status("measuring the bundle")
+    label = f"{manifest.method.name}, {manifest.backend} {manifest.precision}"
+    measured = profile_pipeline(
+        pipe, label, prompt, flops=engine_flops(manifest), repeats=repeats,
+        speedup=(schedule.reference_steps, schedule.predicted_speedup),
+    )  # fmt: skip
+    if trace is not None:
+        status("tracing")
+        chrome_trace(pipe, prompt, trace)
+    profiles = []
+    for peer in peers:
+        status(f"measuring {peer}: {PEERS[peer]}")
+        profiles.append(measure_peer(peer, manifest, prompt, repeats=min(repeats, 3)))
+    return [*profiles, measured]
 
 
 def measure_peer(peer: str, manifest: Manifest, prompt: str, *, repeats: int) -> Profile:
@@ -110,7 +154,7 @@ def eager_bundle(manifest: Manifest, dtype: str) -> Pipeline:
     Raises:
         InputError: the bundle's model is not at hand.
     """
-    from jitexport.build import eager_pipeline
+    from jitexport.building.reference import eager_pipeline
     from jitexport.models.sources import ModelSource, load_adapter
     from jitexport.quant import unquantized
 

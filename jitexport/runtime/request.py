@@ -16,7 +16,7 @@ from jitexport.guidance import Guidance
 from jitexport.specs import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
-    from jitexport.runtime.pipeline import Pipeline
+    from jitexport.runtime.phases import Phases
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Texts:
     prompts: Sequence[Sequence[str]] = ()
     given: Sequence[Tensor] | None = None
 
-    def embeddings(self, pipe: Pipeline, rows: Sequence[int]) -> Sequence[Tensor]:
+    def embeddings(self, pipe: Phases, rows: Sequence[int]) -> Sequence[Tensor]:
         """The text engine's outputs for a chunk of images."""
         if self.given is not None:
             return [t[list(rows)] for t in self.given]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,16 @@ class Limits:
     def __post_init__(self) -> None:
         if wrong := [name for name, value in vars(self).items() if value < (0 if name == "batch_wait" else 1)]:
             raise InputError("a limit must be at least 1", found=", ".join(f"{n}={getattr(self, n)}" for n in wrong))
+
+
+def check_replicas(text: str) -> None:
+    """Refuse what is no number of replicas, nor LEAST-MOST.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not re.fullmatch(REPLICAS, text):
+        raise InputError("--ray takes a number of replicas", found=text, expected="2, or 1-8")
 
 
 def read_tokens(file: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jitexport import registry
 from jitexport.backends.base import Backend, Engine
-from jitexport.build import eager_pipeline, probe_inputs
+from jitexport.building.reference import eager_pipeline, probe_inputs
 from jitexport.bundle import EngineBundle
 from jitexport.models.base import ModelAdapter
 from jitexport.models.flux import FluxAdapter

@@ -12,7 +12,7 @@ import torch
 from jitexport import machine
 from jitexport.backends import aoti
 from jitexport.backends.base import assign_weights
-from jitexport.build import compare
+from jitexport.building.comparing import compare
 from jitexport.errors import BackendError, CompileError
 from jitexport.regions import Program, Step
 from jitexport.specs import EngineSpec, TensorSpec

@@ -11,7 +11,7 @@ import jitexport
 from jitexport import registry
 from jitexport.backends.base import Engine
 from jitexport.backends.eager import as_engine
-from jitexport.build import compare
+from jitexport.building.comparing import compare
 from jitexport.errors import InputError
 from tests.backends.conftest import CPU, Case
 

@@ -13,7 +13,8 @@ from jitexport import registry
 from jitexport.backends import tensorrt
 from jitexport.backends.base import Source
 from jitexport.backends.tensorrt import INFO, PLAN, TensorRTBackend, build_plan, export_graph, varying_axes
-from jitexport.build import build, compare
+from jitexport.build import build
+from jitexport.building.comparing import compare
 from jitexport.errors import BackendUnavailableError, CompileError, HostMismatchError
 from jitexport.models.flux import FluxAdapter
 from jitexport.plan import CustomSchedule

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from jitexport import errors
-from jitexport.build import TOLERANCE
+from jitexport.building.comparing import TOLERANCE
 from jitexport.bundle.golden import read_golden
 from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME
 from jitexport.bundle.reading import read_manifest
@@ -97,6 +97,7 @@ def test_an_engine_that_cannot_run_is_a_result_and_no_crash(republished):
 
     replay = next(r for r in verify(republished("golden/stage0.safetensors", lose)).engines if r.name == "stage0")
     assert not replay.passed and "stage0" in replay.problem
+    assert replay.report()["relative_error"] is None and replay.report()["passed"] is False
 
 
 def test_golden_inputs_of_another_shape_are_a_result_too(republished):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jitexport.build import compare
+from jitexport.building.comparing import compare
 from jitexport.kernels import native
 
 HARNESS = """

@@ -9,7 +9,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from jitexport import registry
-from jitexport.build import eager_pipeline, probe_inputs
+from jitexport.building.reference import eager_pipeline, probe_inputs
 from jitexport.kernels import native
 from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear, quantize

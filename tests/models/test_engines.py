@@ -16,7 +16,8 @@ import torch
 
 from jitexport import registry
 from jitexport.backends.base import Engine
-from jitexport.build import compare, eager_pipeline, probe_inputs, tolerance, verify_engine
+from jitexport.building.comparing import compare, tolerance, verify_engine
+from jitexport.building.reference import eager_pipeline, probe_inputs
 from jitexport.kernels import native
 from jitexport.plan import CustomSchedule, plan
 from tests import tiny_hunyuan_video15

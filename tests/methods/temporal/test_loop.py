@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline, TaylorSeerCacheConfig
 
 import jitexport
 from jitexport import registry
-from jitexport.build import eager_pipeline
+from jitexport.building.reference import eager_pipeline
 from jitexport.bundle.reading import read_manifest
 from jitexport.errors import InputError
 from jitexport.grid import gather_tokens
