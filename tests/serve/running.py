@@ -64,7 +64,7 @@ class Server:
                 total += float(found[2])
         return total
 
-    def wait_until(self, condition, seconds: float = 60) -> None:
+    def wait_until(self, condition, seconds: float = 240) -> None:
         """Wait for something to become true."""
         until = time.monotonic() + seconds
         while not condition():
