@@ -202,3 +202,23 @@ def test_norms_by_elementwise_steps_are_the_fused_ones(train_demo):
     x, weight = torch.randn(2, 5, 3, 64), torch.randn(64)
     expected = torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
     torch.testing.assert_close(train_demo.rms_norm(x, weight, 1e-6), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(4))
+def test_steps_of_every_stage_on_a_gpu(train_demo, vae, tmp_path, number):
+    """As large as a run's own, twice, and the device asked at once whether they went well."""
+    models = train_demo.make_models(caption_words(), vae)
+    sizes = replace(train_demo.SIZES["cuda"], shard=64)
+    before = sum(float(p.detach().double().sum()) for p in models.trained.parameters())
+    training = train_demo.Training(models, DemoData().sprites, tmp_path, sizes=sizes, device="cuda", workers=0)
+    training.progress.pictures = [stage.pictures for stage in train_demo.STAGES[:number]] + [0] * (4 - number)
+    try:
+        for _ in range(2):
+            loss = training.step()
+            torch.cuda.synchronize()
+            assert loss.isfinite()
+    finally:
+        training.make_shard.close()
+    after = sum(float(p.detach().double().sum()) for p in training.parameters)
+    assert after != before and np.isfinite(after)
