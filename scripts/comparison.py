@@ -40,6 +40,7 @@ class Recipe:
     preset: str | None = None
     steps: str | None = None
     ratios: str | None = None
+    cache: str | None = None
 
 
 #: Everything that is compared. A method or preset is added by a line; what is not registered is left out, and said.
@@ -61,6 +62,14 @@ RECIPES = {
     "bottleneck-7x": Recipe("bottleneck", 7),
     "ras-3x": Recipe("ras", 3),
     "ras-5x": Recipe("ras", 5),
+    "dense-5x-taylor": Recipe("dense", 5, cache="taylor"),
+    "dense-10x-taylor": Recipe("dense", 10, cache="taylor"),
+    "dense-taylorseer-7": Recipe("dense", 1, cache="taylorseer:every=7"),
+    "dense-delta-dit-5": Recipe("dense", 1, cache="delta-dit:every=5"),
+    "dense-toca-5": Recipe("dense", 1, cache="toca:every=5"),
+    "jit-5x-taylor": Recipe("jit", 5, cache="taylor"),
+    "jit-7x-taylor": Recipe("jit", 7, cache="taylor"),
+    "jit-10x-taylor": Recipe("jit", 10, cache="taylor"),
 }
 
 
@@ -117,7 +126,8 @@ def built(name: str, folder: Path, backend: str) -> Path:
     recipe = RECIPES[name]
     print(f"building {path}", flush=True)
     return build(
-        "demo", output=path, speedup=recipe.speedup, method=recipe.method, preset=recipe.preset, backend=backend,
+        "demo", output=path, speedup=recipe.speedup, method=recipe.method, preset=recipe.preset, cache=recipe.cache,
+        backend=backend,
         custom=parse_custom(recipe.steps, recipe.ratios) if recipe.steps else None, replace=True,
         command=("python", "scripts/comparison.py"),
     ).path  # fmt: skip

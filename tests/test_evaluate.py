@@ -66,7 +66,7 @@ def test_a_bundle_with_a_cache_is_the_same_reference_and_another_source(make_bun
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     first, second = map(bundle_source, (cached, other))
     assert first.key != second.key and (first.steps, second.steps) == (3, 3)
-    assert "taylorseer" in first.description
+    assert "taylorseer" in first.description and first.method == "jit taylorseer"  # a method of its own in charts
 
 
 def test_a_dense_bundle_equals_the_reference(evaluation):

@@ -80,7 +80,7 @@ def bundle_source(path: Path, label: str | None = None) -> Source:
     forecasts = "" if manifest.cache is None else f", cache {manifest.cache.name}"
     return Source(
         label=label or path.resolve().name,
-        method=manifest.method.name,
+        method=manifest.method.name if manifest.cache is None else f"{manifest.method.name} {manifest.cache.name}",
         description=f"{manifest.method.name}, preset {manifest.method.preset}{forecasts}, {manifest.backend} "
         f"{manifest.precision}: {stages} tokens",
         key=bundle_key(manifest),

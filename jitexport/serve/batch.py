@@ -122,15 +122,15 @@ class Batch:
             waiting.emit(Partial(index, pictures.encode(image, waiting.job.format, waiting.job.compression)))
 
     def _finish(self, waiting: Waiting, image: Image.Image, done: float) -> None:
-        job, begun = waiting.job, time.monotonic()
+        job = waiting.job
         if waiting.gone:
             self.metrics.abandoned.labels(job.bundle).inc()
             return
         try:
             data = pictures.encode(image, job.format, job.compression)
             tokens, warnings = _read(self.pipe, job)
-            ended = time.monotonic()
-            seconds = {"queue": self._since - waiting.arrived, **self._phases(done), "encode": ended - begun}
+            encoded = time.monotonic() - done
+            seconds = {"queue": self._since - waiting.arrived, **self._phases(done), "encode": encoded}
             for phase in ("queue", "encode"):
                 self.metrics.seconds.labels(job.bundle, phase).observe(seconds[phase])
             self.metrics.images.labels(job.bundle).inc()

@@ -40,7 +40,8 @@ class Metrics:
         )
         self.seconds = self._histogram(
             "jitexport_phase_seconds", "Seconds by phase: queue, prepare, first_step (with the text), steps, decode, "
-            "encode; of a batch, but queue and encode of an image", ["bundle", "phase"],
+            "encode (with those of the batch before it); of a batch, but queue and encode of an image",
+            ["bundle", "phase"],
         )
         self.request_seconds = self._histogram(
             "jitexport_request_seconds", "Seconds from a request's arrival to its last image", bundle
