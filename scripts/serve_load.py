@@ -121,11 +121,14 @@ class Client:
         begun = time.perf_counter()
         try:
             answer = await self.http.post(ROUTE, json={"prompt": prompt, "seed": seed})
-        except httpx.HTTPError:
+        except httpx.HTTPError as error:
             run.lost += 1
+            print(f"no answer after {time.perf_counter() - begun:.1f} s: {error!r}", file=sys.stderr, flush=True)
             return
         taken = time.perf_counter() - begun
         run.statuses[answer.status_code] += 1
+        if answer.status_code not in (200, 503):
+            print(f"{answer.status_code} after {taken:.1f} s: {answer.text[:300]}", file=sys.stderr, flush=True)
         if answer.status_code == 200:
             made = answer.json()["data"][0]
             run.latencies.append(taken)
