@@ -10,7 +10,7 @@ import torch
 
 from jitexport import machine, registry
 from jitexport._version import __version__
-from jitexport.backends.commands import cpp_compiler, cpp_compilers, found_compilers
+from jitexport.backends.commands import cpp_compiler, passed_over, without_compiler
 from jitexport.choice import choose
 from jitexport.kernels import native
 from jitexport.specs import DTYPE_NAMES
@@ -102,5 +102,5 @@ def examine() -> dict[str, dict[str, str]]:
 def _compiler() -> str:
     """The C++ compiler that is used, and those that come before it and do not work."""
     if (chosen := cpp_compiler()) is None:
-        return f"none that works: aoti can load bundles but not build them ({found_compilers()})"
-    return chosen if next(iter(cpp_compilers())) == chosen else f"{chosen} ({found_compilers()})"
+        return f"none that works: aoti can load bundles but not build them ({without_compiler()})"
+    return f"{chosen} ({before})" if (before := passed_over()) else chosen

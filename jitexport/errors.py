@@ -34,6 +34,9 @@ Every message says what was found, what was expected and what to do. `exit_code`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class JitExportError(Exception):
     """Base of all errors of this package: what happened, what was found and expected, and the remedy."""
@@ -93,6 +96,23 @@ class MissingDependencyError(JitExportError, ImportError):
     """An optional library is absent."""
 
     exit_code = 3
+
+
+@contextmanager
+def needed(what: str, extra: str) -> Iterator[None]:
+    """Around what imports libraries of an extra.
+
+    Args:
+        what: what needs them, for the message.
+        extra: by its name in pyproject.toml.
+
+    Raises:
+        MissingDependencyError: one is absent.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(what, found=error, remedy=f"pip install 'jitexport[{extra}]'") from error
 
 
 class ModelError(JitExportError):

@@ -13,7 +13,7 @@ from jitexport import registry
 from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, Manifest
 from jitexport.bundle.reading import EngineBundle, check_files, read_manifest
 from jitexport.bundle.staging import Staging
-from jitexport.errors import BundleError, BundleNotFoundError, InputError, MissingDependencyError, TrustError
+from jitexport.errors import BundleError, BundleNotFoundError, InputError, TrustError, needed
 
 
 def push(
@@ -121,12 +121,8 @@ def is_id(text: str) -> bool:
 
 
 def _library() -> Any:
-    try:
+    with needed("bundles on a hub need huggingface_hub", "build"):
         import huggingface_hub
-    except ImportError as error:
-        raise MissingDependencyError(
-            "bundles on a hub need huggingface_hub", found=error, remedy="pip install 'jitexport[build]'"
-        ) from error
     return huggingface_hub
 
 

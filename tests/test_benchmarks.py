@@ -111,6 +111,13 @@ def test_what_is_compared_takes_about_as_long(peers):
     assert "diffusers-50" not in "".join(bands) and len(bands) == 3
 
 
+def test_every_contender_has_a_place_in_the_table(peers):
+    for name in (c.name for c in peers.contenders([Path("engines/x")])):
+        row = {"name": name, "median": 1.0, "psnr": 40.0, "psnr_interval": [39.0, 41.0]}
+        ordinary = name.split("-")[0] in ("diffusers", "compile", "openvino") and "-50" in name
+        assert (f": {name}, 1.00 s" in peers.at_equal_latency([row], base=8.0)[-1]) == (not ordinary)
+
+
 def test_names_of_contenders_differ(peers):
     names = [c.name for c in peers.contenders([Path("engines/x")])]
     assert len(set(names)) == len(names) and names[0] == peers.REFERENCE and "bundle-x" in names

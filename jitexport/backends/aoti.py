@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from jitexport.backends.aoti_runtime import shared_runtime
 from jitexport.backends.base import Backend, RawEngine
-from jitexport.backends.commands import INSTALL_COMPILER, cpp_compiler, found_compilers, quoted_paths
+from jitexport.backends.commands import INSTALL_COMPILER, cpp_compiler, quoted_paths, without_compiler
 from jitexport.errors import BackendError, CompileError, JitExportError
 from jitexport.forks import Lock
 from jitexport.kernels.native import compile_with_kernels, write_record
@@ -75,13 +75,13 @@ class AOTInductorBackend(Backend):
         if device.type == "cuda" and importlib.util.find_spec("triton") is None:
             return "AOTInductor needs Triton for CUDA: install a CUDA build of torch"
         if cpp_compiler() is None:
-            return f"AOTInductor needs a C++ compiler to build ({found_compilers()}): {INSTALL_COMPILER}"
+            return f"AOTInductor needs a C++ compiler to build ({without_compiler()}): {INSTALL_COMPILER}"
         return None
 
     def build(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor], directory: Path) -> None:
         if cpp_compiler() is None:
             raise CompileError(
-                "AOTInductor needs a C++ compiler to build", found=found_compilers(),
+                "AOTInductor needs a C++ compiler to build", found=without_compiler(),
                 remedy=f"{INSTALL_COMPILER}, or build with --backend eager",
             )
         made = None if self.regional is False else self.outline(spec, module, example)
@@ -176,7 +176,8 @@ def known(settings: Mapping[str, object]) -> dict[str, object]:
     """Those of Inductor's settings that this torch has: all of them only make code faster, smaller or sooner there."""
     from torch._inductor import config
 
-    return {name: value for name, value in settings.items() if name in config.get_config_copy()}
+    there = config.get_config_copy()
+    return {name: value for name, value in settings.items() if name in there}
 
 
 def worthwhile(program: Program) -> bool:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,21 +27,26 @@ INSTALL_COMPILER = "install g++ (Debian, Ubuntu: apt-get install g++)"
 COMPILERS = ("g++", "clang++")
 
 
+def compilers() -> list[str]:
+    """Paths of the C++ compilers that there are, as they are preferred."""
+    named = [os.environ.get("CXX"), *COMPILERS]
+    return list(dict.fromkeys(path for name in named if name and (path := shutil.which(name))))
+
+
 def cpp_compiler() -> str | None:
     """Path of the C++ compiler that Inductor is to use: that of CXX, else g++, else clang++; None where none works."""
-    return next((path for path, problem in cpp_compilers().items() if problem is None), None)
+    return next((path for path in compilers() if compiler_problem(path) is None), None)
 
 
-def cpp_compilers() -> dict[str, str | None]:
-    """The C++ compilers that there are, by path, the best first, and what is wrong with each, or None."""
-    named = [os.environ.get("CXX"), *COMPILERS]
-    return {path: compiler_problem(path) for name in named if name and (path := shutil.which(name))}
+def passed_over() -> str:
+    """What is wrong with the compilers that come before the one that is used; empty where there are none."""
+    bad = takewhile(lambda path: compiler_problem(path) is not None, compilers())
+    return "; ".join(f"{path}: {compiler_problem(path)}" for path in bad)
 
 
-def found_compilers() -> str:
-    """What was found where no compiler works, or a remark on those that were passed over."""
-    problems = {path: problem for path, problem in cpp_compilers().items() if problem}
-    return "; ".join(f"{path}: {problem}" for path, problem in problems.items()) or "neither g++ nor clang++ on PATH"
+def without_compiler() -> str:
+    """What was found where no compiler works."""
+    return passed_over() or "neither g++ nor clang++ on PATH"
 
 
 @functools.cache
@@ -63,8 +69,8 @@ def compiler_problem(path: str) -> str | None:
 
 
 TRIAL = """
-#include <iostream>
-void trial(const char* text) { std::cout << text; }
+#include <new>
+int* trial() { return new int; }
 """
 
 
@@ -76,9 +82,9 @@ def quoted_paths() -> Iterator[None]:
     """
     from torch._inductor import config
 
-    first, chosen = next(iter(cpp_compilers()), None), cpp_compiler()
-    # Torch's own choice is CXX, or g++.
-    other = config.patch({"cpp.cxx": (None, chosen)}) if chosen and chosen != first else nullcontext()
+    chosen = cpp_compiler()
+    # Torch's own choice is CXX, or g++: the first.
+    other = config.patch({"cpp.cxx": (None, chosen)}) if chosen and chosen != compilers()[0] else nullcontext()
     with other, _quoted():
         yield
 

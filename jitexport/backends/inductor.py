@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from jitexport import processes
 from jitexport.backends.base import Backend, RawEngine, assign_weights
-from jitexport.backends.commands import INSTALL_COMPILER, cpp_compiler, found_compilers, quoted_paths
+from jitexport.backends.commands import INSTALL_COMPILER, cpp_compiler, quoted_paths, without_compiler
 from jitexport.backends.eager import as_engine
 from jitexport.errors import BackendError, CompileError
 from jitexport.kernels.native import compile_with_kernels, native_kernels, write_record
@@ -72,7 +72,7 @@ class InductorBackend(Backend):
         if device.type == "cuda" and importlib.util.find_spec("triton") is None:
             return "torch.compile needs Triton for CUDA: install a CUDA build of torch"
         if cpp_compiler() is None:
-            return f"torch.compile asks for a C++ compiler ({found_compilers()}): {INSTALL_COMPILER}"
+            return f"torch.compile asks for a C++ compiler ({without_compiler()}): {INSTALL_COMPILER}"
         return None
 
     def build(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor], directory: Path) -> None:

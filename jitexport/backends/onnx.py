@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from jitexport.backends.base import Backend, RawEngine
-from jitexport.errors import BackendError, CompileError, MissingDependencyError
+from jitexport.errors import BackendError, CompileError, needed
 from jitexport.specs import DTYPES, EngineSpec
 
 GRAPH = "graph.onnx"
@@ -165,14 +165,10 @@ def export_graph(spec: EngineSpec, module: nn.Module, example: Sequence[Tensor])
         CompileError: the module cannot be exported.
         MissingDependencyError: the `onnx` extra is not installed.
     """
-    try:
+    with needed("building ONNX graphs needs onnx and onnxscript", "onnx"):
         import onnx_ir
         from onnxscript import opset20 as op
         from onnxscript import optimizer
-    except ImportError as error:
-        raise MissingDependencyError(
-            "building ONNX graphs needs onnx and onnxscript", found=error, remedy="pip install 'jitexport[onnx]'"
-        ) from error
 
     def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         """aten.linear over any leading dimensions, as a Gemm that takes the weight as it is, [out, in]."""

@@ -26,10 +26,10 @@ from jitexport.errors import (
     BundleNotFoundError,
     DigestError,
     InputError,
-    MissingDependencyError,
     MissingFileError,
     SizeError,
     UndeclaredFileError,
+    needed,
 )
 from jitexport.files import sync
 
@@ -42,12 +42,8 @@ _MAX_WINDOW = 128 * 1024 * 1024
 
 
 def _zstandard() -> Any:
-    try:
+    with needed("packing and unpacking need the zstandard library", "pack"):
         import zstandard
-    except ImportError as error:
-        raise MissingDependencyError(
-            "packing and unpacking need the zstandard library", found=error, remedy="pip install 'jitexport[pack]'"
-        ) from error
     return zstandard
 
 

@@ -7,16 +7,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from jitexport.cli.options import Json
 from jitexport.console import echo
-from jitexport.errors import InputError, MissingDependencyError
-
-if TYPE_CHECKING:
-    from jitexport.serve.settings import Limits
+from jitexport.errors import InputError, needed
+from jitexport.serve.settings import Limits, check_replicas, read_tokens
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,13 @@ class Server:
         Path | None, typer.Option(help="Bearer tokens, one a line; by default JITEXPORT_TOKEN of the environment.")
     ] = None
     public_url: Annotated[str | None, typer.Option(help="The server's address as clients see it.")] = None
-    queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = 64
+    queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = Limits.queue
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600
     drain: Annotated[float, typer.Option(min=1, help="Seconds for what was taken when the server stops.")] = 60
     batch_wait: Annotated[float, typer.Option(min=0, help="Milliseconds that an image waits for others.")] = 5
-    max_images: Annotated[int, typer.Option(min=1, help="Images of a request.")] = 10
-    max_prompt: Annotated[int, typer.Option(min=1, help="Characters of a prompt.")] = 4000
-    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 65536
+    max_images: Annotated[int, typer.Option(min=1, help="Images of a request.")] = Limits.n
+    max_prompt: Annotated[int, typer.Option(min=1, help="Characters of a prompt.")] = Limits.prompt
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = Limits.body
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the bundles' own by default.")] = None
     threads: Annotated[int | None, typer.Option(min=1, help="That an image computes on, on a CPU.")] = None
     trust: Annotated[bool, typer.Option("--trust", help="FOLDER may be OWNER/NAME on a hub.")] = False
@@ -53,8 +51,6 @@ class Server:
         Raises:
             InputError: one is too low.
         """
-        from jitexport.serve.settings import Limits
-
         return Limits(
             prompt=self.max_prompt, n=self.max_images, body=self.max_body, queue=self.queue, request=self.timeout,
             drain=self.drain, batch_wait=self.batch_wait / 1000,
@@ -72,28 +68,18 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Serve bundles over HTTP, as OpenAI's images API."""
-    from jitexport.serve.settings import read_tokens
-
     limits = server.limits()
     for name in ("uvicorn", "jitexport"):
         logging.getLogger(name).setLevel(logging.INFO)
     if server.public_url is not None and not server.public_url.startswith(("http://", "https://")):
         raise InputError("a public URL begins with http:// or https://", found=server.public_url)
-    _check_libraries()
-    tokens = read_tokens(server.token_file)
-    run = _serve_here if server.ray is None else _serve_on_ray
-    run(bundles, server, limits, tokens, lambda url: echo(json.dumps({"url": url}) if as_json else url))
-
-
-def _check_libraries() -> None:
-    try:
+    with needed("serving needs libraries that are not installed", "serve"):
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            "serving needs libraries that are not installed", found=error, remedy="pip install 'jitexport[serve]'"
-        ) from error
+    tokens = read_tokens(server.token_file)
+    run = _serve_here if server.ray is None else _serve_on_ray
+    run(bundles, server, limits, tokens, lambda url: echo(json.dumps({"url": url}) if as_json else url))
 
 
 def _serve_here(
@@ -114,15 +100,9 @@ def _serve_on_ray(
     bundles: list[str], server: Server, limits: Limits, tokens: tuple[str, ...], listening: Callable[[str], None]
 ) -> None:
     """On a cluster."""
-    from jitexport.serve.settings import check_replicas
-
     check_replicas(server.ray)
-    try:
+    with needed("serving on Ray needs a library that is not installed", "ray"):
         from jitexport.serve import ray_app, ray_local
-    except ImportError as error:
-        raise MissingDependencyError(
-            "serving on Ray needs a library that is not installed", found=error, remedy="pip install 'jitexport[ray]'"
-        ) from error
     arguments = ray_app.Arguments(
         bundles=bundles if server.trust else [_absolute(bundle) for bundle in bundles],  # replicas run elsewhere
         loras=server.loras and str(server.loras.absolute()), trust=server.trust, limits=asdict(limits),

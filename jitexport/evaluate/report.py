@@ -13,7 +13,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
-from jitexport.errors import MissingDependencyError
+from jitexport.errors import needed
 from jitexport.evaluate.evaluation import Evaluation, Row
 from jitexport.evaluate.metrics import MEASURES
 from jitexport.evaluate.statistics import Score
@@ -160,13 +160,9 @@ def curves(evaluation: Evaluation, measures: Sequence[str] | None = None, *, dpi
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
+    with needed("charts need matplotlib", "eval"):
         from matplotlib.figure import Figure
         from matplotlib.text import Text
-    except ImportError as error:
-        raise MissingDependencyError(
-            "charts need matplotlib", found=error, remedy="pip install 'jitexport[eval]'"
-        ) from error
     rows = evaluation.rows
     taken = [n for n in CURVES if any(n in row.scores for row in rows[1:])]
     names = list(measures or taken[:MOST_CURVES])

@@ -23,7 +23,7 @@ from jitexport import registry
 from jitexport.backends.base import Engine
 from jitexport.bundle.manifest import Manifest
 from jitexport.bundle.reading import read_manifest
-from jitexport.errors import InputError, MissingDependencyError
+from jitexport.errors import InputError, needed
 from jitexport.evaluate.prompts import PromptSet
 from jitexport.models.base import ModelAdapter
 from jitexport.profile import conditions
@@ -161,12 +161,8 @@ def described_model(manifest: Manifest) -> ModelAdapter:
     Raises:
         MissingDependencyError: the model's code is not installed.
     """
-    try:
+    with needed("evaluating needs the model's own code", "eval"):
         family = manifest.model.adapter()
-    except ImportError as error:
-        raise MissingDependencyError(
-            "evaluating needs the model's own code", found=error, remedy="pip install 'jitexport[eval]'"
-        ) from error
     return family.from_configs(manifest.model.configs, manifest.model.settings, DTYPES[manifest.dtype])
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
 
-from jitexport.errors import MissingDependencyError, ModelNotFoundError, UnsupportedModelError
+from jitexport.errors import MissingDependencyError, ModelNotFoundError, UnsupportedModelError, needed
 from jitexport.models.base import ModelAdapter, full_config, read_json, with_settings
 from jitexport.models.single_file import read_single_file
 from jitexport.prompting import Tokenizer
@@ -100,12 +100,8 @@ def component_class(family: type[ModelAdapter], name: str) -> Any:
         MissingDependencyError: its library is not installed.
     """
     library, _, attribute = family.classes[name].partition(":")
-    try:
+    with needed("reading a model needs diffusers and transformers", "build"):
         return getattr(import_module(library), attribute)
-    except ImportError as error:
-        raise MissingDependencyError(
-            "reading a model needs diffusers and transformers", found=error, remedy="pip install 'jitexport[build]'"
-        ) from error
 
 
 def empty_component(kind: Any, config: Mapping[str, Any]) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from jitexport import registry
-from jitexport.errors import InputError, MissingDependencyError, ModelNotFoundError, UnsupportedModelError
+from jitexport.errors import InputError, ModelNotFoundError, UnsupportedModelError, needed
 from jitexport.models.base import ModelAdapter, read_json, with_settings
 
 Made = TypeVar("Made")
@@ -121,14 +121,8 @@ def config_adapter(source: ModelSource, dtype: torch.dtype, settings: dict[str, 
 
 
 def _require(find: Callable[[], Made]) -> Made:
-    try:
+    with needed("reading a model needs diffusers and transformers", "build"):
         return find()
-    except ImportError as error:
-        raise MissingDependencyError(
-            "reading a model needs diffusers and transformers",
-            found=error,
-            remedy="pip install 'jitexport[build]'",
-        ) from error
 
 
 def _adapter_class(folder: Path) -> type[ModelAdapter]:
@@ -156,13 +150,9 @@ def download(source: ModelSource) -> Path:
         ModelNotFoundError: neither has it.
         MissingDependencyError: huggingface_hub is not installed.
     """
-    try:
+    with needed("downloading needs huggingface_hub", "build"):
         from huggingface_hub import snapshot_download
         from huggingface_hub.constants import HF_HUB_CACHE
-    except ImportError as error:
-        raise MissingDependencyError(
-            "downloading needs huggingface_hub", found=error, remedy="pip install 'jitexport[build]'"
-        ) from error
     try:
         return Path(snapshot_download(source.hub_id, allow_patterns=HUB_FILES))
     except Exception as error:  # network, authorisation, cache: one answer for all, with the library's words in it

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jitexport.errors import MissingDependencyError
+from jitexport.errors import needed
 from jitexport.profile.phases import Profile
 
 STAGE_COLOURS = ("#9ecae1", "#4292c6", "#08519c", "#08306b")  # coarse to fine
@@ -33,13 +33,9 @@ def draw_timeline(profiles: Sequence[Profile], conditions: dict[str, Any], path:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
+    with needed("drawing a timeline needs matplotlib", "eval"):
         from matplotlib.figure import Figure
         from matplotlib.text import Text
-    except ImportError as error:
-        raise MissingDependencyError(
-            "drawing a timeline needs matplotlib", found=error, remedy="pip install 'jitexport[eval]'"
-        ) from error
     main = profiles[-1]
     rows = _rows(main)
     heights = [0.42 * len(rows) + 0.6, 2.6] + ([0.42 * len(profiles) + 0.6] if len(profiles) > 1 else [])
