@@ -111,9 +111,10 @@ save_file({"image": image.contiguous()}, sys.argv[2])
 from torch._dynamo.utils import counters
 print(json.dumps({**counters["inductor"], **counters["stats"]}))
 """
-#: Answers questions about the compiler under the same name, notes and refuses everything else.
+#: Answers questions about the compiler under the same name, a trial of it among them; notes and refuses all else.
 NO_COMPILER = """#!/bin/bash
 case " $* " in
+  *"/trial.so "*) PATH={path} exec {real} "$@" ;;
   *" -o "*|*.cpp*|*" -c "*) echo "$@" >> "{log}"; exit 1 ;;
   *) PATH={path} exec -a {name} {real} "$@" ;;
 esac
