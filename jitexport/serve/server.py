@@ -126,6 +126,7 @@ def serve(
     config = uvicorn.Config(
         app, http=timed_protocol(limits), ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
         server_header=False, limit_concurrency=limits.connections, timeout_graceful_shutdown=round(limits.drain),
+        timeout_keep_alive=limits.idle,
     )
     server = _Server(config, engine.update)
     with listen(host, port) as listener:

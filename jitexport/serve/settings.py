@@ -28,6 +28,8 @@ class Limits:
         request: seconds from a request's arrival to its last byte.
         reading: seconds for a request to arrive whole, its headers and then its body.
         sending: seconds for a client to take what was written to it.
+        idle: seconds that a connection stays open between requests. Longer than clients keep theirs (httpx 5 s, many
+            proxies 60 s): who closes first must be the one who sends, or a request meets a closing connection.
         drain: seconds that a stopping server gives the work it has taken.
         batch_wait: seconds that an image waits for others to be made with, where nothing else runs.
         url_seconds, url_bytes: for how long images stay at their addresses, and of what size in all.
@@ -41,6 +43,7 @@ class Limits:
     request: float = 600.0
     reading: float = 10.0
     sending: float = 60.0
+    idle: int = 75
     drain: float = 60.0
     batch_wait: float = 0.005
     url_seconds: float = 3600.0

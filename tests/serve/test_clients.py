@@ -1,11 +1,13 @@
 """The clients that people have: OpenAI's package, curl, and what they see of the API."""
 
 import base64
+import http.client
 import io
 import json
 import shutil
 import subprocess
 import sys
+import time
 
 import httpx
 import openai
@@ -168,3 +170,16 @@ def test_the_description_for_machines_has_the_fields(server):
     schema = server.http.get("/openapi.json").json()
     body = schema["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"prompt", "seed", "partial_images"} <= set(body["properties"])
+
+
+def test_a_connection_stays_open_for_longer_than_clients_keep_theirs(server):
+    """Else they send into connections that are being closed: httpx keeps them for 5 s, which is uvicorn's default."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.connect()
+    first = connection.sock
+    for pause in (5.5, 0):
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+        assert connection.sock is first  # which it drops where an answer says that it will be closed
+        time.sleep(pause)
+    connection.close()
