@@ -2,7 +2,8 @@
 
 Stands before g++ on PATH (`install`), for all processes of the run. A source with the same text, the same command line
 but for its places, and the same headers gives the same object: it is copied. Torch's large header is compiled once for
-each set of options. Everything else, and what is asked of the compiler, goes to g++ as it is.
+each set of options. Inductor's own loops are optimised less than users have them. Everything else, and what is asked
+of the compiler, goes to g++ as it is.
 
 Runs without the libraries of tests: a process of it takes 20 ms.
 """
@@ -25,7 +26,6 @@ from pathlib import Path
 PREFIX = "#include <torch/csrc/inductor/"
 #: Torch's notes on where it writes, which change nothing.
 PLACES = re.compile(r"^// Triton kernels are embedded as comments in .*$", re.MULTILINE)
-
 
 def install(environment: MutableMapping[str, str]) -> Path | None:
     """Put it before g++ on PATH; the folder of what it keeps, new, or None where there is no g++ or it stands already.
@@ -56,6 +56,7 @@ def main(real: str, folder: Path, words: list[str]) -> int:
     # Other than Inductor's own sources, or by names that are not in the command line: not for this.
     if target.suffix not in (".so", ".o") or not source.is_file() or 'include "' in (text := source.read_text()):
         os.execv(real, [real, *words])
+    words = [light(word) for word in words]
     options = [word for i, word in enumerate(words) if i not in (sources[0], at)]
     key = digest(PLACES.sub("", text), *options, os.environ.get("LIBRARY_PATH", ""), os.environ.get("CPATH", ""))
     kept = folder / f"{key}{target.suffix}"
@@ -68,6 +69,14 @@ def main(real: str, folder: Path, words: list[str]) -> int:
     if code == 0:
         put(target, kept)
     return code
+
+
+def light(word: str) -> str:
+    """A word of a command line, with less optimising: half the time, for what means the same.
+
+    Kernels of our own are compiled as users compile them: their sources are not Inductor's alone.
+    """
+    return "-O1" if word == "-O3" else word
 
 
 def precompiled(real: str, folder: Path, text: str, options: list[str]) -> Path | None:
