@@ -1,4 +1,4 @@
-"""Small counts of what scripts/faults.py does in full."""
+"""Small counts of what scripts/faults/run.py does in full."""
 
 import random
 from pathlib import Path

@@ -1,7 +1,7 @@
 """How cost grows with the work: the loop around the engines, its memory, planning, and the engines themselves.
 
-    python scripts/scale.py --report docs/results            # 6 to 7 minutes on two cores
-    python scripts/scale.py --tokens 256 --tokens 1024 --engines 0
+    python scripts/bench/scale.py --report docs/results            # 6 to 7 minutes on two cores
+    python scripts/bench/scale.py --tokens 256 --tokens 1024 --engines 0
 
 - loop: everything between the engines (gathering, lifting, Euler steps, activation, micro-flow) of the preset
   `default`, with engines that cost nothing; tokens of 64 channels, as FLUX.1 has them. Seconds are medians over runs.
@@ -169,7 +169,7 @@ def markdown(report: dict[str, Any]) -> str:
     facts = report["conditions"]
     lines = [
         "# Growth", "",
-        f"`python scripts/scale.py --report docs/results`, {facts['date']}, {facts['cpu']}, {facts['threads']} "
+        f"`python scripts/bench/scale.py --report docs/results`, {facts['date']}, {facts['cpu']}, {facts['threads']} "
         f"threads, torch {facts['torch']}. Seconds are medians of {report['repeats']} runs after one not counted.", "",
         f"## The loop around the engines, {STEPS} steps, {CHANNELS} channels", "",
         "| tokens | batch | stages | ms | 10th to 90th | ns a token and step | memory, MB | in sizes of the latents |",

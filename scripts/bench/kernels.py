@@ -1,7 +1,7 @@
 """The C++ kernels beside PyTorch's own ways, each compiled by Inductor: times, rates and errors as a table.
 
-    python scripts/kernels.py                          # about two minutes on two cores
-    python scripts/kernels.py --json --tokens 1040
+    python scripts/bench/kernels.py                          # about two minutes on two cores
+    python scripts/bench/kernels.py --json --tokens 1040
 
 Attention over 4 heads of 64 channels; linear layers of the shapes of the demo model, in the first dtype that kernels
 are for on this machine. Ways are timed in turns and compared by their medians; errors are relative, against fp32 on the

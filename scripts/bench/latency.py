@@ -1,7 +1,7 @@
 """Latency of the demo model against speed-up, batch and backend: a CSV and a plot with error bars.
 
-    python scripts/latency.py                                  # run again until it says that nothing is left
-    python scripts/latency.py --backend aoti --quant int8      # the same with 8-bit layers, into the same CSV
+    python scripts/bench/latency.py                                  # run again until it says that nothing is left
+    python scripts/bench/latency.py --backend aoti --quant int8      # the same with 8-bit layers, into the same CSV
 
 Measures every speed-up at batch 1 and every batch at 4x, for each backend that runs here (--full: all combinations).
 A run begins nothing after --seconds; what is measured is in the CSV, the bundles stay in --out, and the next run goes

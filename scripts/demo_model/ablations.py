@@ -1,6 +1,6 @@
 """The JiT papers' ablations on the demo model.
 
-    python scripts/ablations.py                  # goes on where it was interrupted; --minutes 3 stops after a while
+    python scripts/demo_model/ablations.py                  # goes on where it was interrupted; --minutes 3 stops after a while
 
 Without the spatial approximation, without ITA, without the DMF target (main paper, Table 3); 2, 3 and 4 stages (C.1);
 aggressive, default and conservative ratios (C.2); uniform against Beta timesteps (B.4). Each with the exact micro-flow
@@ -185,7 +185,7 @@ def main() -> None:
         table=markdown_table(evaluation, measures)
         + "\nChange against `full` of the same micro-flow and speed-up, prompt by prompt:\n\n"
         + "\n".join(lines) + "\n",
-        command=f"python scripts/ablations.py --prompts {args.prompts}",
+        command=f"python scripts/demo_model/ablations.py --prompts {args.prompts}",
         extra={"change of demo_psnr": {label: asdict(score) for label, score in quality.items()}},
     )  # fmt: skip
     print(write_report(evaluation, args.folder / "ablations.html", title="JiT's ablations"))

@@ -1,8 +1,8 @@
 """Load a server of `jitexport serve` until it is full: throughput, waiting times, batch fill, refusals, memory.
 
-    python scripts/serve_load.py engines/demo-4x                       # closed loops, then open ones at rising rates
-    python scripts/serve_load.py engines/demo-4x --hold 1800 --share 0.9   # then half an hour at 90% of what it can do
-    python scripts/serve_load.py engines/demo-4x --json
+    python scripts/bench/serve_load.py engines/demo-4x                       # closed loops, then open ones at rising rates
+    python scripts/bench/serve_load.py engines/demo-4x --hold 1800 --share 0.9   # then half an hour at 90% of what it can do
+    python scripts/bench/serve_load.py engines/demo-4x --json
 
 Starts the server itself, at this machine's own address only. Every image is compared with the one that the same prompt
 and seed gave alone; one that differs, or a request that is neither answered nor refused, is an error (exit code 1).

@@ -1,6 +1,6 @@
-"""Put contact sheets of demo_quality.py under each other, each with a title.
+"""Put contact sheets of quality.py under each other, each with a title.
 
-    python scripts/contact_sheet.py "50 steps=sheet-1.png" "4x=sheet-2.png" -o docs/images/contact-sheet.png
+    python scripts/demo_model/contact_sheet.py "50 steps=sheet-1.png" "4x=sheet-2.png" -o docs/images/contact-sheet.png
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """JiT in one plain function around a diffusers pipeline, as its description reads and with nothing optimised.
 
-A peer for `bench_peers.py`: what somebody gets who writes the method down from the paper's text. One image at a time,
+A peer for `peers.py`: what somebody gets who writes the method down from the paper's text. One image at a time,
 the transformer is diffusers' own and runs eagerly on the active tokens, nearest anchors are found anew at every step
 from all distances, and the conditioning is computed at every step.
 """

@@ -1,8 +1,8 @@
 """Compare JiT's settings on the demo model: exact and relaxed micro-flow, both Beta values, and the presets.
 
-    python scripts/compare_presets.py engines/demo-4x engines/demo-7x --prompts 40 --json docs/results/presets.json
+    python scripts/demo_model/presets.py engines/demo-4x engines/demo-7x --prompts 40 --json docs/results/presets.json
 
-Engines depend on token counts only, so one bundle serves all settings. Scores are those of demo_quality.py, over the
+Engines depend on token counts only, so one bundle serves all settings. Scores are those of quality.py, over the
 same prompts and seeds; the reference of the PSNR is the prompted picture.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from demo_quality import Source, generators, make_pictures, score, summarise
+from quality import Source, generators, make_pictures, score, summarise
 
 import jitexport
 from jitexport.console import PlainConsole, Table
@@ -85,7 +85,7 @@ def main() -> None:
     PlainConsole(width=140).print(table)
     if args.json:
         report = {
-            "command": shlex.join(["python", "scripts/compare_presets.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "scripts/demo_model/presets.py", *sys.argv[1:]]),
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "conditions": conditions(),
             "prompts": args.prompts,

@@ -1,6 +1,6 @@
 """Count how many of the demo model's pictures are right, from diffusers and from engine bundles, on the same prompts.
 
-    python scripts/demo_quality.py --diffusers 50 --bundle engines/demo-4x --json quality.json --sheet quality.png
+    python scripts/demo_model/quality.py --diffusers 50 --bundle engines/demo-4x --json quality.json --sheet quality.png
 
 Half of the prompts are (name, colour) pairs held out of training, half are trained ones; each has its own fixed seed.
 The scores are those of `jitexport.evaluate.demo`; sharpness and PSNR are medians. `jitexport evaluate` compares bundles
@@ -212,7 +212,7 @@ def main() -> None:
     if args.json:
         report = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "scripts/demo_quality.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "scripts/demo_model/quality.py", *sys.argv[1:]]),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy", "pillow")},
             "results": results,

@@ -1,8 +1,8 @@
 """Train the demo model: a small text-to-image pipeline of FLUX.1's architecture, saved as a diffusers folder.
 
-    python scripts/train_demo.py train
-    python scripts/train_demo.py sheet  --out sheet.png
-    python scripts/train_demo.py export --out FOLDER
+    python scripts/demo_model/train.py train
+    python scripts/demo_model/train.py sheet  --out sheet.png
+    python scripts/demo_model/train.py export --out FOLDER
 
 `train` starts from a diffusers folder (`--init`): its autoencoder is used as it is, its transformer and text encoders
 are trained on, or trained from nothing with `--from-scratch`. It writes a checkpoint to `--work` every few minutes and
@@ -56,8 +56,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from demo_data import IMAGE_SIZE, PICTURES_PACKAGE, load_objects
-from demo_shards import TEXT_TOKENS, Artist, Shard, ShardMaker, caption_ids, encode_shard, padding_tokenizer
+from data import IMAGE_SIZE, PICTURES_PACKAGE, load_objects
+from shards import TEXT_TOKENS, Artist, Shard, ShardMaker, caption_ids, encode_shard, padding_tokenizer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors

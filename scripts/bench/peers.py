@@ -1,7 +1,7 @@
 """The demo model made faster in different ways, side by side: same prompts, same seeds, same noise, one machine.
 
-    python scripts/bench_peers.py                      # run again until it says that nothing is left
-    python scripts/bench_peers.py --prompts 2 --only diffusers-50-fp32 --only ours-aoti-bf16-4x --out out/try
+    python scripts/bench/peers.py                      # run again until it says that nothing is left
+    python scripts/bench/peers.py --prompts 2 --only diffusers-50-fp32 --only ours-aoti-bf16-4x --out out/try
 
 Every contender makes one image a prompt, from the same initial noise. A run works for --seconds and stops; the next
 one goes on from what lies in --out, image by image, each part of a contender after a warm-up of its own (compiling
@@ -547,7 +547,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 def report(chosen: list[Contender], prompts: list[DemoPrompt], results: Results, folder: Path) -> None:
     judge = Judge.of(DemoData())
     rows = [summarise(c, results.read(c.name), prompts, results, judge) for c in chosen]
-    command = shlex.join(["python", "scripts/bench_peers.py", *sys.argv[1:]])
+    command = shlex.join(["python", "scripts/bench/peers.py", *sys.argv[1:]])
     facts = conditions() | versions() | {"command": command}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "peers.json").write_text(json.dumps({"conditions": facts, "rows": rows}, indent=1) + "\n")

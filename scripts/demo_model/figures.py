@@ -1,6 +1,6 @@
 """The README's figure of how it works, from a real image of a built bundle.
 
-    python scripts/figures.py engines/demo-4x --output docs/images/how-it-works.png
+    python scripts/demo_model/figures.py engines/demo-4x --output docs/images/how-it-works.png
 
 Top: the tokens that each stage runs. Bottom: the image that the model predicts at the end of that stage.
 """

@@ -1,7 +1,7 @@
 """Dense sampling and all acceleration methods on the demo model: quality, latency, FLOPs, one report.
 
-    python scripts/comparison.py                       # builds what engines/ lacks, makes the images, writes the report
-    python scripts/comparison.py --backend eager       # nothing to compile: seconds instead of minutes to build
+    python scripts/demo_model/comparison.py                       # builds what engines/ lacks, makes the images, writes the report
+    python scripts/demo_model/comparison.py --backend eager       # nothing to compile: seconds instead of minutes to build
 
 Results go to docs/results/comparison.{md,json,html,png}, images to out/evaluation, from where an interrupted run goes
 on (--minutes 3 stops after a while). Latencies are measured one source at a time; where other programs run too,
@@ -129,7 +129,7 @@ def built(name: str, folder: Path, backend: str) -> Path:
         "demo", output=path, speedup=recipe.speedup, method=recipe.method, preset=recipe.preset, cache=recipe.cache,
         backend=backend,
         custom=parse_custom(recipe.steps, recipe.ratios) if recipe.steps else None, replace=True,
-        command=("python", "scripts/comparison.py"),
+        command=("python", "scripts/demo_model/comparison.py"),
     ).path  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def main() -> None:
         stem, evaluation, title="Dense sampling and acceleration methods on the demo model",
         table=markdown_table(evaluation) + "\n![Quality against latency and FLOPs](comparison.png)\n\n"
         + against_dense(evaluation),
-        command=f"python scripts/comparison.py --backend {backend} --prompts {args.prompts}",
+        command=f"python scripts/demo_model/comparison.py --backend {backend} --prompts {args.prompts}",
     )  # fmt: skip
     stem.with_suffix(".png").write_bytes(curves(evaluation))
     sheet_image(evaluation).save(stem.with_name("comparison-sheet.webp"), quality=82, method=6)

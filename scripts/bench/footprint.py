@@ -1,6 +1,6 @@
 """What a bundle costs at rest and at start: disk, memory of one stage against all, and time to the first image.
 
-    python scripts/footprint.py engines/demo-4x --repeats 5
+    python scripts/bench/footprint.py engines/demo-4x --repeats 5
 
 Every figure comes from fresh processes; medians over repeats. Memory is the resident set after each opened engine has
 run once.

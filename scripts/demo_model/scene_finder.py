@@ -1,8 +1,8 @@
 """Precision and recall of the finder of objects on true scenes, as they are and after the model's autoencoder.
 
-    python scripts/scene_finder.py --scenes 225 --json finder.json
+    python scripts/demo_model/scene_finder.py --scenes 225 --json finder.json
 
-Scenes are made from the full-size pictures of the objects (from npm, see `demo_data.py`), the finder has the small ones
+Scenes are made from the full-size pictures of the objects (from npm, see `data.py`), the finder has the small ones
 of the model's folder. An object counts as found if one of its name was found; places are not compared.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_data import load_objects
+from data import load_objects
 from diffusers import AutoencoderKL
 from PIL import Image
 

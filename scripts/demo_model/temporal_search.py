@@ -1,6 +1,6 @@
 """Which temporal method, and how much of a speed-up is its part: a search on the demo model.
 
-    python scripts/temporal_search.py            # goes on where it was interrupted; --minutes 3 stops after a while
+    python scripts/demo_model/temporal_search.py            # goes on where it was interrupted; --minutes 3 stops after a while
 
 For each speed-up by FLOPs: fewer steps, JiT alone, and every forecast of velocities on the ordinary sampler's 50 steps
 and on JiT's schedules, with more or less of the speed-up left to JiT (`spatial`: speed-up ** spatial is JiT's part; the
@@ -95,7 +95,7 @@ def main() -> None:
     write_results(
         args.output / "temporal-search", evaluation, title="Temporal methods and their part of a speed-up, demo model",
         table=markdown_table(evaluation, ["psnr", "demo_psnr", "sharpness", "pair_right", "ssim"]),
-        command=f"python scripts/temporal_search.py --prompts {args.prompts}",
+        command=f"python scripts/demo_model/temporal_search.py --prompts {args.prompts}",
     )
 
 

@@ -1,8 +1,8 @@
 """Break bundles and builds on purpose and count what gets through. Nothing may.
 
-    python scripts/faults.py                           # the demo model with the eager backend, full counts
-    python scripts/faults.py --scale 0.02 --only flips,kills
-    python scripts/faults.py --backend aoti --bundle engines/demo-4x --json
+    python scripts/faults/run.py                           # the demo model with the eager backend, full counts
+    python scripts/faults/run.py --scale 0.02 --only flips,kills
+    python scripts/faults/run.py --backend aoti --bundle engines/demo-4x --json
 
 Every run is seeded. The exit code is 1 if anything got through. What cannot be tried here is printed with its reason.
 """
