@@ -1,7 +1,7 @@
 """How long a deep model takes to build and to load: random weights, the demo model's text encoders and autoencoder.
 
-    python scripts/bench/deep.py --report docs/results                   # FLUX.1-dev's depth: 19 double and 38 single blocks
-    python scripts/bench/deep.py --doubles 2 --singles 6 --heads 4       # the demo model's own shape
+    python scripts/bench/deep.py --report docs/results              # FLUX.1-dev's depth: 19 double and 38 single blocks
+    python scripts/bench/deep.py --doubles 2 --singles 6 --heads 4  # the demo model's own shape
     python scripts/bench/deep.py --backend inductor
 
 1,024 image tokens, 4x, fp32. Loading is timed three times in this process; the shortest counts.

@@ -1,7 +1,7 @@
 """Load a server of `jitexport serve` until it is full: throughput, waiting times, batch fill, refusals, memory.
 
-    python scripts/bench/serve_load.py engines/demo-4x                       # closed loops, then open ones at rising rates
-    python scripts/bench/serve_load.py engines/demo-4x --hold 1800 --share 0.9   # then half an hour at 90% of what it can do
+    python scripts/bench/serve_load.py engines/demo-4x                # closed loops, then open ones at rising rates
+    python scripts/bench/serve_load.py engines/demo-4x --hold 1800 --share 0.9   # then half an hour at 90% of that
     python scripts/bench/serve_load.py engines/demo-4x --json
 
 Starts the server itself, at this machine's own address only. Every image is compared with the one that the same prompt

@@ -1,6 +1,6 @@
 """One stage engine of the demo model by each backend, and by OpenVINO, in turns: times and rates as a table.
 
-    python scripts/bench/stages.py                       # the stage of all tokens, in the dtype that this machine builds
+    python scripts/bench/stages.py  # the stage of all tokens, in the dtype that this machine builds
     python scripts/bench/stages.py --stage stage2 --ways aoti,aoti-int8,openvino --rounds 30
 
 Rates are of the module's operations, also as a share of the machine's own best matrix product of that dtype. Errors are

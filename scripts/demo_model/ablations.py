@@ -1,6 +1,6 @@
 """The JiT papers' ablations on the demo model.
 
-    python scripts/demo_model/ablations.py                  # goes on where it was interrupted; --minutes 3 stops after a while
+    python scripts/demo_model/ablations.py  # goes on where it was interrupted; --minutes 3 stops after a while
 
 Without the spatial approximation, without ITA, without the DMF target (main paper, Table 3); 2, 3 and 4 stages (C.1);
 aggressive, default and conservative ratios (C.2); uniform against Beta timesteps (B.4). Each with the exact micro-flow

@@ -1,7 +1,7 @@
 """Dense sampling and all acceleration methods on the demo model: quality, latency, FLOPs, one report.
 
-    python scripts/demo_model/comparison.py                       # builds what engines/ lacks, makes the images, writes the report
-    python scripts/demo_model/comparison.py --backend eager       # nothing to compile: seconds instead of minutes to build
+    python scripts/demo_model/comparison.py                    # builds what engines/ lacks, makes images, reports
+    python scripts/demo_model/comparison.py --backend eager    # nothing to compile: seconds instead of minutes to build
 
 Results go to docs/results/comparison.{md,json,html,png}, images to out/evaluation, from where an interrupted run goes
 on (--minutes 3 stops after a while). Latencies are measured one source at a time; where other programs run too,

@@ -29,8 +29,8 @@ from PIL import Image, ImageDraw
 from jitexport.console import PlainConsole, Table, track
 from jitexport.evaluate.demo import DemoData, DemoPrompt, DemoScore, Judge
 from jitexport.evaluate.statistics import wilson
+from jitexport.models.sources import DEMO_FOLDER
 
-FOLDER = Path(__file__).parent.parent / "jitexport" / "assets" / "demo"
 SHEET_PROMPTS, SHEET_COLUMNS, SHEET_PICTURE, SHEET_LABEL = 48, 8, 160, 14
 
 # Prompts and one seed each -> pictures.
@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--diffusers", type=int, action="append", default=[], metavar="STEPS", help="repeatable")
     parser.add_argument("--bundle", type=Path, action="append", default=[], metavar="PATH", help="repeatable")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="the demo model's folder")
+    parser.add_argument("--folder", type=Path, default=DEMO_FOLDER, help="the demo model's folder")
     parser.add_argument("--prompts", type=int, default=200, help="an even number, at most 200")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="for diffusers")
     parser.add_argument("--batch", type=int, default=8, help="prompts at once in diffusers")

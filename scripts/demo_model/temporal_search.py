@@ -1,6 +1,6 @@
 """Which temporal method, and how much of a speed-up is its part: a search on the demo model.
 
-    python scripts/demo_model/temporal_search.py            # goes on where it was interrupted; --minutes 3 stops after a while
+    python scripts/demo_model/temporal_search.py  # goes on where it was interrupted; --minutes 3 stops after a while
 
 For each speed-up by FLOPs: fewer steps, JiT alone, and every forecast of velocities on the ordinary sampler's 50 steps
 and on JiT's schedules, with more or less of the speed-up left to JiT (`spatial`: speed-up ** spatial is JiT's part; the
