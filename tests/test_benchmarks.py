@@ -24,7 +24,7 @@ latency, kernels, peers = (script(f"bench/{name}") for name in ("latency", "kern
 @pytest.fixture(autouse=True)
 def ceiling(monkeypatch):
     """The machine's ceiling, which takes seconds, is not measured."""
-    monkeypatch.setattr("jitexport.profile.phases.matmul_rate", lambda *a: 1e12)
+    monkeypatch.setattr("jitexport.profile.rounds.matmul_rate", lambda *a: 1e12)
 
 
 # --- peers ---
