@@ -17,7 +17,6 @@ Every part has an estimate and is left out, with the reason, when less than that
 after each part, and a part that has one is not run again.
 """
 
-import argparse
 import json
 import platform
 import sys
@@ -31,9 +30,9 @@ from typing import Any
 
 import torch
 from bench.gpu import ATTENTION, MODELS, Bench, attention_by, has_fp8
+from bench.harness import MORE_TO_DO, Pieces, facts, parser, write
 
 from jitexport.console import err
-from jitexport.profile.measure import conditions
 
 SPEEDUPS = {"dense": 1.0, "4x": 4.0, "7x": 7.0}
 OLDEST_TORCH = (2, 11)
@@ -68,15 +67,14 @@ def parts(device: torch.device) -> Iterator[Part]:
             yield Part(f"ours-{name}-fp8-graph", f"jitexport {name}, fp8, CUDA graph", 90, run)
 
 
-def run_parts(bench: Bench, chosen: list[Part], report: dict[str, Any], path: Path, until: float) -> None:
+def run_parts(bench: Bench, chosen: list[Part], report: dict[str, Any], folder: Path, pieces: Pieces) -> None:
     """Run what is missing and there is time for, writing the report after each."""
     report["skipped"] = {}
     for part in chosen:
         if part.name in report["parts"]:
             continue
-        left = until - time.monotonic()
-        if left < part.seconds:
-            report["skipped"][part.name] = f"needs about {part.seconds:.0f} s, {max(left, 0):.0f} s were left"
+        if pieces.left < part.seconds:
+            report["skipped"][part.name] = f"needs about {part.seconds:.0f} s, {max(pieces.left, 0):.0f} s were left"
             err.print(f"{part.name}: left out, {report['skipped'][part.name]}")
         else:
             err.print(f"{part.name}: {part.what}")
@@ -91,19 +89,13 @@ def run_parts(bench: Bench, chosen: list[Part], report: dict[str, Any], path: Pa
             report["parts"][part.name] = {"what": part.what, **found, "took": round(took, 1)}
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()
-        write(report, path)
-
-
-def write(report: dict[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "gpu.md").write_text(markdown(report))
+        write(folder, "gpu", report, markdown(report))
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
-    facts, found = report["conditions"], report["parts"]
-    device = facts["gpu"] or facts["cpu"]
+    known, found = report["conditions"], report["parts"]
+    device = known["gpu"] or known["cpu"]
     lines = [f"# {report['model']} on {device}", "", f"{report['size']}. {report['rule']}", ""]
     ceilings = found.get("ceilings", {})
     if "bf16_tflops" in ceilings:
@@ -133,35 +125,35 @@ def markdown(report: dict[str, Any]) -> str:
     failed = [f"- {p['what']}: {p['error']}" for p in found.values() if "error" in p]
     skipped = [f"- {name}: {why}" for name, why in report["skipped"].items()]
     lines += ["", "Did not run:", "", *failed, *skipped] if failed or skipped else []
-    lines += ["", *(f"- {k}: {v}" for k, v in facts.items() if v is not None), ""]
+    lines += ["", *(f"- {k}: {v}" for k, v in known.items() if v is not None), ""]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--config", choices=("flux", "shallow", "tiny"), default="flux")
-    parser.add_argument("--engine", choices=("aoti", "blocks", "eager"), default="aoti", help="blocks: torch.compile'd")
-    parser.add_argument("--attention", choices=tuple(ATTENTION), default="default", help="PyTorch's kernel for it")
-    parser.add_argument("--engines", type=Path, default=Path("out/gpu-engines"), help="folder of compiled engines")
-    parser.add_argument("--seconds", type=float, default=540, help="of all parts together")
-    parser.add_argument("--repeats", type=int, default=5, help="of each loop, after one that is not counted")
-    parser.add_argument("--only", action="append", default=[], metavar="PART", help="repeatable")
-    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of gpu.json and gpu.md")
-    args = parser.parse_args()
-    until = time.monotonic() + args.seconds
+    arguments = parser(__doc__)
+    arguments.add_argument("--device", default="cuda")
+    arguments.add_argument("--config", choices=("flux", "shallow", "tiny"), default="flux")
+    arguments.add_argument("--engine", choices=("aoti", "blocks", "eager"), default="aoti", help="blocks: torch.compile")
+    arguments.add_argument("--attention", choices=tuple(ATTENTION), default="default", help="PyTorch's kernel for it")
+    arguments.add_argument("--engines", type=Path, default=Path("out/gpu-engines"), help="folder of compiled engines")
+    arguments.add_argument("--seconds", type=float, default=540, help="of all parts together")
+    arguments.add_argument("--repeats", type=int, default=5, help="of each loop, after one that is not counted")
+    arguments.add_argument("--only", action="append", default=[], metavar="PART", help="repeatable")
+    arguments.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder of gpu.json and gpu.md")
+    args = arguments.parse_args()
+    pieces = Pieces(args.seconds)
     if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < OLDEST_TORCH:
-        parser.error(f"torch {torch.__version__} is too old: {'.'.join(map(str, OLDEST_TORCH))} or newer is needed")
+        arguments.error(f"torch {torch.__version__} is too old: {'.'.join(map(str, OLDEST_TORCH))} or newer is needed")
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device is visible to torch; --device cpu --config tiny shows that the script runs")
+        arguments.error("no CUDA device is visible to torch; --device cpu --config tiny shows that the script runs")
     every = list(parts(device))
     if unknown := set(args.only) - {p.name for p in every}:
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in every)}")
+        arguments.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in every)}")
 
     bench = Bench(args.config, device, args.engine, args.repeats, args.engines)
     settings = bench.source.settings
-    facts = conditions() | {
+    known = facts("diffusers", "transformers") | {
         "system": platform.platform(), "engines": args.engine, "attention": args.attention, "cuda": torch.version.cuda,
     }
     size = f"{settings['height']} x {settings['width']}, {settings['max_sequence_length']} text tokens"
@@ -169,18 +161,18 @@ def main() -> None:
     if (args.out / "gpu.json").is_file():
         report = json.loads((args.out / "gpu.json").read_text())
         kept = {k: report["conditions"][k] for k in ("gpu", "cpu", "torch", "engines", "attention")}
-        if kept != {k: facts[k] for k in kept} or report["size"] != size:
-            parser.error(f"{args.out} has results of another machine or setting ({kept}): choose another --out")
+        if kept != {k: known[k] for k in kept} or report["size"] != size:
+            arguments.error(f"{args.out} has results of another machine or setting ({kept}): choose another --out")
     report |= {
         "model": f"{MODELS[args.config]}, random bf16 weights",
         "size": size,
         "rule": f"Batch 1, denoising only, median of {args.repeats} loops after one (diffusers: {args.repeats // 2}).",
-        "conditions": facts | {"command": " ".join(["python", "scripts/gpu_report.py", *sys.argv[1:]])},
+        "conditions": known,
     }
     with attention_by(args.attention):
-        run_parts(bench, [p for p in every if not args.only or p.name in args.only], report, args.out, until)
+        run_parts(bench, [p for p in every if not args.only or p.name in args.only], report, args.out, pieces)
     print((args.out / "gpu.md").read_text())
-    sys.exit(75 if report["skipped"] else 0)  # EX_TEMPFAIL: there is more to do
+    sys.exit(MORE_TO_DO if report["skipped"] else 0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,17 +15,84 @@ from PIL import Image
 import jitexport
 from jitexport.choice import choose
 from jitexport.plan import CustomSchedule
+from jitexport.profile import measure
 from jitexport.specs import DTYPE_NAMES
 from tests import tiny
-from tests.scripting import script
+from tests.scripting import SCRIPTS, script
 
-latency, kernels, peers = (script(f"bench/{name}") for name in ("latency", "kernels", "peers"))
+harness, latency, kernels, peers = (script(f"bench/{name}") for name in ("harness", "latency", "kernels", "peers"))
 
 
 @pytest.fixture(autouse=True)
 def ceiling(monkeypatch):
     """The machine's ceiling, which takes seconds, is not measured."""
     monkeypatch.setattr("jitexport.profile.rounds.matmul_rate", lambda *a: 1e12)
+
+
+# --- harness ---
+
+
+def test_facts_say_what_was_run_where_and_of_which_code(monkeypatch):
+    monkeypatch.setattr("sys.argv", [str(SCRIPTS / "bench" / "kernels.py"), "--tokens", "7 0"])
+    known = harness.facts("numpy", "no-such-package")
+    assert known["command"] == "python scripts/bench/kernels.py --tokens '7 0'"
+    assert known["numpy"] == np.__version__ and known["no-such-package"] is None
+    assert {"date", "cpu", "cpu_class", "commit", "torch", "python"} <= known.keys()
+    line = harness.said(known)
+    assert f"cpu_class {known['cpu_class']}" in line and "no-such-package" not in line
+
+
+def test_the_commit_is_that_of_the_checkout(monkeypatch):
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=SCRIPTS, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("no checkout of git")
+    measure.commit.cache_clear()
+    assert measure.commit().split("-")[0] == done.stdout[:12]
+    measure.commit.cache_clear()
+    monkeypatch.setenv("PATH", "")  # no git
+    assert measure.commit() is None
+    measure.commit.cache_clear()
+
+
+def test_a_run_is_timed_after_one_that_is_not_counted():
+    pauses = iter([0.2, 0.0, 0.0, 0.0])
+    timing = harness.timed(lambda: time.sleep(next(pauses)), 3)
+    assert timing.p90 < 0.1 and next(pauses, None) is None
+
+
+def test_rates_are_taken_before_and_after(monkeypatch):
+    rates = iter([1e11, 3e11])
+    monkeypatch.setattr(harness, "matmul_rate", lambda dtype, device: next(rates))
+    with harness.Products(torch.float32) as products:
+        assert products.rates == [1e11]
+    assert products.best == 3e11 and products.facts() == {"fp32 products before and after, GFLOP/s": "100, 300"}
+
+
+def test_rows_are_shown_to_people_and_to_machines(capsys):
+    rows = [{"way": "a", "ms": 1.25}, {"way": "b [x]", "ms": 10.0}]
+    columns = {"way": lambda r: r["way"], "median ms": lambda r: f"{r['ms']:.1f}"}
+    harness.show({"cpu": "a CPU", "gpu": None}, rows, columns, as_json=False, title="two ways")
+    table = capsys.readouterr().out
+    assert "two ways" in table and "b [x]" in table and "10.0" in table and "cpu a CPU" in table and "gpu" not in table
+    harness.show({"cpu": "a CPU"}, rows, columns, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"conditions": {"cpu": "a CPU"}, "rows": rows}
+
+
+def test_reports_are_whole_files(tmp_path):
+    harness.write(tmp_path / "new", "x", {"rows": [1]}, "# page\n")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["x.json", "x.md"]
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"rows": [1]}
+    with pytest.raises(TypeError):  # what cannot be written leaves the last report as it was
+        harness.write(tmp_path / "new", "x", {"rows": object()})
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"rows": [1]}
+
+
+def test_a_run_in_pieces_says_what_is_left(capsys):
+    pieces = harness.Pieces(0.0)
+    assert pieces.left <= 0 < harness.Pieces(60).left
+    with pytest.raises(SystemExit) as stopped:
+        pieces.stop("bundles", ["b", "c"])
+    assert stopped.value.code == 75 and "2 bundles left, from b on" in capsys.readouterr().err
 
 
 # --- peers ---
@@ -51,7 +119,7 @@ def bench(tmp_path, monkeypatch):
     prompts = peers.DemoData().prompts(2)
     setting = peers.Setting(Path(), tmp_path)
     results = peers.Results(tmp_path)
-    return prompts, lambda c, seconds=60.0: peers.measure(c, setting, prompts, results, time.monotonic() + seconds)
+    return prompts, lambda c, seconds=60.0: peers.measure(c, setting, prompts, results, harness.Pieces(seconds))
 
 
 def test_peers_are_measured_in_pieces(bench, tmp_path):
@@ -203,9 +271,9 @@ def test_latency_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return dataclasses.replace(row(point.speedup, point.batch, 1.0), cpu=latency.cpu())
 
     monkeypatch.setattr(latency.jitexport, "build", build)
-    monkeypatch.setattr("measure", measure)
+    monkeypatch.setattr(latency, "measure", measure)
     points = [latency.Point("eager", "fp32", "", s, 1) for s in (1.0, 4.0)]
-    monkeypatch.setattr("points", lambda *_: iter(points))
+    monkeypatch.setattr(latency, "points", lambda *_: iter(points))
     arguments = {"backend": [], "full": False, "quant": "", "repeats": 1, "out": tmp_path, "report": None}
     for seconds, stops, done in ((-1, True, 0), (60, False, 2), (60, False, 2)):
         given = argparse.Namespace(**arguments, seconds=seconds)

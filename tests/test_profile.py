@@ -334,7 +334,7 @@ def test_command_prints_every_bundle(run, bundle, others, model_at_hand):
     assert "times faster" in out and "least to most" in out and "1 rounds" in out
     for path in paths:
         assert f"{path.name}: jit, eager fp32" in out
-    assert out.count("of denoising") == 4  # a loop's share and a speed-up for either
+    assert out.count("of denoising") == out.count("realised") == 2
     code, out, _ = run("profile", *paths, "--repeats", "1", "--prompt", "a red fox", "--json")
     report = json.loads(out)
     assert code == 0 and report["bundles"] == [str(p) for p in paths] and len(report["profiles"]) == 2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -150,9 +152,10 @@ class PeakMemory:
 
 
 def conditions() -> dict[str, Any]:
-    """Date, hardware and versions, to stand beside every figure."""
+    """Date, commit, hardware and versions, to stand beside every figure."""
     return {
         "date": date.today().isoformat(),
+        "commit": commit(),
         "cpu": cpu_model(),
         "cpu_class": machine.cpu_class(),
         "threads": machine.default_threads(),
@@ -160,6 +163,20 @@ def conditions() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+@cache
+def commit() -> str | None:
+    """Of the checkout that this package lies in, with "-dirty" where files differ from it; None outside of one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def cpu_model() -> str:

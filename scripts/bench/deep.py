@@ -7,7 +7,6 @@
 1,024 image tokens, 4x, fp32. Loading is timed three times in this process; the shortest counts.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -18,12 +17,12 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from harness import facts, parser, write
 
 import jitexport
 from jitexport.build import build
 from jitexport.console import err
 from jitexport.models.sources import find_source
-from jitexport.profile.measure import conditions
 
 HEAD = 64
 
@@ -43,14 +42,14 @@ def write_model(folder: Path, doubles: int, singles: int, heads: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--doubles", type=int, default=19)
-    parser.add_argument("--singles", type=int, default=38)
-    parser.add_argument("--heads", type=int, default=2, help=f"of {HEAD} channels each")
-    parser.add_argument("--backend", default="aoti")
-    parser.add_argument("--jobs", type=int, help="processes that compile; by default as a build chooses")
-    parser.add_argument("--report", type=Path, default=Path("out"), help="folder of deep.json")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--doubles", type=int, default=19)
+    arguments.add_argument("--singles", type=int, default=38)
+    arguments.add_argument("--heads", type=int, default=2, help=f"of {HEAD} channels each")
+    arguments.add_argument("--backend", default="aoti")
+    arguments.add_argument("--jobs", type=int, help="processes that compile; by default as a build chooses")
+    arguments.add_argument("--report", type=Path, default=Path("out"), help="folder of deep.json")
+    args = arguments.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         model = write_model(Path(scratch) / "model", args.doubles, args.singles, args.heads)
         made = build(str(model), output=Path(scratch) / "bundle", backend=args.backend, dtype="fp32", jobs=args.jobs)
@@ -60,13 +59,12 @@ def main() -> None:
             jitexport.load(made.path)
             loads.append(time.perf_counter() - start)
     report: dict[str, Any] = {
-        "conditions": conditions(), "cores": os.cpu_count(), "backend": args.backend,
+        "conditions": facts(), "cores": os.cpu_count(), "backend": args.backend,
         "doubles": args.doubles, "singles": args.singles, "heads": args.heads,
         "build_seconds": round(made.seconds, 1), "load_seconds": round(min(loads), 3),
         "errors": {e.name: e.relative_error for e in made.manifest.engines},
     }
-    args.report.mkdir(parents=True, exist_ok=True)
-    (args.report / "deep.json").write_text(json.dumps(report, indent=1) + "\n")
+    write(args.report, "deep", report)
     err.print(f"built in {report['build_seconds']} s, loaded in {report['load_seconds']} s; {args.report}/deep.json")
 
 

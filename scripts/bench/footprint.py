@@ -6,12 +6,13 @@ Every figure comes from fresh processes; medians over repeats. Memory is the res
 run once.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from harness import facts, parser, said
 
 from jitexport.bundle.reading import read_manifest
 from jitexport.console import Table, out
@@ -55,11 +56,11 @@ def fresh(code: str, *arguments: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("bundle", type=Path)
+    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--json", action="store_true")
+    args = arguments.parse_args()
 
     manifest = read_manifest(args.bundle)
     stages = [f"stage{s.index}" for s in manifest.schedule.stages]
@@ -86,7 +87,7 @@ def main() -> None:
         "seconds_to_first_image": {v: statistics.median(s[1] for s in runs) for v, runs in starts.items()},
     }
     if args.json:
-        print(json.dumps(report))
+        print(json.dumps(report | {"conditions": facts()}))
         return
     table = Table(f"{args.bundle}, median of {args.repeats} fresh processes", "")
     for name, size in sizes.items():
@@ -98,6 +99,7 @@ def main() -> None:
         table.add_row(f'import and load, verify="{verify}"', f"{report['seconds_to_load'][verify]:.2f} s")
         table.add_row(f'... and first image, verify="{verify}"', f"{report['seconds_to_first_image'][verify]:.2f} s")
     out.print(table)
+    out.print(said(facts()), soft_wrap=True)
 
 
 if __name__ == "__main__":

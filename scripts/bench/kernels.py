@@ -8,9 +8,6 @@ are for on this machine. Ways are timed in turns and compared by their medians; 
 same numbers.
 """
 
-import argparse
-import json
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -18,14 +15,14 @@ from contextlib import nullcontext
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
+from harness import Products, facts, medians, parser, show
 from torch import Tensor, nn
 
 from jitexport.backends.inductor import compiled as compile_module
-from jitexport.console import PlainConsole, Table, err
+from jitexport.console import err
 from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear, quantize
 from jitexport.kernels.native import instructions, native_kernels
-from jitexport.profile.measure import conditions, in_turns, matmul_rate
 from jitexport.specs import DTYPE_NAMES, DTYPES
 
 HEADS, CHANNELS = 4, 64
@@ -88,41 +85,37 @@ def layers(tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, int, Tensor, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, action="append", help="repeatable; default 374, 650, 1040 and 4112")
-    parser.add_argument("--dtype", choices=sorted(DTYPES.keys() & {"fp32", "bf16"}))
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--tokens", type=int, action="append", help="repeatable; default 374, 650, 1040 and 4112")
+    arguments.add_argument("--dtype", choices=sorted(DTYPES.keys() & {"fp32", "bf16"}))
+    arguments.add_argument("--repeats", type=int, default=30)
+    arguments.add_argument("--json", action="store_true")
+    options = arguments.parse_args()
     chosen, reason = instructions()
     if chosen is None:
         err.print(f"the kernels are not used on this machine: {reason}")
         sys.exit(4)
     dtype = chosen.dtypes[0] if options.dtype is None else DTYPES[options.dtype]
     rows = []
-    with torch.no_grad():
+    with torch.no_grad(), Products(dtype) as products:
         for tokens in options.tokens or (374, 650, 1040, 4112):
             err.print(f"{tokens} tokens")
             for group in (attentions(tokens, dtype), layers(tokens, dtype)):
                 for what, operations, exact, ways in group:
-                    seconds = {n: statistics.median(s) for n, s in in_turns(ways, options.repeats).items()}
+                    seconds = medians(ways, options.repeats)
                     for name, run in ways.items():
+                        median, _ = seconds[name]
                         error = ((run().float() - exact).norm() / exact.norm()).item()
                         rows.append({
-                            "what": what, "tokens": tokens, "way": name, "ms": seconds[name] * 1e3,
-                            "gops": operations / seconds[name] / 1e9, "error": error,
+                            "what": what, "tokens": tokens, "way": name, "ms": median * 1e3,
+                            "gops": operations / median / 1e9, "error": error,
                         })  # fmt: skip
-    rate = matmul_rate(dtype, torch.device("cpu"))
-    facts = conditions() | {f"{DTYPE_NAMES[dtype]} products, GFLOP/s": f"{rate / 1e9:.0f}"}
-    if options.json:
-        print(json.dumps({"conditions": facts, "rows": rows}, indent=1))
-        return
-    table = Table("what", "tokens", "way", "median ms", "Gop/s", "error")
-    for r in rows:
-        table.add_row(r["what"], str(r["tokens"]), r["way"], f"{r['ms']:.2f}", f"{r['gops']:.0f}", f"{r['error']:.1e}")
-    console = PlainConsole(width=110)
-    console.print(table)
-    console.print(", ".join(f"{k} {v}" for k, v in facts.items()))
+    columns = {
+        "what": lambda r: r["what"], "tokens": lambda r: str(r["tokens"]), "way": lambda r: r["way"],
+        "median ms": lambda r: f"{r['ms']:.2f}", "Gop/s": lambda r: f"{r['gops']:.0f}",
+        "error": lambda r: f"{r['error']:.1e}",
+    }  # fmt: skip
+    show(facts() | products.facts(), rows, columns, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ A run begins nothing after --seconds; what is measured is in the CSV, the bundle
 on from there.
 """
 
-import argparse
 import csv
 import itertools
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
+from harness import CPU, PROMPT, Pieces, parser
 
 import jitexport
 from jitexport import profile as profiling
@@ -29,7 +27,6 @@ from jitexport.quant import KINDS
 
 SPEEDUPS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
 BATCHES = (1, 2, 4)
-PROMPT = "red apple on a blue background"
 
 
 @dataclass(frozen=True)
@@ -83,13 +80,12 @@ class Row:
 
 
 def points(backends: list[str], full: bool, quantization: str = "") -> Iterator[Point]:
-    device = torch.device("cpu")
     for name in backends or [n for n in registry.BACKENDS if n != "auto"]:  # whose engines are the others'
         backend = registry.backend(name)
-        if reason := backend.cannot_build(device, None):
+        if reason := backend.cannot_build(CPU, None):
             err.print(f"{name} left out: {reason}")
             continue
-        if quantization and quantization not in backend.quantizations(device):
+        if quantization and quantization not in backend.quantizations(CPU):
             err.print(f"{name} left out: no {quantization} layers")
             continue
         dtype = choose("cpu", name).dtype
@@ -184,37 +180,36 @@ def curve(axis, rows: list[Row], x: list, images: list[int], label: str):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", action="append", default=[], choices=list(registry.BACKENDS), help="repeatable")
-    parser.add_argument("--quant", default="", choices=list(KINDS), help="run the blocks' linear layers in 8 bits")
-    parser.add_argument("--full", action="store_true", help="all batches at all speed-ups")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=90, help="begin no build and no measurement after this time")
-    parser.add_argument("--out", type=Path, default=Path("out/latency"), help="bundles, and the CSV by default")
-    parser.add_argument("--report", type=Path, help="folder of latency.csv and latency.png")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--backend", action="append", default=[], choices=list(registry.BACKENDS), help="repeatable")
+    arguments.add_argument("--quant", default="", choices=list(KINDS), help="run the blocks' linear layers in 8 bits")
+    arguments.add_argument("--full", action="store_true", help="all batches at all speed-ups")
+    arguments.add_argument("--repeats", type=int, default=7)
+    arguments.add_argument("--seconds", type=float, default=90, help="begin no build or measurement after this time")
+    arguments.add_argument("--out", type=Path, default=Path("out/latency"), help="bundles, and the CSV by default")
+    arguments.add_argument("--report", type=Path, help="folder of latency.csv and latency.png")
+    args = arguments.parse_args()
     folder = args.report or args.out
     rows = read(folder / "latency.csv")
     done = {row.point for row in rows if row.cpu == cpu()}  # those of other machines stay, and stand for themselves
-    until = time.monotonic() + args.seconds
+    pieces = Pieces(args.seconds)
     left = [p for p in points(args.backend, args.full, args.quant) if p not in done]
     for point in list(left):
         path = args.out / "bundles" / point.name
-        if not path.exists() and time.monotonic() < until:
+        if not path.exists() and pieces.left > 0:
             err.print(f"building {point.name}")
             jitexport.build(
                 "demo", output=path, speedup=point.speedup, backend=point.backend, dtype=point.dtype,
                 batch=point.batch, quantization=point.quantization or None,
             )
-        if not path.exists() or time.monotonic() > until:
+        if not path.exists() or pieces.left < 0:
             break
         err.print(f"measuring {point.name}")
         rows.append(measure(point, path, args.repeats))
         write(folder / "latency.csv", rows)
         left.remove(point)
     if left:
-        err.print(f"{len(left)} bundles left, from {left[0].name} on: run the same command again")
-        sys.exit(75)  # EX_TEMPFAIL: there is more to do
+        pieces.stop("bundles", [point.name for point in left])
     if not rows:
         sys.exit("nothing to measure: no backend is left")
     plot([row for row in rows if row.cpu == cpu()] or rows, folder / "latency.png")

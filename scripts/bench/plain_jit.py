@@ -51,20 +51,10 @@ def first_anchors(m: int, height: int, width: int, generator: torch.Generator) -
 
 @torch.no_grad()
 def plain_jit(
-    pipe: FluxPipeline,
-    prompt: str,
-    generator: torch.Generator,
-    *,
-    sigmas: Sequence[float],
-    stages: Sequence[tuple[int, int]],
-    height: int,
-    width: int,
-    max_sequence_length: int,
-    guidance_scale: float,
-    latents: Tensor | None = None,
-    noise: Tensor | None = None,
-    anchors: Tensor | None = None,
-) -> Image.Image:
+    pipe: FluxPipeline, prompt: str, generator: torch.Generator, *, sigmas: Sequence[float],
+    stages: Sequence[tuple[int, int]], height: int, width: int, max_sequence_length: int, guidance_scale: float,
+    latents: Tensor | None = None, noise: Tensor | None = None, anchors: Tensor | None = None,
+) -> Image.Image:  # fmt: skip
     """One image.
 
     Args:

@@ -10,8 +10,6 @@
   share of the machine's best matrix product; --engines is the largest number of tokens that is measured.
 """
 
-import argparse
-import json
 import math
 import tempfile
 import time
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import CPU, facts, parser, said, timed, write
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,12 +32,11 @@ from jitexport.methods.jit import JiT
 from jitexport.methods.temporal.base import Run
 from jitexport.models.sources import config_adapter, find_source, load_adapter
 from jitexport.plan import plan
-from jitexport.profile.measure import Timing, conditions, matmul_rate, shortest
+from jitexport.profile.measure import matmul_rate, shortest
 from jitexport.sampler import draw, sample
 from jitexport.schedule import Stage, StageSchedule, make_stages, timesteps
 from jitexport.specs import DTYPES
 
-CPU = torch.device("cpu")
 DTYPE = choose("cpu", "aoti").dtype  # of the engine
 CHANNELS = 64
 #: Token shares of schedules of one to six stages; the third is the published one at 4x.
@@ -102,15 +100,9 @@ def loop(tokens: int, batch: int, stages: int) -> Callable[[], object]:
 @torch.inference_mode()
 def measure_loop(tokens: int, batch: int, stages: int, repeats: int) -> dict[str, Any]:
     run = loop(tokens, batch, stages)
-    run()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
+    timing = timed(run, repeats)
     with Living() as living:
         run()
-    timing = Timing.of(seconds)
     state = tokens * batch * CHANNELS * 4
     return {
         "tokens": tokens, "batch": batch, "stages": stages, "seconds": timing.median, "p10": timing.p10,
@@ -166,11 +158,10 @@ def exponent(rows: list[dict[str, Any]], x: str, y: str) -> float:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    facts = report["conditions"]
+    known = report["conditions"]
     lines = [
         "# Growth", "",
-        f"`python scripts/bench/scale.py --report docs/results`, {facts['date']}, {facts['cpu']}, {facts['threads']} "
-        f"threads, torch {facts['torch']}. Seconds are medians of {report['repeats']} runs after one not counted.", "",
+        f"{said(known)}. Seconds are medians of {report['repeats']} runs after one not counted.", "",
         f"## The loop around the engines, {STEPS} steps, {CHANNELS} channels", "",
         "| tokens | batch | stages | ms | 10th to 90th | ns a token and step | memory, MB | in sizes of the latents |",
         "|---|---|---|---|---|---|---|---|",
@@ -204,26 +195,24 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, action="append", default=[], help="square numbers; repeatable")
-    parser.add_argument("--engines", type=int, default=16384, help="largest stage that is compiled and measured")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--report", type=Path, default=Path("out/scale"), help="folder of scale.json and scale.md")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--tokens", type=int, action="append", default=[], help="square numbers; repeatable")
+    arguments.add_argument("--engines", type=int, default=16384, help="largest stage that is compiled and measured")
+    arguments.add_argument("--repeats", type=int, default=7)
+    arguments.add_argument("--report", type=Path, default=Path("out/scale"), help="folder of scale.json and scale.md")
+    args = arguments.parse_args()
     sizes = args.tokens or [256, 1024, 4096, 16384]
     if wrong := [n for n in sizes if math.isqrt(n) ** 2 != n]:
-        parser.error(f"not square: {wrong}")
+        arguments.error(f"not square: {wrong}")
     middle = 4096 if 4096 in sizes else sizes[-1]
     cases = [(n, 1, 3) for n in sizes] + [(middle, b, 3) for b in (2, 4, 8)]
     cases += [(middle, 1, k) for k in RATIOS if k != 3]
-    report: dict[str, Any] = {"conditions": conditions(), "repeats": args.repeats, "dtype": DTYPE}
+    report: dict[str, Any] = {"conditions": facts(), "repeats": args.repeats, "dtype": DTYPE}
     report["loop"] = [measure_loop(*case, args.repeats) for case in track(cases, "loop")]
     report["plan"] = [measure_plan(n) for n in track(sizes, "plan")]
     engines = [(n, 1) for n in sizes if n <= args.engines] + [(256, b) for b in (2, 4, 8) if args.engines >= 256]
     report["engine"] = [measure_engine(*case) for case in track(engines, "engines")]
-    args.report.mkdir(parents=True, exist_ok=True)
-    (args.report / "scale.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.report / "scale.md").write_text(markdown(report))
+    write(args.report, "scale", report, markdown(report))
     err.print(f"wrote {args.report}/scale.json and scale.md")
 
 

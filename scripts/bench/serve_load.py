@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import httpx
+from harness import facts, parser, said
 
 PROMPTS = ("red apple on a blue background", "owl on a yellow background", "frog on a pink background", "a cat")
 SEEDS = range(4)
@@ -214,16 +215,16 @@ def numbers(kind: type) -> object:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--seconds", type=float, default=30, help="of each load")
-    parser.add_argument("--clients", type=numbers(int), default=[1, 2, 4, 8, 16], help="of closed loops")
-    parser.add_argument("--rates", type=numbers(float), default=[0.5, 0.8, 0.9, 1.0, 1.5], help="shares of the best")
-    parser.add_argument("--hold", type=float, default=0, help="seconds at --share of the best, at the end")
-    parser.add_argument("--share", type=float, default=0.9)
-    parser.add_argument("--queue", type=int, default=16)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("bundle", type=Path)
+    options.add_argument("--seconds", type=float, default=30, help="of each load")
+    options.add_argument("--clients", type=numbers(int), default=[1, 2, 4, 8, 16], help="of closed loops")
+    options.add_argument("--rates", type=numbers(float), default=[0.5, 0.8, 0.9, 1.0, 1.5], help="shares of the best")
+    options.add_argument("--hold", type=float, default=0, help="seconds at --share of the best, at the end")
+    options.add_argument("--share", type=float, default=0.9)
+    options.add_argument("--queue", type=int, default=16)
+    options.add_argument("--json", action="store_true")
+    arguments = options.parse_args()
     loop = loop_throughput(arguments.bundle, arguments.seconds)
     if not arguments.json:
         print(f"Pipeline in a loop at the bundle's batch: {loop:.2f} images a second\n\n{HEADER}", flush=True)
@@ -239,7 +240,10 @@ def main() -> int:
             server.send_signal(signal.SIGTERM)
     wrong = sum(run.wrong + run.lost + sum(n for s, n in run.statuses.items() if s not in (200, 503)) for run in runs)
     if arguments.json:
-        print(json.dumps({"loop": loop, "runs": [asdict(r) | {"throughput": r.throughput} for r in runs]}))
+        rows = [asdict(r) | {"throughput": r.throughput} for r in runs]
+        print(json.dumps({"conditions": facts(), "loop": loop, "runs": rows}))
+    else:
+        print(f"\n{said(facts())}")
     return int(wrong > 0 or server.returncode != 0)
 
 

@@ -7,29 +7,24 @@ Rates are of the module's operations, also as a share of the machine's own best 
 relative, against the eager module in fp32. OpenVINO is the extra `bench`.
 """
 
-import argparse
-import json
-import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from harness import CPU, Products, facts, medians, parser, show
 from torch import Tensor
 
 from jitexport import registry
 from jitexport.backends.base import Engine
 from jitexport.building.comparing import compare
 from jitexport.building.reference import eager_pipeline, probe_inputs
-from jitexport.console import Table, err, out
+from jitexport.console import err
 from jitexport.models.base import ModelAdapter
 from jitexport.models.sources import find_source, load_adapter
 from jitexport.plan import plan
-from jitexport.profile.measure import conditions, in_turns, matmul_rate
 from jitexport.specs import DTYPES, EngineSpec
 
-CPU = torch.device("cpu")
 WAYS = ("aoti", "aoti-int8", "onnx", "openvino", "eager")
 Run = Callable[[], Tensor]
 
@@ -68,13 +63,13 @@ def by_openvino(stage: str) -> Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", default="stage0")
-    parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--stage", default="stage0")
+    arguments.add_argument("--ways", default=",".join(WAYS))
+    arguments.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    arguments.add_argument("--rounds", type=int, default=20)
+    arguments.add_argument("--json", action="store_true")
+    options = arguments.parse_args()
 
     adapter, _, inputs, flops = stage_of(options.stage, "fp32", None)
     with torch.no_grad():
@@ -88,30 +83,24 @@ def main() -> None:
                 else by_backend(way, options.stage, options.dtype, Path(folder))
             )  # fmt: skip
         errors = {way: compare([run()], [exact])[0] for way, run in runs.items()}
-        rates = [matmul_rate(DTYPES[options.dtype], CPU)]
-        seconds = in_turns(runs, options.rounds)
-        rates.append(matmul_rate(DTYPES[options.dtype], CPU))
+        with Products(DTYPES[options.dtype]) as products:
+            seconds = medians(runs, options.rounds)
 
     rows = [
         {
-            "way": way, "median_ms": 1e3 * statistics.median(times), "least_ms": 1e3 * min(times),
-            "gflops": flops / statistics.median(times) / 1e9,
-            "of_products": flops / statistics.median(times) / max(rates), "error": errors[way],
+            "way": way, "median_ms": 1e3 * median, "least_ms": 1e3 * least, "gflops": flops / median / 1e9,
+            "of_products": flops / median / products.best, "error": errors[way],
         }
-        for way, times in seconds.items()
-    ]
-    if options.json:
-        json.dump({"stage": options.stage, "gflop": flops / 1e9, "rows": rows, **conditions()}, sys.stdout, indent=2)
-        return
-    table = Table(title=f"{options.stage}, {flops / 1e9:.1f} GFLOP, {options.rounds} rounds")
-    for heading in ("way", "median ms", "least ms", "GFLOP/s", "of products", "relative error"):
-        table.add_column(heading, justify="left" if heading == "way" else "right")
-    for row in rows:
-        cells = [f"{row[k]:.1f}" for k in ("median_ms", "least_ms", "gflops")]
-        table.add_row(row["way"], *cells, f"{row['of_products']:.0%}", f"{row['error']:.1e}")
-    out.print(table)
-    print(f"{options.dtype} products {', '.join(f'{r / 1e9:.0f}' for r in rates)} GFLOP/s before and after;",
-          ", ".join(f"{k} {v}" for k, v in conditions().items()))
+        for way, (median, least) in seconds.items()
+    ]  # fmt: skip
+    columns = {
+        "way": lambda r: r["way"], "median ms": lambda r: f"{r['median_ms']:.1f}",
+        "least ms": lambda r: f"{r['least_ms']:.1f}", "GFLOP/s": lambda r: f"{r['gflops']:.1f}",
+        "of products": lambda r: f"{r['of_products']:.0%}", "relative error": lambda r: f"{r['error']:.1e}",
+    }  # fmt: skip
+    known = facts() | products.facts() | {"stage": options.stage, "gflop": round(flops / 1e9, 1)}
+    title = f"{options.stage}, {flops / 1e9:.1f} GFLOP, {options.rounds} rounds"
+    show(known, rows, columns, as_json=options.json, title=title)
 
 
 if __name__ == "__main__":
