@@ -133,7 +133,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--device", default="cuda")
     arguments.add_argument("--config", choices=("flux", "shallow", "tiny"), default="flux")
-    arguments.add_argument("--engine", choices=("aoti", "blocks", "eager"), default="aoti", help="blocks: torch.compile")
+    arguments.add_argument("--engine", choices=("aoti", "blocks", "eager"), default="aoti", help="blocks: compiled")
     arguments.add_argument("--attention", choices=tuple(ATTENTION), default="default", help="PyTorch's kernel for it")
     arguments.add_argument("--engines", type=Path, default=Path("out/gpu-engines"), help="folder of compiled engines")
     arguments.add_argument("--seconds", type=float, default=540, help="of all parts together")
