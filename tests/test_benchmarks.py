@@ -227,7 +227,7 @@ def test_the_plain_loops_anchors(m):
 def row(speedup, batch, median, quantization=""):
     return latency.Row(
         "eager", "fp32", quantization, speedup, batch, 7, median * 0.9, median, median * 1.2, median * 0.8, 0.01,
-        speedup * 1.1, speedup, 0.5, 100.0, "2026-01-01", "a processor, 2 threads", "2.13.0",
+        speedup * 1.1, speedup, 0.5, 100.0, "2026-01-01", "a processor, 2 threads", "2.13.0", "abc1234",
     )  # fmt: skip
 
 
@@ -274,7 +274,8 @@ def test_latency_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "measure", measure)
     points = [latency.Point("eager", "fp32", "", s, 1) for s in (1.0, 4.0)]
     monkeypatch.setattr(latency, "points", lambda *_: iter(points))
-    arguments = {"backend": [], "full": False, "quant": "", "repeats": 1, "out": tmp_path, "report": None}
+    arguments = {"backend": [], "full": False, "quant": "", "repeats": 1, "again": False, "report": None}
+    arguments["out"] = tmp_path
     for seconds, stops, done in ((-1, True, 0), (60, False, 2), (60, False, 2)):
         given = argparse.Namespace(**arguments, seconds=seconds)
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, given=given: given)
@@ -286,6 +287,15 @@ def test_latency_goes_on_where_it_stopped(tmp_path, monkeypatch):
             latency.main()
         assert len(measured) == len(built) == done
     assert (tmp_path / "latency.png").is_file()
+    latency.write(tmp_path / "latency.csv", [*latency.read(tmp_path / "latency.csv"), row(1.0, 1, 1.0)])
+    given = argparse.Namespace(**arguments | {"again": True}, seconds=60)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: given)
+    latency.main()  # its rows are of another commit
+    rows = latency.read(tmp_path / "latency.csv")
+    assert len(measured) == 4 and len(built) == 2 and len(rows) == 3  # the other machine's row stays
+    monkeypatch.setattr(latency, "code", lambda: "abc1234")
+    latency.main()
+    assert len(measured) == 4
 
 
 # --- kernels ---

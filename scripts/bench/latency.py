@@ -5,7 +5,7 @@
 
 Measures every speed-up at batch 1 and every batch at 4x, for each backend that runs here (--full: all combinations).
 A run begins nothing after --seconds; what is measured is in the CSV, the bundles stay in --out, and the next run goes
-on from there.
+on from there. With --again rows of this machine that were measured on another commit are measured anew.
 """
 
 import csv
@@ -73,6 +73,7 @@ class Row:
     date: str
     cpu: str
     torch: str
+    commit: str
 
     @property
     def point(self) -> Point:
@@ -122,6 +123,7 @@ def measure(point: Point, path: Path, repeats: int) -> Row:
         date=facts["date"],
         cpu=cpu(),
         torch=facts["torch"],
+        commit=code(),
     )
 
 
@@ -129,6 +131,11 @@ def cpu() -> str:
     """This machine's processor, by which rows of one CSV are told apart."""
     facts = profiling.conditions()
     return f"{facts['cpu']} ({facts['cpu_class']}), {facts['threads']} threads"
+
+
+def code() -> str:
+    """The commit that is measured, as rows have it."""
+    return profiling.conditions()["commit"] or "not recorded"
 
 
 def read(path: Path) -> list[Row]:
@@ -184,6 +191,7 @@ def main() -> None:
     arguments.add_argument("--backend", action="append", default=[], choices=list(registry.BACKENDS), help="repeatable")
     arguments.add_argument("--quant", default="", choices=list(KINDS), help="run the blocks' linear layers in 8 bits")
     arguments.add_argument("--full", action="store_true", help="all batches at all speed-ups")
+    arguments.add_argument("--again", action="store_true", help="replace this machine's rows of other commits")
     arguments.add_argument("--repeats", type=int, default=7)
     arguments.add_argument("--seconds", type=float, default=90, help="begin no build or measurement after this time")
     arguments.add_argument("--out", type=Path, default=Path("out/latency"), help="bundles, and the CSV by default")
@@ -191,7 +199,8 @@ def main() -> None:
     args = arguments.parse_args()
     folder = args.report or args.out
     rows = read(folder / "latency.csv")
-    done = {row.point for row in rows if row.cpu == cpu()}  # those of other machines stay, and stand for themselves
+    mine = [row for row in rows if row.cpu == cpu()]  # those of other machines stay, and stand for themselves
+    done = {row.point for row in mine if row.commit == code() or not args.again}
     pieces = Pieces(args.seconds)
     left = [p for p in points(args.backend, args.full, args.quant) if p not in done]
     for point in list(left):
@@ -205,6 +214,7 @@ def main() -> None:
         if not path.exists() or pieces.left < 0:
             break
         err.print(f"measuring {point.name}")
+        rows = [row for row in rows if row.cpu != cpu() or row.point != point]
         rows.append(measure(point, path, args.repeats))
         write(folder / "latency.csv", rows)
         left.remove(point)

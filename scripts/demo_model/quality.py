@@ -30,6 +30,7 @@ from jitexport.console import PlainConsole, Table, track
 from jitexport.evaluate.demo import DemoData, DemoPrompt, DemoScore, Judge
 from jitexport.evaluate.statistics import wilson
 from jitexport.models.sources import DEMO_FOLDER
+from jitexport.profile import conditions
 
 SHEET_PROMPTS, SHEET_COLUMNS, SHEET_PICTURE, SHEET_LABEL = 48, 8, 160, 14
 
@@ -214,6 +215,7 @@ def main() -> None:
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": shlex.join(["python", "scripts/demo_model/quality.py", *sys.argv[1:]]),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "conditions": conditions(),
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy", "pillow")},
             "results": results,
         }
