@@ -325,21 +325,3 @@ def test_command_prints_what_it_measured(run, bundle):
     assert code == 0
     for text in ("transition", "stage1", "of denoising", "predicted", "GFLOP/s", "of memory in the process"):
         assert text in out
-
-
-def test_command_prints_every_bundle(run, bundle, others, model_at_hand):
-    paths = [bundle, others[0]]
-    code, out, err = run("profile", *paths, "--against", "few-step", "--repeats", "1", "--prompt", "a red fox")
-    assert code == 0, err
-    assert "times faster" in out and "least to most" in out and "1 rounds" in out
-    for path in paths:
-        assert f"{path.name}: jit, eager fp32" in out
-    assert out.count("of denoising") == out.count("realised") == 2
-    code, out, _ = run("profile", *paths, "--repeats", "1", "--prompt", "a red fox", "--json")
-    report = json.loads(out)
-    assert code == 0 and report["bundles"] == [str(p) for p in paths] and len(report["profiles"]) == 2
-
-
-def test_command_refuses_bundles_that_cannot_be_compared(run, bundle, make_bundle):
-    code, out, err = run("profile", bundle, make_bundle(batch=2), "--repeats", "1")
-    assert code == 2 and not out and "differ in batch" in err and "profile them one by one" in err
