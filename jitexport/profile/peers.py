@@ -220,7 +220,10 @@ def diffusers_way(manifest: Manifest, prompt: str, *, steps: int, dtype: str, co
     batch = manifest.batch
 
     def call(seed: int) -> Sequence[Image.Image]:
-        return diffusers_call(pipe, manifest, [prompt] * batch, range(seed, seed + batch), steps)
+        images: Sequence[Image.Image] = diffusers_call(
+            pipe, manifest, [prompt] * batch, range(seed, seed + batch), steps
+        )
+        return images
 
     label = f"diffusers, {steps} steps, {'torch.compile' if compiled else 'eager'} {dtype}"
     return CallWay(call, label, torch.device(manifest.host.device))
