@@ -47,6 +47,7 @@ for bundle in sys.argv[1:]:
 
 def tiny_pipelines(root: Path) -> Iterator[Path]:
     """Folders of one pipeline of each family, and of a model of four steps."""
+    sys.path.append(str(Path(__file__).parents[1]))  # an installed package has no tests
     from tests.tiny_families import SAVE
 
     for name, save in SAVE.items():

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,31 +15,90 @@ from PIL import Image
 import jitexport
 from jitexport.choice import choose
 from jitexport.plan import CustomSchedule
+from jitexport.profile import measure
 from jitexport.specs import DTYPE_NAMES
 from tests import tiny
+from tests.scripting import SCRIPTS, script
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+harness, latency, kernels, peers = (script(f"bench/{name}") for name in ("harness", "latency", "kernels", "peers"))
 
 
 @pytest.fixture(autouse=True)
-def scripts(monkeypatch):
-    """The scripts can be imported, and the machine's ceiling, which takes seconds, is not measured."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.setattr("jitexport.profile.phases.matmul_rate", lambda *a: 1e12)
+def ceiling(monkeypatch):
+    """The machine's ceiling, which takes seconds, is not measured."""
+    monkeypatch.setattr("jitexport.profile.rounds.matmul_rate", lambda *a: 1e12)
 
 
-# --- bench_peers ---
+# --- harness ---
 
 
-@pytest.fixture
-def peers(monkeypatch):
-    import bench_peers
+def test_facts_say_what_was_run_where_and_of_which_code(monkeypatch):
+    monkeypatch.setattr("sys.argv", [str(SCRIPTS / "bench" / "kernels.py"), "--tokens", "7 0"])
+    known = harness.facts("numpy", "no-such-package")
+    assert known["command"] == "python scripts/bench/kernels.py --tokens '7 0'"
+    assert known["numpy"] == np.__version__ and known["no-such-package"] is None
+    assert {"date", "cpu", "cpu_class", "commit", "torch", "python"} <= known.keys()
+    line = harness.said(known)
+    assert f"cpu_class {known['cpu_class']}" in line and "no-such-package" not in line
 
-    monkeypatch.setattr(bench_peers, "matmul_rate", lambda *a: 1e11)
-    return bench_peers
+
+def test_the_commit_is_that_of_the_checkout(monkeypatch):
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=SCRIPTS, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("no checkout of git")
+    measure.commit.cache_clear()
+    assert measure.commit().split("-")[0] == done.stdout[:12]
+    measure.commit.cache_clear()
+    monkeypatch.setenv("PATH", "")  # no git
+    assert measure.commit() is None
+    measure.commit.cache_clear()
 
 
-def contender(peers, name, colour, calls, fails_at=None):
+def test_a_run_is_timed_after_one_that_is_not_counted():
+    pauses = iter([0.2, 0.0, 0.0, 0.0])
+    timing = harness.timed(lambda: time.sleep(next(pauses)), 3)
+    assert timing.p90 < 0.1 and next(pauses, None) is None
+
+
+def test_rates_are_taken_before_and_after(monkeypatch):
+    rates = iter([1e11, 3e11])
+    monkeypatch.setattr(harness, "matmul_rate", lambda dtype, device: next(rates))
+    with harness.Products(torch.float32) as products:
+        assert products.rates == [1e11]
+    assert products.best == 3e11 and products.facts() == {"fp32 products before and after, GFLOP/s": "100, 300"}
+
+
+def test_rows_are_shown_to_people_and_to_machines(capsys):
+    rows = [{"way": "a", "ms": 1.25}, {"way": "b [x]", "ms": 10.0}]
+    columns = {"way": lambda r: r["way"], "median ms": lambda r: f"{r['ms']:.1f}"}
+    harness.show({"cpu": "a CPU", "gpu": None}, rows, columns, as_json=False, title="two ways")
+    table = capsys.readouterr().out
+    assert "two ways" in table and "b [x]" in table and "10.0" in table and "cpu a CPU" in table and "gpu" not in table
+    harness.show({"cpu": "a CPU"}, rows, columns, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"conditions": {"cpu": "a CPU"}, "rows": rows}
+
+
+def test_reports_are_whole_files(tmp_path):
+    harness.write(tmp_path / "new", "x", {"rows": [1]}, "# page\n")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["x.json", "x.md"]
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"rows": [1]}
+    with pytest.raises(TypeError):  # what cannot be written leaves the last report as it was
+        harness.write(tmp_path / "new", "x", {"rows": object()})
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"rows": [1]}
+
+
+def test_a_run_in_pieces_says_what_is_left(capsys):
+    pieces = harness.Pieces(0.0)
+    assert pieces.left <= 0 < harness.Pieces(60).left
+    with pytest.raises(SystemExit) as stopped:
+        pieces.stop("bundles", ["b", "c"])
+    assert stopped.value.code == 75 and "2 bundles left, from b on" in capsys.readouterr().err
+
+
+# --- peers ---
+
+
+def contender(name, colour, calls, fails_at=None):
     """Paints everything in one colour."""
 
     def open_it(setting):
@@ -54,17 +114,18 @@ def contender(peers, name, colour, calls, fails_at=None):
 
 
 @pytest.fixture
-def bench(peers, tmp_path):
+def bench(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "matmul_rate", lambda *a: 1e11)
     prompts = peers.DemoData().prompts(2)
     setting = peers.Setting(Path(), tmp_path)
     results = peers.Results(tmp_path)
-    return prompts, lambda c, seconds=60.0: peers.measure(c, setting, prompts, results, time.monotonic() + seconds)
+    return prompts, lambda c, seconds=60.0: peers.measure(c, setting, prompts, results, harness.Pieces(seconds))
 
 
-def test_peers_are_measured_in_pieces(peers, bench, tmp_path):
+def test_peers_are_measured_in_pieces(bench, tmp_path):
     prompts, measure = bench
     calls = []
-    blue = contender(peers, "blue", "blue", calls)
+    blue = contender("blue", "blue", calls)
     assert not measure(blue, seconds=-1) and len(calls) == 1  # the warm-up
     assert measure(blue) and [p for _, p in calls[2:]] == [p.text for p in prompts]
     assert measure(blue) and len(calls) == 4  # nothing is left to do
@@ -72,18 +133,18 @@ def test_peers_are_measured_in_pieces(peers, bench, tmp_path):
     assert set(result["seconds"]) == {p.text for p in prompts} and len(result["rates"]) >= 2
 
 
-def test_a_peer_that_fails_is_a_result(peers, bench, tmp_path):
+def test_a_peer_that_fails_is_a_result(bench, tmp_path):
     _, measure = bench
     calls = []
-    assert measure(contender(peers, "red", "red", calls, fails_at=2)) and len(calls) == 3
+    assert measure(contender("red", "red", calls, fails_at=2)) and len(calls) == 3
     assert json.loads((tmp_path / "red.json").read_text())["error"] == "RuntimeError: out of paint"
-    assert measure(contender(peers, "red", "red", calls)) and len(calls) == 3  # not tried again
+    assert measure(contender("red", "red", calls)) and len(calls) == 3  # not tried again
 
 
-def test_report_compares_with_the_reference(peers, bench, tmp_path):
+def test_report_compares_with_the_reference(bench, tmp_path):
     prompts, measure = bench
-    chosen = [contender(peers, peers.REFERENCE, (200, 0, 0), []), contender(peers, "ours-red", (190, 0, 0), [])]
-    chosen.append(contender(peers, "ours-broken", "red", [], fails_at=0))
+    chosen = [contender(peers.REFERENCE, (200, 0, 0), []), contender("ours-red", (190, 0, 0), [])]
+    chosen.append(contender("ours-broken", "red", [], fails_at=0))
     assert all(measure(c) for c in chosen)
     peers.report(chosen, prompts, peers.Results(tmp_path), tmp_path)
     rows = {r["name"]: r for r in json.loads((tmp_path / "peers.json").read_text())["rows"]}
@@ -97,7 +158,7 @@ def test_report_compares_with_the_reference(peers, bench, tmp_path):
     assert (tmp_path / "peers.png").is_file()
 
 
-def test_what_is_compared_takes_about_as_long(peers):
+def test_what_is_compared_takes_about_as_long():
     made = [("diffusers-50-bf16", 4.0, 60), ("diffusers-11-bf16", 1.0, 40), ("compile-11-bf16", 0.9, 41),
             ("cache-dit-fast", 1.05, 38), ("ours-dense-5x", 1.0, 39), ("ours-dense-5x-taylor", 1.0, 48),
             ("ours-jit-5x-taylor", 0.3, 37), ("ours-aoti-bf16-4x", 1.1, 36), ("taylorseer-5", 0.8, 30)]  # fmt: skip
@@ -111,14 +172,14 @@ def test_what_is_compared_takes_about_as_long(peers):
     assert "diffusers-50" not in "".join(bands) and len(bands) == 3
 
 
-def test_every_contender_has_a_place_in_the_table(peers):
+def test_every_contender_has_a_place_in_the_table():
     for name in (c.name for c in peers.contenders([Path("engines/x")])):
         row = {"name": name, "median": 1.0, "psnr": 40.0, "psnr_interval": [39.0, 41.0]}
         ordinary = name.split("-")[0] in ("diffusers", "compile", "openvino") and "-50" in name
         assert (f": {name}, 1.00 s" in peers.at_equal_latency([row], base=8.0)[-1]) == (not ordinary)
 
 
-def test_names_of_contenders_differ(peers):
+def test_names_of_contenders_differ():
     names = [c.name for c in peers.contenders([Path("engines/x")])]
     assert len(set(names)) == len(names) and names[0] == peers.REFERENCE and "bundle-x" in names
 
@@ -129,11 +190,10 @@ def test_names_of_contenders_differ(peers):
 def test_the_plain_loop_is_jit(make_bundle, tiny_flux):
     """Given the same draws, to the rounding of two bits of 256: it computes attention and blur in another order."""
     from diffusers import FluxPipeline
-    from plain_jit import plain_jit
 
     pipe = jitexport.load(make_bundle(preset="paper", custom=CustomSchedule((3, 2, 3), (0.35, 0.62, 1.0))))
     drawn = pipe.draw([torch.Generator().manual_seed(0)])
-    found = plain_jit(
+    found = script("bench/plain_jit").plain_jit(
         FluxPipeline.from_pretrained(tiny_flux, dtype=torch.float32),
         "a red fox",
         torch.Generator(),
@@ -154,9 +214,7 @@ def test_the_plain_loop_is_jit(make_bundle, tiny_flux):
 
 @pytest.mark.parametrize("m", [5, 33, 60, 96])
 def test_the_plain_loops_anchors(m):
-    from plain_jit import first_anchors
-
-    anchors = first_anchors(m, 12, 8, torch.Generator().manual_seed(0)).tolist()
+    anchors = script("bench/plain_jit").first_anchors(m, 12, 8, torch.Generator().manual_seed(0)).tolist()
     assert len(set(anchors)) == m and anchors == sorted(anchors)
     row, column = zip(*(divmod(a, 8) for a in anchors), strict=True)
     structural = {(r % 2 == 0 and c % 2 == 0) or r in (0, 11) or c in (0, 7) for r, c in zip(row, column, strict=True)}
@@ -166,41 +224,34 @@ def test_the_plain_loops_anchors(m):
 # --- latency ---
 
 
-@pytest.fixture
-def latency():
-    import latency
-
-    return latency
-
-
-def row(latency, speedup, batch, median, quantization=""):
+def row(speedup, batch, median, quantization=""):
     return latency.Row(
         "eager", "fp32", quantization, speedup, batch, 7, median * 0.9, median, median * 1.2, median * 0.8, 0.01,
-        speedup * 1.1, speedup, 0.5, 100.0, "2026-01-01", "a processor, 2 threads", "2.13.0",
+        speedup * 1.1, speedup, 0.5, 100.0, "2026-01-01", "a processor, 2 threads", "2.13.0", "abc1234",
     )  # fmt: skip
 
 
-def test_latency_rows_survive_the_csv(latency, tmp_path):
-    rows = [row(latency, 1.0, 1, 2.0), row(latency, 4.0, 2, 1.0), row(latency, 4.0, 2, 0.5, "int8")]
+def test_latency_rows_survive_the_csv(tmp_path):
+    rows = [row(1.0, 1, 2.0), row(4.0, 2, 1.0), row(4.0, 2, 0.5, "int8")]
     latency.write(tmp_path / "latency.csv", rows)
     assert latency.read(tmp_path / "latency.csv") == rows
     assert latency.read(tmp_path / "none.csv") == []
 
 
-def test_latency_plot(latency, tmp_path):
-    rows = [row(latency, s, b, 2.0 / s * b) for s in latency.SPEEDUPS for b in latency.BATCHES]
+def test_latency_plot(tmp_path):
+    rows = [row(s, b, 2.0 / s * b) for s in latency.SPEEDUPS for b in latency.BATCHES]
     latency.plot(rows, tmp_path / "latency.png")
     assert Image.open(tmp_path / "latency.png").width > 800
 
 
-def test_latency_of_a_bundle(latency, make_bundle):
+def test_latency_of_a_bundle(make_bundle):
     point = latency.Point("eager", "fp32", "", 4.0, 1)
     found = latency.measure(point, make_bundle(custom=CustomSchedule((2, 1, 2), (0.35, 0.62, 1.0))), repeats=1)
     assert found.point == point and found.p10 <= found.median <= found.p90
     assert 0 < found.denoise < found.median and 0 < found.ceiling_share < 1 and found.predicted > 1
 
 
-def test_latency_points_are_a_cross_or_all(latency):
+def test_latency_points_are_a_cross_or_all():
     cross, every = (list(latency.points(["eager"], full)) for full in (False, True))
     assert len(every) == len(latency.SPEEDUPS) * len(latency.BATCHES)
     assert set(cross) < set(every) and all(p.batch == 1 or p.speedup == 4 for p in cross)
@@ -208,7 +259,7 @@ def test_latency_points_are_a_cross_or_all(latency):
     assert len(small) == len(cross) and {p.series for p in small} == {f"aoti {choose('cpu', 'aoti').dtype} int8"}
 
 
-def test_latency_goes_on_where_it_stopped(latency, tmp_path, monkeypatch):
+def test_latency_goes_on_where_it_stopped(tmp_path, monkeypatch):
     built, measured = [], []
 
     def build(model, *, output, **options):
@@ -217,13 +268,14 @@ def test_latency_goes_on_where_it_stopped(latency, tmp_path, monkeypatch):
 
     def measure(point, path, repeats):
         measured.append(path.name)
-        return dataclasses.replace(row(latency, point.speedup, point.batch, 1.0), cpu=latency.cpu())
+        return dataclasses.replace(row(point.speedup, point.batch, 1.0), cpu=latency.cpu())
 
     monkeypatch.setattr(latency.jitexport, "build", build)
     monkeypatch.setattr(latency, "measure", measure)
     points = [latency.Point("eager", "fp32", "", s, 1) for s in (1.0, 4.0)]
     monkeypatch.setattr(latency, "points", lambda *_: iter(points))
-    arguments = {"backend": [], "full": False, "quant": "", "repeats": 1, "out": tmp_path, "report": None}
+    arguments = {"backend": [], "full": False, "quant": "", "repeats": 1, "again": False, "report": None}
+    arguments["out"] = tmp_path
     for seconds, stops, done in ((-1, True, 0), (60, False, 2), (60, False, 2)):
         given = argparse.Namespace(**arguments, seconds=seconds)
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, given=given: given)
@@ -235,14 +287,21 @@ def test_latency_goes_on_where_it_stopped(latency, tmp_path, monkeypatch):
             latency.main()
         assert len(measured) == len(built) == done
     assert (tmp_path / "latency.png").is_file()
+    latency.write(tmp_path / "latency.csv", [*latency.read(tmp_path / "latency.csv"), row(1.0, 1, 1.0)])
+    given = argparse.Namespace(**arguments | {"again": True}, seconds=60)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self: given)
+    latency.main()  # its rows are of another commit
+    rows = latency.read(tmp_path / "latency.csv")
+    assert len(measured) == 4 and len(built) == 2 and len(rows) == 3  # the other machine's row stays
+    monkeypatch.setattr(latency, "code", lambda: "abc1234")
+    latency.main()
+    assert len(measured) == 4
 
 
 # --- kernels ---
 
 
 def test_kernels_are_compared_with_pytorchs_ways(monkeypatch, capsys):
-    import kernels
-
     if reason := kernels.instructions()[1]:
         pytest.skip(reason)
     monkeypatch.setattr(kernels, "LAYERS", {"q": (64, 64, False)})
@@ -257,40 +316,3 @@ def test_kernels_are_compared_with_pytorchs_ways(monkeypatch, capsys):
     assert attention[f"kernel, {dtype}"] < attention["kernel, int8"] < 0.05
     assert dtype == "fp32" or attention[f"kernel, {dtype}"] < attention[f"compiled, {dtype}"]
     assert max(layer[f"compiled, {dtype}"], layer[f"kernel, {dtype}"]) < 0.003 < layer["kernel, int8"] < 0.02
-
-
-# --- in turns ---
-
-
-def test_ratios_are_taken_within_a_round():
-    """A machine that slows down threefold after the first round changes no ratio."""
-    import in_turns
-
-    first, ours = in_turns.summary([[9.0, 1.0], [27.0, 3.0], [27.0, 3.0]], ["first", "ours"])
-    assert (first["faster"], ours["faster"], ours["least"], ours["most"]) == (1.0, 9.0, 9.0, 9.0)
-    assert ours["median"] == 3.0 and ours["seconds"] == [1.0, 3.0, 3.0]
-
-
-def test_all_ways_make_the_same_image(make_bundle, tiny_flux, monkeypatch, capsys):
-    import in_turns
-
-    monkeypatch.setattr("jitexport.profile.peers.model_folder", lambda manifest: tiny_flux)
-    bundle = make_bundle(custom=CustomSchedule((2, 1, 2), (0.35, 0.62, 1.0)))
-    images = {label: np.asarray(way(3)[0]).astype(int) for label, way in in_turns.ways([bundle]).items()}
-    first, second, third = images
-    assert first.startswith("diffusers") and "eager fp32" in second and bundle.name in third
-    diffusers, eager, ours = images.values()
-    assert np.abs(eager - ours).max() <= 2 and diffusers.shape == ours.shape
-    monkeypatch.setattr(in_turns, "matmul_rate", lambda *a: 1e11)
-    monkeypatch.setattr("sys.argv", ["in_turns.py", str(bundle), "--rounds", "1", "--json"])
-    in_turns.main()
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [r["way"] for r in rows] == list(images) and all(len(r["seconds"]) == 1 for r in rows)
-
-
-def test_a_bundle_for_several_images_at_once_is_refused(make_bundle, tiny_flux, monkeypatch):
-    import in_turns
-
-    monkeypatch.setattr("jitexport.profile.peers.model_folder", lambda manifest: tiny_flux)
-    with pytest.raises(SystemExit, match="batches of 2"):
-        in_turns.ways([make_bundle(custom=CustomSchedule((1,), (1.0,)), batch=2)])

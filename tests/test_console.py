@@ -12,10 +12,10 @@ import jitexport
 from jitexport import console
 from jitexport.console import PlainConsole, Progress, Table, text_column
 from jitexport.errors import OutputError
+from tests.scripting import SCRIPTS
 
 PACKAGE = Path(jitexport.__file__).parent
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-SOURCES = sorted([*PACKAGE.rglob("*.py"), *SCRIPTS.glob("*.py")])
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *SCRIPTS.rglob("*.py")])
 DATA = "out[bf16]/[/x] [red]a[/red] :smile: jitexport[onnx]"
 
 
@@ -29,7 +29,7 @@ def plain(monkeypatch):
 
 
 def test_only_the_console_module_uses_rich():
-    assert {"console.py", "building.py", "in_turns.py", "footprint.py"} <= {path.name for path in SOURCES}
+    assert {"console.py", "building.py", "peers.py", "footprint.py"} <= {path.name for path in SOURCES}
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -1,27 +1,19 @@
 """The script that builds every method for every backend: what it finds out about tiny models."""
 
-from pathlib import Path
-
 import pytest
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+from tests.scripting import script
+
+families = script("families")
 
 
-@pytest.fixture
-def families(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import families
-
-    return families
-
-
-def test_errors_are_those_of_bundles_in_a_process_of_their_own(families, tiny_flux, tmp_path):
+def test_errors_are_those_of_bundles_in_a_process_of_their_own(tiny_flux, tmp_path):
     pytest.importorskip("onnxruntime")
     (error,) = families.errors(tiny_flux, "jit", ["onnx"], tmp_path)
     assert 0 < float(error) < 1e-5
 
 
-def test_methods_that_do_not_fit_say_so(families, tmp_path):
+def test_methods_that_do_not_fit_say_so(tmp_path):
     from tests import tiny_hunyuan_video15, tiny_qwen_image
 
     videos = tiny_hunyuan_video15.save_hunyuan_video15(tmp_path / "videos")

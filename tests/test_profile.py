@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,8 @@ from jitexport.errors import InputError
 from jitexport.flops import count_flops
 from jitexport.plan import CustomSchedule
 from jitexport.profile.measure import PeakMemory, Timing, shortest
-from jitexport.profile.phases import Recorder
+from jitexport.profile.phases import Ratio, Recorder
+from jitexport.profile.rounds import Way
 from jitexport.profile.timeline import draw_timeline
 
 CPU = torch.device("cpu")
@@ -37,7 +39,7 @@ def ceiling():
     """Measured once: it takes seconds."""
     rate = profiling.matmul_rate(torch.float32, CPU, seconds=0.02)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jitexport.profile.phases.matmul_rate", lambda *a: rate)
+        patch.setattr("jitexport.profile.rounds.matmul_rate", lambda *a: rate)
         yield rate
 
 
@@ -174,21 +176,106 @@ def test_engines_have_their_flops_and_runs(measured, bundle):
     assert found["stage1"].ceiling_share == pytest.approx(found["stage1"].flops_per_second / measured.ceiling)
 
 
+# --- rounds ---
+
+
+class Clocked(Way):
+    """A way that takes known seconds, and notes when it is run."""
+
+    def __init__(self, label, takes, log):
+        super().__init__(label)
+        self.takes, self.log = list(takes), log
+
+    def run(self, seed, *, counted):
+        self.log.append((self.label, seed, counted))
+        if counted:
+            self.seconds.append(self.takes.pop(0))
+
+    def profile(self, ratio):
+        return profiling.Profile(self.label, 1, len(self.seconds), Timing.of(self.seconds), self.seconds, ratio)
+
+
+def test_ways_are_measured_in_turns_and_ratios_taken_within_a_round():
+    """A machine that slows down threefold after the first round changes no ratio."""
+    log = []
+    ways = [Clocked("first", [9.0, 27.0, 27.0], log), Clocked("ours", [1.0, 3.0, 3.0], log)]
+    first, ours = profiling.profile_ways(ways, repeats=3)
+    assert log == [(name, i, i > 0) for i in range(4) for name in ("first", "ours")]
+    assert first.ratio == Ratio(1.0, 1.0, 1.0) and ours.ratio == Ratio(9.0, 9.0, 9.0)
+    assert ours.total.median == 3.0 and ours.seconds == [1.0, 3.0, 3.0]
+
+
+def test_a_ratio_is_the_median_over_rounds_and_has_its_range():
+    assert Ratio.of([8.0, 8.0, 9.0], [4.0, 1.0, 3.0]) == Ratio(median=3.0, least=2.0, most=8.0)
+    with pytest.raises(ValueError):  # a round that one of them has not
+        Ratio.of([1.0, 2.0], [1.0])
+
+
 # --- peers ---
+
+
+@pytest.fixture
+def model_at_hand(tiny_flux, monkeypatch):
+    monkeypatch.setattr("jitexport.profile.peers.model_folder", lambda manifest: tiny_flux)
 
 
 @pytest.mark.parametrize(
     ("peer", "label"), [("diffusers", "50 steps, eager fp32"), ("few-step", "5 steps"), ("eager", "jit, eager fp32")]
 )
-def test_peers_run_the_bundles_model(bundle, tiny_flux, monkeypatch, peer, label):
-    monkeypatch.setattr("jitexport.profile.peers.model_folder", lambda manifest: tiny_flux)
-    found = profiling.measure_peer(peer, read_manifest(bundle), "a red fox", repeats=1)
+def test_peers_run_the_bundles_model(bundle, model_at_hand, peer, label):
+    way = profiling.peer_way(peer, read_manifest(bundle), "a red fox")
+    [found] = profiling.profile_ways([way], repeats=1)
     assert label in found.label and found.batch == 1 and 0 < found.total.median <= found.total.p90
 
 
 def test_unknown_peer(bundle):
     with pytest.raises(InputError, match="unknown peer"):
-        profiling.measure_peer("magic", read_manifest(bundle), "a red fox", repeats=1)
+        profiling.peer_way("magic", read_manifest(bundle), "a red fox")
+
+
+def test_all_ways_make_the_same_image(bundle, pipe, model_at_hand):
+    """The eager peer to the rounding of two bits of 256; diffusers one of the same size."""
+    manifest = read_manifest(bundle)
+    wanted = np.asarray(pipe("a red fox", generator=torch.Generator().manual_seed(3)).images[0]).astype(int)
+    eager = profiling.peer_way("eager", manifest, "a red fox").pipe
+    found = np.asarray(eager("a red fox", generator=torch.Generator().manual_seed(3)).images[0]).astype(int)
+    assert np.abs(found - wanted).max() <= 2
+    [image] = profiling.peer_way("diffusers", manifest, "a red fox").call(3)
+    assert np.asarray(image).shape == wanted.shape
+
+
+@pytest.fixture(scope="module")
+def others(make_bundle):
+    """A bundle of another schedule, and one of the first schedule for another backend's sake: built anew."""
+    return make_bundle(custom=CustomSchedule((1, 1), (0.5, 1.0))), make_bundle(
+        custom=CustomSchedule((2, 1, 2), (0.35, 0.62, 1.0)), command=("again",)
+    )
+
+
+def test_several_bundles_share_what_is_the_same(bundle, others, model_at_hand):
+    paths = [bundle, *others]
+    profiles = profiling.profile_bundles(paths, "a red fox", repeats=2, peers=["diffusers", "eager"])
+    names = [p.name for p in paths]
+    assert [p.label for p in profiles] == [
+        "diffusers, 50 steps, eager fp32", f"{names[0]}: jit, eager fp32", f"{names[1]}: jit, eager fp32",
+        *(f"{name}: jit, eager fp32" for name in names),
+    ]  # fmt: skip
+    assert all(len(p.seconds) == 2 for p in profiles)
+    for p in profiles:
+        ratios = [a / b for a, b in zip(profiles[0].seconds, p.seconds, strict=True)]
+        assert (p.ratio.least, p.ratio.most) == (min(ratios), max(ratios))
+    ours = profiles[-3:]
+    assert ours[0].peak_memory["process"] > 0 and not ours[1].peak_memory  # only the first is alone in the process
+    assert [len(p.steps) for p in ours] == [5, 2, 5]
+
+
+def test_bundles_that_cannot_be_compared_are_refused(bundle, make_bundle):
+    for other, what in ((make_bundle("tiny-schnell"), "model"), (make_bundle(batch=2), "batch")):
+        with pytest.raises(InputError, match=f"differ in {what}") as caught:
+            profiling.profile_bundles([bundle, other], "a red fox", repeats=1)
+        assert str(other) in str(caught.value) and caught.value.remedy
+    with pytest.raises(InputError, match="named twice"):
+        profiling.profile_bundles([bundle, bundle], "a red fox", repeats=1)
 
 
 # --- reports ---
@@ -197,7 +284,8 @@ def test_unknown_peer(bundle):
 def test_timeline_is_a_picture(measured, tmp_path):
     from PIL import Image
 
-    peer = profiling.profile_call(lambda seed: [Image.new("RGB", (8, 8))], "a peer", repeats=2)
+    call = profiling.CallWay(lambda seed: [Image.new("RGB", (8, 8))], "a peer", CPU)
+    [peer] = profiling.profile_ways([call], repeats=2)
     for profiles, path in (([measured], tmp_path / "one.png"), ([peer, measured], tmp_path / "two.png")):
         draw_timeline(profiles, profiling.conditions(), path)
     one, two = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
@@ -226,6 +314,9 @@ def test_command(run, bundle, tmp_path):
     report = json.loads(out)
     (profile,) = report["profiles"]
     assert profile["ceiling"] > 0 and profile["peak_memory"]["process"] > 0 and len(profile["steps"]) == 5
+    assert report["bundle"] == str(bundle) and report["bundles"] == [str(bundle)]
+    assert profile["ratio"] == {"median": 1.0, "least": 1.0, "most": 1.0} and len(profile["seconds"]) == 1
+    assert len(profile["products"]) == 2 and profile["ceiling"] == max(profile["products"])
     assert (tmp_path / "t.png").is_file() and json.loads((tmp_path / "t.json").read_text())
 
 

@@ -53,7 +53,7 @@ OPTIONS = {
     "unpack": {"archive", "--output", "-o", "--force", "--json"},
     "push": {"bundle", "repo", "--public"},
     "pull": {"repo", "--output", "-o", "--trust", "--revision", "--force"},
-    "profile": {"bundle", "--against", "--prompt", "--repeats", "--timeline", "--trace", "--json"},
+    "profile": {"bundles", "--against", "--prompt", "--repeats", "--timeline", "--trace", "--json"},
     "evaluate": {
         "bundles", "--prompts", "--limit", "--seeds", "--reference", "--timed", "--output", "-o", "--json",
     },

@@ -1,7 +1,5 @@
 """How cost grows: what the script measures, on small sizes."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,19 +7,12 @@ from jitexport.grid import TokenGrid
 from jitexport.methods.jit import JiT
 from jitexport.sampler import draw, sample
 from jitexport.schedule import StageSchedule, make_stages, timesteps
+from tests.scripting import script
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-@pytest.fixture
-def scale(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import scale
-
-    return scale
+scale = script("bench/scale")
 
 
-def test_living_bytes_are_counted_and_forgotten(scale):
+def test_living_bytes_are_counted_and_forgotten():
     given = torch.zeros(1000)
     with scale.Living() as living:
         a = torch.ones(100)  # 400 bytes
@@ -36,19 +27,19 @@ def test_living_bytes_are_counted_and_forgotten(scale):
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5, 6])
-def test_every_number_of_stages_runs_all_steps(scale, stages):
+def test_every_number_of_stages_runs_all_steps(stages):
     assert sum(scale.split(scale.STEPS, stages)) == scale.STEPS
     row = scale.measure_loop(64, 1, stages, repeats=1)
     assert row["seconds"] > 0 and row["stages"] == stages
 
 
-def test_memory_of_the_loop_grows_with_the_batch_and_is_a_few_latents(scale):
+def test_memory_of_the_loop_grows_with_the_batch_and_is_a_few_latents():
     one, four = (scale.measure_loop(256, batch, 3, repeats=1)["peak_bytes"] for batch in (1, 4))
     assert four == pytest.approx(4 * one, rel=0.1)
     assert one < 20 * 256 * scale.CHANNELS * 4
 
 
-def test_memory_of_the_loop_of_videos_is_a_few_latents(scale):
+def test_memory_of_the_loop_of_videos_is_a_few_latents():
     """HunyuanVideo-1.5's 121 frames at 480p and 720p, 18 steps of three stages: linear in the tokens."""
     peaks = []
     for shape in ((31, 30, 53), (31, 45, 80)):
@@ -62,12 +53,12 @@ def test_memory_of_the_loop_of_videos_is_a_few_latents(scale):
     assert max(peaks) < 10 and peaks[0] == pytest.approx(peaks[1], rel=0.02)
 
 
-def test_the_exponent_is_that_of_the_growth(scale):
+def test_the_exponent_is_that_of_the_growth():
     rows = [{"x": x, "y": 3 * x**2} for x in (1, 2, 4)]
     assert scale.exponent(rows, "x", "y") == pytest.approx(2)
 
 
-def test_the_page_has_every_row(scale):
+def test_the_page_has_every_row():
     report = {
         "conditions": {"date": "2026-01-01", "cpu": "a CPU", "threads": 2, "torch": "2.13.0"}, "repeats": 1,
         "loop": [scale.measure_loop(64, 1, 3, 1), scale.measure_loop(256, 1, 3, 1)],

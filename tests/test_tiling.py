@@ -4,7 +4,6 @@ import json
 import math
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 
 from jitexport.errors import InputError
 from jitexport.tiling import Tiling
+from tests.scripting import script
 
 
 def some(*shape, seed=0):
@@ -248,12 +248,9 @@ def test_along_one_axis_it_is_what_diffusers_does():
 
 
 @pytest.mark.parametrize("factor", [1, 4])
-def test_memory_is_a_few_times_the_result(monkeypatch, factor):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
-    from scale import Living
-
+def test_memory_is_a_few_times_the_result(factor):
     latents, tiling = torch.zeros(1, 3, 4 * factor, 32 * factor, 8), Tiling((4, 8, 8), (1, 2, 2))
     pixels = torch.zeros(1, 3, 8, 64, 64)
-    with Living() as living:
+    with script("bench/scale").Living() as living:
         found = tiling.decode(latents, lambda tile: pixels.clone(), (2, 8, 8))
     assert living.peak < 2.5 * found.nbytes

@@ -1,7 +1,7 @@
 """The demo model's training: a run goes on where it stopped, and its data is what its captions say."""
 
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,25 +10,16 @@ import torch
 from jitexport.evaluate.demo import DemoData
 from jitexport.evaluate.scenes import caption_words, held_out, parse
 from jitexport.models.sources import DEMO_FOLDER
+from tests.scripting import script
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 TINY = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
-def train_demo():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        import train_demo
-
-        yield train_demo
-
-
-@pytest.fixture(scope="module")
-def demo_shards(train_demo):
-    import demo_shards
-
-    return demo_shards
+def demo():
+    """The modules of scripts/demo_model; they import diffusers, which takes seconds."""
+    names = ("networks", "pictures", "shards", "training", "velocity")
+    return SimpleNamespace(**{name: script(f"demo_model/{name}") for name in names})
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +30,17 @@ def vae():
 
 
 @pytest.fixture
-def start(train_demo, vae, tmp_path):
+def start(demo, vae, tmp_path):
     """Starts, or goes on with, a tiny run of four stages in a folder."""
 
     started = []
 
     def start(folder: str = "run", **options):
         torch.manual_seed(0)
-        models = train_demo.make_models(caption_words(), vae, **TINY, axes_dims_rope=(4, 6, 6))
-        stages = [replace(stage, pictures=4, uses=2) for stage in train_demo.STAGES]
-        sizes = train_demo.Sizes(tokens=512, shard=4, encoded=4)
-        training = train_demo.Training(
+        models = demo.networks.make_models(caption_words(), vae, **TINY, axes_dims_rope=(4, 6, 6))
+        stages = [replace(stage, pictures=4, uses=2) for stage in demo.training.STAGES]
+        sizes = demo.training.Sizes(tokens=512, shard=4, encoded=4)
+        training = demo.training.Training(
             models, DemoData().sprites, tmp_path / folder, stages=stages, sizes=sizes, **options
         )
         started.append(training)
@@ -140,22 +131,22 @@ def test_held_out_losses_are_the_same_each_time_and_change_with_the_weights(star
     assert all(abs(value - first[name]) > 0.1 for name, value in training.evaluate(training.stages[0]).items())
 
 
-def test_scenes_of_the_run_are_trained_combinations_with_true_captions(demo_shards):
+def test_scenes_of_the_run_are_trained_combinations_with_true_captions(demo):
     for index in range(50):
-        scene, captions = demo_shards.scene_and_captions((0, 1, index))
+        scene, captions = demo.shards.scene_and_captions((0, 1, index))
         assert not held_out(scene.names, scene.background.colour)
-        assert len(captions) == demo_shards.CAPTIONS_A_SCENE
+        assert len(captions) == demo.shards.CAPTIONS_A_SCENE
         assert all(parse(caption).accepts(scene) for caption in captions)
-    scene, _ = demo_shards.scene_and_captions((0, 1, 0), 1, from_held_out=True)
+    scene, _ = demo.shards.scene_and_captions((0, 1, 0), 1, from_held_out=True)
     assert held_out(scene.names, scene.background.colour)
 
 
-def test_new_words_take_their_embeddings_from_old_ones(train_demo):
-    old = train_demo.load_models(DEMO_FOLDER)
+def test_new_words_take_their_embeddings_from_old_ones(demo):
+    old = demo.networks.load_models(DEMO_FOLDER)
     encoders = {"t5": old.t5, "clip": old.clip}
     before = {name: encoder.get_input_embeddings().weight.detach().clone() for name, encoder in encoders.items()}
     numbers = old.t5_tokenizer.get_vocab()
-    new = train_demo.with_words(old, caption_words())
+    new = demo.networks.with_words(old, caption_words())
     vocabulary = new.t5_tokenizer.get_vocab()
     assert vocabulary == new.clip_tokenizer.get_vocab()
     assert {word: vocabulary[word] for word in numbers} == numbers
@@ -168,51 +159,52 @@ def test_new_words_take_their_embeddings_from_old_ones(train_demo):
     assert new.t5_tokenizer("two owls").input_ids == [vocabulary["two"], vocabulary["owls"], vocabulary["<eos>"]]
 
 
-def test_true_guidance_of_one_is_the_caption_and_of_none_is_the_empty_one(train_demo, start):
+def test_true_guidance_of_one_is_the_caption_and_of_none_is_the_empty_one(demo, start):
     training = start()
     shard = training.make_shard((0, 0, 128))
     torch.manual_seed(1)
-    batch = train_demo.draw_batch(shard, 256, 2, training.empty, 0.0)
+    batch = demo.velocity.draw_batch(shard, 256, 2, training.empty, 0.0)
     with torch.no_grad():
         for parameter in training.models.transformer.parameters():
             parameter += 0.1 * torch.randn_like(parameter)  # modulation starts at zero, and with it the caption's part
-        plain = train_demo.velocity(training.models, training.tables, batch, torch.ones(2))
+        plain = demo.velocity.velocity(training.models, training.tables, batch, torch.ones(2))
+        predict = demo.velocity.guided_velocity
         guided = [
-            train_demo.guided_velocity(training.models, training.tables, batch, torch.full((2,), scale), training.empty)
+            predict(training.models, training.tables, batch, torch.full((2,), scale), training.empty)
             for scale in (0.0, 1.0, 3.0)
         ]
     assert torch.allclose(guided[1], plain, atol=1e-4) and not torch.allclose(guided[0], plain, atol=1e-3)
     assert torch.allclose(guided[2], guided[0] + 3 * (plain - guided[0]), atol=1e-3)
 
 
-def test_coarse_tokens_stand_at_every_second_position(train_demo):
-    positions = train_demo.grid_positions(16, torch.device("cpu"))
+def test_coarse_tokens_stand_at_every_second_position(demo):
+    positions = demo.velocity.grid_positions(16, torch.device("cpu"))
     assert positions.shape == (256,) and positions[:3].tolist() == [0, 2, 4] and positions[16] == 64
-    assert train_demo.grid_positions(32, torch.device("cpu")).tolist() == list(range(1024))
+    assert demo.velocity.grid_positions(32, torch.device("cpu")).tolist() == list(range(1024))
 
 
-def test_pictures_are_drawn(train_demo, start):
+def test_pictures_are_drawn(demo, start):
     training = start()
-    pictures = train_demo.draw_pictures(training.average, training.tables, ["fox", "two owls"], side=16, steps=2)
+    pictures = demo.pictures.draw_pictures(training.average, training.tables, ["fox", "two owls"], side=16, steps=2)
     assert [picture.size for picture in pictures] == [(128, 128)] * 2
     assert (np.array(pictures[0]) != np.array(pictures[1])).any()
 
 
-def test_norms_by_elementwise_steps_are_the_fused_ones(train_demo):
+def test_norms_by_elementwise_steps_are_the_fused_ones(demo):
     x, weight = torch.randn(2, 5, 3, 64), torch.randn(64)
     expected = torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
-    torch.testing.assert_close(train_demo.rms_norm(x, weight, 1e-6), expected)
+    torch.testing.assert_close(demo.velocity.rms_norm(x, weight, 1e-6), expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("number", range(4))
-def test_steps_of_every_stage_on_a_gpu(train_demo, vae, tmp_path, number):
+def test_steps_of_every_stage_on_a_gpu(demo, vae, tmp_path, number):
     """As large as a run's own, twice, and the device asked at once whether they went well."""
-    models = train_demo.make_models(caption_words(), vae)
-    sizes = replace(train_demo.SIZES["cuda"], shard=64)
+    models = demo.networks.make_models(caption_words(), vae)
+    sizes = replace(demo.training.SIZES["cuda"], shard=64)
     before = sum(float(p.detach().double().sum()) for p in models.trained.parameters())
-    training = train_demo.Training(models, DemoData().sprites, tmp_path, sizes=sizes, device="cuda", workers=0)
-    training.progress.pictures = [stage.pictures for stage in train_demo.STAGES[:number]] + [0] * (4 - number)
+    training = demo.training.Training(models, DemoData().sprites, tmp_path, sizes=sizes, device="cuda", workers=0)
+    training.progress.pictures = [stage.pictures for stage in demo.training.STAGES[:number]] + [0] * (4 - number)
     try:
         for _ in range(2):
             loss = training.step()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jitexport.cli.options import Bundle, Json
+from jitexport.cli.options import Json
 from jitexport.cli.progress import EvaluationProgress
 from jitexport.cli.wording import example_prompt, tera
 from jitexport.console import Table, echo, err, out, quiet_libraries
@@ -22,34 +22,36 @@ if TYPE_CHECKING:
 
 
 def profile(
-    bundle: Bundle,
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles of one model, size and batch.")],
     against: Annotated[
         str, typer.Option(help="Also measure these, comma-separated: diffusers, compile, few-step, eager.")
     ] = "",
     prompt: Annotated[str | None, typer.Option(help="Prompt to measure with.")] = None,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Images measured, after one that is not; at most 3 of what it is compared with.")
+        int, typer.Option(min=1, help="Rounds measured, after one that is not; each has an image of everything.")
     ] = 5,
-    timeline: Annotated[Path | None, typer.Option(help="Draw where the time goes into this PNG.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace of one image into this JSON.")] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Draw where the time goes into this PNG; of several bundles, in the last.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a Chrome trace of one image into this JSON; of the last bundle.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure where the time of an image goes, and compare with the ordinary pipeline."""
+    """Measure where the time of an image goes, and compare with the ordinary pipeline and other bundles, in turns."""
     files = [path for path in (timeline, trace) if path is not None]
     for path in files:
         check_writable(path)
 
     from jitexport import profile as profiling
-    from jitexport import runtime
     from jitexport.bundle.reading import read_manifest
 
     peers = profiling.parse_peers(against)
     quiet_libraries()
-    pipe, manifest = runtime.load(bundle), read_manifest(bundle)
-    prompt = prompt or example_prompt(manifest)
-    with err.status("measuring the bundle") as status:
-        profiles = profiling.profile_bundle(
-            pipe, manifest, prompt, repeats=repeats, peers=peers, trace=trace, status=status.update
+    prompt = prompt or example_prompt(read_manifest(bundles[0]))
+    with err.status("opening bundles") as status:
+        profiles = profiling.profile_bundles(
+            bundles, prompt, repeats=repeats, peers=peers, trace=trace, status=status.update
         )
     conditions = profiling.conditions()
     if timeline is not None:
@@ -57,32 +59,38 @@ def profile(
 
         draw_timeline(profiles, conditions, timeline)
     if as_json:
-        report = {"conditions": conditions, "bundle": str(bundle), "profiles": [asdict(p) for p in profiles]}
-        echo(json.dumps(report))
+        names = [str(path) for path in bundles]
+        report = {"conditions": conditions, "bundle": names[0], "bundles": names}
+        echo(json.dumps(report | {"profiles": [asdict(p) for p in profiles]}))
     else:
-        _print_profiles(profiles)
+        if len(profiles) > 1:
+            out.print(_totals(profiles))
+        for one in profiles[-len(bundles) :]:
+            _print_profile(one)
         err.print(", ".join(f"{k} {v}" for k, v in conditions.items() if v is not None), soft_wrap=True)
     for path in files:
         err.print(f"wrote {path}", soft_wrap=True)
 
 
-def _print_profiles(profiles: Sequence[Profile]) -> None:
-    """The totals of all, and the phases, engines and steps of the last."""
-    last = profiles[-1]
-    if len(profiles) > 1:
-        out.print(_totals(profiles))
-    for table in (_phases(last), _engines(last), _steps(last)):
+def _print_profile(one: Profile) -> None:
+    """A bundle's phases, engines and steps."""
+    for table in (_phases(one), _engines(one), _steps(one)):
         out.print(table)
-    out.print(f"ceiling: {last.ceiling / 1e9:.0f} GFLOP/s, the best large matrix product in this run")
-    out.print(f"the loop around the engines takes {last.overhead:.2%} of denoising")
+    before, after = (f"{rate / 1e9:.0f}" for rate in one.products)
     out.print(
-        f"denoising speed-up {last.speedup.realised:.2f}x over the reference steps on the full stage's engine, "
-        f"{last.speedup.predicted:.2f}x predicted: {last.speedup.share:.0%} realised",
+        f"ceiling: {one.ceiling / 1e9:.0f} GFLOP/s, the best large matrix product in this run; "
+        f"{before} before the images, {after} after",
+        soft_wrap=True,
+    )
+    out.print(f"the loop around the engines takes {one.overhead:.2%} of denoising")
+    out.print(
+        f"denoising speed-up {one.speedup.realised:.2f}x over the reference steps on the full stage's engine, "
+        f"{one.speedup.predicted:.2f}x predicted: {one.speedup.share:.0%} realised",
         soft_wrap=True,
     )
     memory = {"process": "of memory in the process", "gpu": "on the GPU"}
-    peaks = [f"{last.peak_memory[k] / 1e6:.0f} MB {text}" for k, text in memory.items() if last.peak_memory.get(k)]
-    out.print(f"at most {', '.join(peaks)}")
+    if peaks := [f"{one.peak_memory[k] / 1e6:.0f} MB {text}" for k, text in memory.items() if one.peak_memory.get(k)]:
+        out.print(f"at most {', '.join(peaks)}")
 
 
 def _milliseconds(timing: Timing) -> tuple[str, str]:
@@ -90,10 +98,11 @@ def _milliseconds(timing: Timing) -> tuple[str, str]:
 
 
 def _totals(profiles: Sequence[Profile]) -> Table:
-    first = profiles[0].total.median
-    table = Table("prompt to PNG", "median s", "p90 s", "times faster")
+    title = f"{profiles[0].repeats} rounds; times faster: within a round, median over rounds"
+    table = Table("prompt to PNG", "median s", "p90 s", "times faster", "least to most", title=title)
     for p in profiles:
-        table.add_row(p.label, f"{p.total.median:.3f}", f"{p.total.p90:.3f}", f"{first / p.total.median:.2f}")
+        faster = (f"{p.ratio.median:.2f}", f"{p.ratio.least:.2f} to {p.ratio.most:.2f}")
+        table.add_row(p.label, f"{p.total.median:.3f}", f"{p.total.p90:.3f}", *faster)
     return table
 
 

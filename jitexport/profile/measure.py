@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from jitexport import machine
+
+T = TypeVar("T")
 
 
 def now(device: torch.device) -> float:
@@ -86,19 +90,25 @@ def shortest(run: Callable[[], object], device: torch.device, seconds: float) ->
     return best
 
 
-def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int, warmups: int = 3) -> dict[str, list[float]]:
-    """Seconds of every run on a CPU, one of each way in turn, so that a machine that slows down slows all of them.
+def turns(ways: Iterable[T], rounds: int, warmups: int) -> Iterator[tuple[int, T, bool]]:
+    """The number of a round, a way and whether it counts: one of each way in turn, `rounds` times after `warmups`.
 
-    Args:
-        warmups: rounds that come first and are not counted.
+    A machine that slows down slows all of them.
     """
+    ways = list(ways)
+    for number in range(warmups + rounds):
+        for way in ways:
+            yield number, way, number >= warmups
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], rounds: int, warmups: int = 3) -> dict[str, list[float]]:
+    """Seconds of every run on a CPU, round by round; see `turns`."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for i in range(warmups + rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if i >= warmups:
-                seconds[name].append(time.perf_counter() - start)
+    for _, name, counted in turns(runs, rounds, warmups):
+        start = time.perf_counter()
+        runs[name]()
+        if counted:
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
@@ -133,14 +143,19 @@ class PeakMemory:
         """Bytes allocated on the GPU; None without one."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
+    def peak(self) -> dict[str, int | None]:
+        """Both, by name: process and gpu."""
+        return {"process": self.process(), "gpu": self.gpu()}
+
 
 # --- the rest --------------------------------------------------------------------------------------------------------
 
 
 def conditions() -> dict[str, Any]:
-    """Date, hardware and versions, to stand beside every figure."""
+    """Date, commit, hardware and versions, to stand beside every figure."""
     return {
         "date": date.today().isoformat(),
+        "commit": commit(),
         "cpu": cpu_model(),
         "cpu_class": machine.cpu_class(),
         "threads": machine.default_threads(),
@@ -148,6 +163,20 @@ def conditions() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+@cache
+def commit() -> str | None:
+    """Of the checkout that this package lies in, with "-dirty" where files differ from it; None outside of one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def cpu_model() -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,10 @@ import torch
 from PIL import Image
 
 from jitexport.errors import InputError
-from jitexport.profile.phases import Profile, chrome_trace, engine_flops, profile_call, profile_pipeline
+from jitexport.profile.measure import PeakMemory
+from jitexport.profile.phases import Profile, chrome_trace, engine_flops
+from jitexport.profile.rounds import CallWay, PipelineWay, Way, profile_ways
+from jitexport.quant import unquantized
 from jitexport.specs import DTYPES
 
 if TYPE_CHECKING:
@@ -39,60 +43,136 @@ def parse_peers(text: str) -> list[str]:
     return peers
 
 
-def profile_bundle(
-    pipe: Pipeline, manifest: Manifest, prompt: str, *, repeats: int, peers: Sequence[str] = (),
-    trace: Path | None = None, status: Callable[[str], None] = lambda text: None,
-) -> list[Profile]:
-    """Profiles of peers and, last in the list, of a bundle; that one is measured first, so that its memory is its own.
+def profile_bundles(
+    bundles: Sequence[Path], prompt: str, *, repeats: int, peers: Sequence[str] = (), trace: Path | None = None,
+    status: Callable[[str], None] = lambda text: None,
+) -> list[Profile]:  # fmt: skip
+    """Profiles of peers and, last in the list, of bundles, measured in turns; ratios are to the first of the list.
+
+    The first bundle is opened before anything else, so that its memory is its own. That of the others is not known.
 
     Args:
-        pipe, manifest: the bundle's.
-        repeats: of peers at most 3.
-        trace: file for a Chrome trace of one image.
+        bundles: directories; one at least.
+        repeats: rounds, after one that does not count.
+        trace: file for a Chrome trace of one image of the last bundle.
         status: told what is being done.
 
     Raises:
-        InputError: no such peer, or the bundle's model is not at hand.
+        InputError: no such peer, bundles that cannot be compared, or their model is not at hand.
     """
-    schedule = manifest.schedule
-    status("measuring the bundle")
-    label = f"{manifest.method.name}, {manifest.backend} {manifest.precision}"
-    measured = profile_pipeline(
-        pipe, label, prompt, flops=engine_flops(manifest), repeats=repeats,
-        speedup=(schedule.reference_steps, schedule.predicted_speedup),
-    )  # fmt: skip
+    from jitexport import runtime
+    from jitexport.bundle.reading import read_manifest
+
+    manifests = {path: read_manifest(path) for path in bundles}
+    check_comparable(manifests)
+    names = distinct_names(bundles)
+    ours: list[PipelineWay] = []
+    memory: dict[str, int | None] = {}
+    for path, manifest in manifests.items():
+        status(f"opening {path}")
+        ours.append(pipeline_way(runtime.load(path), names[path], bundle_title(manifest), manifest, prompt))
+        if not memory:
+            counter = PeakMemory(ours[0].pipe.device)
+            ours[0].run(0, counted=False)
+            memory = counter.peak()
     if trace is not None:
         status("tracing")
-        chrome_trace(pipe, prompt, trace)
-    profiles = []
+        chrome_trace(ours[-1].pipe, prompt, trace)
+    others: dict[tuple[str, ...], Way] = {}
     for peer in peers:
-        status(f"measuring {peer}: {PEERS[peer]}")
-        profiles.append(measure_peer(peer, manifest, prompt, repeats=min(repeats, 3)))
-    return [*profiles, measured]
+        for path, manifest in manifests.items():
+            if (key := peer_key(peer, manifest)) not in others:
+                status(f"opening {peer}: {PEERS[peer]}")
+                others[key] = peer_way(peer, manifest, prompt, names[path])
+    profiles = profile_ways([*others.values(), *ours], repeats=repeats, status=status)
+    profiles[len(others)] = replace(profiles[len(others)], peak_memory=memory)
+    return profiles
 
 
-def measure_peer(peer: str, manifest: Manifest, prompt: str, *, repeats: int) -> Profile:
-    """Measure one of `PEERS` on a bundle's model, at its image size and batch.
+def check_comparable(manifests: Mapping[Path, Manifest]) -> None:
+    """Whether bundles make the same images, as many at once, on one kind of device.
+
+    Raises:
+        InputError: they do not.
+    """
+    (first, wanted), *others = ((path, _comparable(manifest)) for path, manifest in manifests.items())
+    for path, found in others:
+        for what in wanted:
+            if found[what] != wanted[what]:
+                raise InputError(
+                    f"bundles that differ in {what} cannot be measured in turns",
+                    found=str(path), expected=f"the {what} of {first}", remedy="profile them one by one",
+                )  # fmt: skip
+
+
+def _comparable(manifest: Manifest) -> dict[str, object]:
+    """What bundles must have in common; of the model what is not an engine's own."""
+    settings = unquantized(manifest.model.settings) | {"features": None}
+    return {
+        "model": (manifest.model.source, settings), "size": manifest.geometry, "batch": manifest.batch,
+        "device": manifest.host.device,
+    }  # fmt: skip
+
+
+def distinct_names(bundles: Sequence[Path]) -> dict[Path, str]:
+    """What reports call bundles: nothing where there is one, else their folders' names, or whole paths.
+
+    Raises:
+        InputError: one is named twice.
+    """
+    if len(set(bundles)) < len(bundles):
+        raise InputError("a bundle is named twice", found=", ".join(map(str, bundles)), remedy="name each one once")
+    if len(bundles) == 1:
+        return {bundles[0]: ""}
+    short = len({path.name for path in bundles}) == len(bundles)
+    return {path: path.name if short else str(path) for path in bundles}
+
+
+def bundle_title(manifest: Manifest) -> str:
+    """A bundle's method, backend and precision."""
+    return f"{manifest.method.name}, {manifest.backend} {manifest.precision}"
+
+
+def pipeline_way(pipe: Pipeline, name: str, title: str, manifest: Manifest, prompt: str) -> PipelineWay:
+    """A pipeline of a bundle's schedule; `name` is the bundle's, where there are several."""
+    schedule = manifest.schedule
+    return PipelineWay(
+        pipe, f"{name}: {title}" if name else title, prompt, flops=engine_flops(manifest),
+        speedup=(schedule.reference_steps, schedule.predicted_speedup),
+    )  # fmt: skip
+
+
+def peer_key(peer: str, manifest: Manifest) -> tuple[str, ...]:
+    """What tells two runs of a peer apart: bundles with the same key have it in common."""
+    parts: dict[str, tuple[object, ...]] = {
+        "diffusers": (manifest.schedule.reference_steps,),
+        "compile": (manifest.schedule.reference_steps, manifest.dtype),
+        "few-step": (len(manifest.schedule.schedule().computed), manifest.dtype),
+        "eager": (manifest.method, manifest.schedule, manifest.cache),
+    }
+    return peer, *(repr(part) for part in parts.get(peer, ()))
+
+
+def peer_way(peer: str, manifest: Manifest, prompt: str, name: str = "") -> Way:
+    """One of `PEERS` on a bundle's model, at its image size and batch.
+
+    Args:
+        name: the bundle's, for the label of what runs its own schedule.
 
     Raises:
         InputError: no such peer, or the bundle's model is not at hand.
     """
     schedule, dtype = manifest.schedule, manifest.dtype
-    run: dict[str, Callable[[], Profile]] = {
-        "diffusers": lambda: diffusers_profile(
-            manifest, prompt, steps=schedule.reference_steps, dtype="fp32", repeats=repeats
-        ),
-        "compile": lambda: diffusers_profile(
-            manifest, prompt, steps=schedule.reference_steps, dtype=dtype, compiled=True, repeats=repeats
-        ),
-        "few-step": lambda: diffusers_profile(
-            manifest, prompt, steps=len(schedule.schedule().computed), dtype=dtype, repeats=repeats
-        ),
-        "eager": lambda: eager_profile(manifest, prompt, dtype="fp32", repeats=repeats),
-    }
-    if peer not in run:
-        raise InputError("unknown peer", found=peer, expected=", ".join(PEERS))
-    return run[peer]()
+    if peer == "diffusers":
+        return diffusers_way(manifest, prompt, steps=schedule.reference_steps, dtype="fp32")
+    if peer == "compile":
+        return diffusers_way(manifest, prompt, steps=schedule.reference_steps, dtype=dtype, compiled=True)
+    if peer == "few-step":
+        return diffusers_way(manifest, prompt, steps=len(schedule.schedule().computed), dtype=dtype)
+    if peer == "eager":
+        title = f"{manifest.method.name}, eager fp32"
+        return pipeline_way(eager_bundle(manifest, "fp32"), name, title, manifest, prompt)
+    raise InputError("unknown peer", found=peer, expected=", ".join(PEERS))
 
 
 def diffusers_pipeline(manifest: Manifest, dtype: str, *, compiled: bool = False) -> Any:
@@ -130,10 +210,8 @@ def diffusers_call(pipe: Any, manifest: Manifest, prompts: Sequence[str], seeds:
     return images.images if geometry.frames is None else images.frames
 
 
-def diffusers_profile(
-    manifest: Manifest, prompt: str, *, steps: int, dtype: str, compiled: bool = False, repeats: int
-) -> Profile:
-    """The model's own diffusers pipeline; compiling falls into the warm-up.
+def diffusers_way(manifest: Manifest, prompt: str, *, steps: int, dtype: str, compiled: bool = False) -> CallWay:
+    """The model's own diffusers pipeline; compiling falls into its first batch.
 
     Raises:
         InputError: the bundle's model is not at hand.
@@ -142,10 +220,13 @@ def diffusers_profile(
     batch = manifest.batch
 
     def call(seed: int) -> Sequence[Image.Image]:
-        return diffusers_call(pipe, manifest, [prompt] * batch, range(seed, seed + batch), steps)
+        images: Sequence[Image.Image] = diffusers_call(
+            pipe, manifest, [prompt] * batch, range(seed, seed + batch), steps
+        )
+        return images
 
     label = f"diffusers, {steps} steps, {'torch.compile' if compiled else 'eager'} {dtype}"
-    return profile_call(call, label, repeats=repeats)
+    return CallWay(call, label, torch.device(manifest.host.device))
 
 
 def eager_bundle(manifest: Manifest, dtype: str) -> Pipeline:
@@ -156,7 +237,6 @@ def eager_bundle(manifest: Manifest, dtype: str) -> Pipeline:
     """
     from jitexport.building.reference import eager_pipeline
     from jitexport.models.sources import ModelSource, load_adapter
-    from jitexport.quant import unquantized
 
     source = ModelSource(manifest.model.name, folder=model_folder(manifest))
     adapter = load_adapter(source, DTYPES[dtype], unquantized(manifest.model.settings))
@@ -169,23 +249,6 @@ def eager_bundle(manifest: Manifest, dtype: str) -> Pipeline:
         dtype=dtype,
         device=torch.device(manifest.host.device),
         cache=manifest.temporal,
-    )
-
-
-def eager_profile(manifest: Manifest, prompt: str, *, dtype: str, repeats: int) -> Profile:
-    """`eager_bundle`, measured.
-
-    Raises:
-        InputError: the bundle's model is not at hand.
-    """
-    schedule = manifest.schedule
-    return profile_pipeline(
-        eager_bundle(manifest, dtype),
-        f"{manifest.method.name}, eager {dtype}",
-        prompt,
-        flops=engine_flops(manifest),
-        speedup=(schedule.reference_steps, schedule.predicted_speedup),
-        repeats=repeats,
     )
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from jitexport.backends.base import Engine
 from jitexport.png import encode_all
-from jitexport.profile.measure import PeakMemory, Timing, matmul_rate, now
+from jitexport.profile.measure import Timing, now
 from jitexport.runtime import Pipeline
 from jitexport.sampler import Look
 from jitexport.schedule import FORECAST, Stage, Step
@@ -102,14 +100,32 @@ class Speedup:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """How many times faster than the first way another one is: taken within a round, then over rounds."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, first: Sequence[float], mine: Sequence[float]) -> Ratio:
+        """From the seconds of both, round by round."""
+        ratios = [a / b for a, b in zip(first, mine, strict=True)]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+
+@dataclass(frozen=True)
 class Profile:
     """One way of making an image.
 
     Attributes:
         total: prompt to PNG bytes, of `batch` images.
+        seconds: the same, round by round.
+        ratio: to the way that was measured first in every round; 1 for that one itself.
         phases: seconds of each phase of `Span`, and of denoise: draw, stages, transitions and steps together.
         overhead: share of denoising that is not its engines.
-        ceiling: FLOP/s of this machine's matrix products in the engines' dtype, in this run.
+        products: FLOP/s of this machine's matrix products in the engines' dtype, before and after the rounds.
+        ceiling: the largest of these.
         peak_memory: bytes, of the process and of the GPU.
         timeline: the image whose total is the median.
     """
@@ -118,11 +134,14 @@ class Profile:
     batch: int
     repeats: int
     total: Timing
+    seconds: list[float]
+    ratio: Ratio
     phases: dict[str, Timing] = field(default_factory=dict)
     engines: list[EngineTiming] = field(default_factory=list)
     steps: list[StepTiming] = field(default_factory=list)
     overhead: float | None = None
     speedup: Speedup | None = None
+    products: list[float] = field(default_factory=list)
     ceiling: float | None = None
     peak_memory: dict[str, int | None] = field(default_factory=dict)
     timeline: list[Span] = field(default_factory=list)
@@ -187,7 +206,7 @@ class Recorder:
                 end = self.step_ends[step.index]
                 for run in [r for r in runs if begin <= r.start < end]:
                     spans += [Span(before, begin, run.start, step.index), replace(run, step=step.index)]
-                    before, begin = "step" if run.phase == _engine(step, stage) else before, run.end
+                    before, begin = "step" if run.phase == step_engine(step, stage) else before, run.end
                 spans.append(Span(before, begin, end, step.index))
                 before, begin = "step", end
         return spans
@@ -209,109 +228,8 @@ class _Recorded:
         return outputs
 
 
-@torch.inference_mode()
-def profile_pipeline(
-    pipe: Pipeline,
-    label: str,
-    prompt: str,
-    *,
-    flops: Mapping[str, float] | None = None,
-    speedup: tuple[int, float] | None = None,
-    repeats: int,
-    warmup: int = 1,
-) -> Profile:
-    """Time every phase of a pipeline.
-
-    On a GPU the device is waited for at every span, so phases add up to more than a call takes; the total is that of
-    calls of their own.
-
-    Args:
-        flops: of one run of each engine, by name.
-        speedup: the ordinary pipeline's steps, and the speed-up over them that FLOPs predict.
-        repeats, warmup: images measured, and images before them that are not.
-    """
-    recorder = Recorder(pipe)
-    flops = flops or {}
-    images: list[list[Span]] = []
-    totals = []
-    with pipe.on_threads():
-        ceiling = matmul_rate(pipe.dtype, pipe.device)
-        memory = PeakMemory(pipe.device)
-        for i in range(warmup + repeats):
-            spans = recorder.image(prompt, i)
-            total = spans[-1].end if pipe.device.type == "cpu" else call_seconds(pipe, prompt, i)
-            if i >= warmup:
-                images.append(spans)
-                totals.append(total)
-        peak = {"process": memory.process(), "gpu": memory.gpu()}
-        ceiling = max(ceiling, matmul_rate(pipe.dtype, pipe.device))
-
-    stages = {stage.engine(action): stage for action, stage in pipe.schedule.runs}
-    inner = [*stages, "preview"] if "preview" in pipe.engines else [*stages]  # engines that the loop runs
-    names = ["text", "condition", "draw", *inner, "transition", "step", "decode", "image"]
-    sums = [{name: sum(s.seconds for s in spans if s.phase == name) for name in names} for spans in images]
-    for one in sums:
-        one["denoise"] = sum(one[name] for name in ("draw", *inner, "transition", "step"))
-    phases = {name: Timing.of([one[name] for one in sums]) for name in (*names, "denoise")}
-
-    runs: dict[str, list[float]] = {}
-    for spans in images:
-        for span in spans:
-            runs.setdefault(span.phase, []).append(span.seconds)
-    engines = []
-    for name in ("text", "condition", *inner, "decode"):
-        timing = Timing.of(runs[name])
-        rate = flops[name] / timing.median if name in flops else None
-        engines.append(
-            EngineTiming(
-                name,
-                len(runs[name]) // repeats,
-                stages[name].tokens if name in stages else None,
-                timing,
-                flops.get(name),
-                rate,
-                None if rate is None else rate / ceiling,
-            )
-        )
-    realised = None
-    if speedup is not None:
-        steps, predicted = speedup
-        full = pipe.schedule.engines[-1]
-        passes = recorder.passes  # of a step of the ordinary pipeline, which is guided as this one
-        reference = steps * passes * statistics.median(runs[full.name])
-        realised = Speedup(predicted, reference / phases["denoise"].median)
-    middle = totals.index(statistics.median_low(totals))
-    return Profile(
-        label=label,
-        batch=pipe.batch_size,
-        repeats=repeats,
-        total=Timing.of(totals),
-        phases=phases,
-        engines=engines,
-        steps=_steps(images, pipe),
-        overhead=statistics.median(1 - sum(one[name] for name in inner) / one["denoise"] for one in sums),
-        speedup=realised,
-        ceiling=ceiling,
-        peak_memory=peak,
-        timeline=images[middle],
-    )
-
-
-def _steps(images: Sequence[Sequence[Span]], pipe: Pipeline) -> list[StepTiming]:
-    """Engine and loop seconds of each step over all images; a stage's first step has its transition in the loop."""
-    found = []
-    for stage, steps in pipe.schedule:
-        for step in steps:
-            name = _engine(step, stage)
-            inside = [[s for s in spans if s.step == step.index] for spans in images]
-            engine = [sum(s.seconds for s in spans if s.phase == name) for spans in inside]
-            loop = [sum(s.seconds for s in spans if s.phase != name) for spans in inside]
-            found.append(StepTiming(step.index, name, step.sigma, Timing.of(engine), Timing.of(loop)))
-    return found
-
-
-def _engine(step: Step, stage: Stage) -> str:
-    """Name of the engine that a step runs."""
+def step_engine(step: Step, stage: Stage) -> str:
+    """Name of the engine that a step runs; "forecast" for none."""
     return FORECAST if step.action == FORECAST else stage.engine(step.action)
 
 
@@ -321,20 +239,6 @@ def call_seconds(pipe: Pipeline, prompt: str, seed: int) -> float:
     generators = [torch.Generator().manual_seed(seed + i) for i in range(pipe.batch_size)]
     encode_all(pipe([prompt] * pipe.batch_size, generator=generators).images)
     return now(pipe.device) - begin
-
-
-def profile_call(call: Callable[[int], Sequence[Image.Image]], label: str, *, repeats: int, warmup: int = 1) -> Profile:
-    """Time a function from a seed to images as a whole, PNG encoding included."""
-    seconds: list[float] = []
-    count = 0
-    for i in range(warmup + repeats):
-        start = time.perf_counter()
-        images = call(i)
-        encode_all(images)
-        if i >= warmup:
-            seconds.append(time.perf_counter() - start)
-        count = len(images)
-    return Profile(label, count, repeats, Timing.of(seconds))
 
 
 def engine_flops(manifest: Manifest) -> dict[str, float]:

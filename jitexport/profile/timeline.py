@@ -125,13 +125,12 @@ def _steps(axis: Any, profile: Profile) -> None:
 
 
 def _totals(axis: Any, profiles: Sequence[Profile]) -> None:
-    first = profiles[0].total.median
     for y, profile in enumerate(profiles):
         total = profile.total
         colour = "#08519c" if profile is profiles[-1] else "#bdbdbd"
         axis.barh(y, total.median, color=colour, height=0.7)
         axis.plot([total.median, total.p90], [y, y], color="black", linewidth=1.2)
-        axis.text(total.p90, y, f"  {total.median:.3f} s, {first / total.median:.2f}x", va="center", fontsize=9)
+        axis.text(total.p90, y, f"  {total.median:.3f} s, {profile.ratio.median:.2f}x", va="center", fontsize=9)
     axis.set_yticks(range(len(profiles)), [p.label for p in profiles], fontsize=9)
     axis.invert_yaxis()
     axis.set_xlim(0, max(p.total.p90 for p in profiles) * 1.15)

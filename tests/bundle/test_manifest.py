@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from jitexport.bundle.manifest import FILE_NAME, Manifest, parse_manifest
 from jitexport.errors import JitExportError, ManifestError
-from scripts.faults import mutated_json
+from tests.scripting import script
+
+damage = script("faults/damage")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,7 @@ def test_seeded_mutations_give_only_our_errors(text):
     kept = 0
     for _ in range(500):
         with suppress(JitExportError):
-            kept += parse_manifest(mutated_json(json.loads(text), rng), "it") is not None
+            kept += parse_manifest(damage.mutated_json(json.loads(text), rng), "it") is not None
     assert kept < 250  # names and free text may change; most of the rest may not
 
 

@@ -11,13 +11,14 @@ import jitexport
 from jitexport import errors
 from jitexport.bundle import EngineBundle
 from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME
-from scripts.faults import counting_loads
+from tests.scripting import script
 
+damage = script("faults/damage")
 WEIGHTS = "weights/vae.safetensors"
 
 
 def refuses(bundle: Path, error: type[Exception], match: str, verify: str = "full") -> None:
-    with counting_loads("eager") as opened, pytest.raises(error, match=match) as caught:
+    with damage.counting_loads("eager") as opened, pytest.raises(error, match=match) as caught:
         jitexport.load(bundle, verify=verify)
     assert not opened
     assert caught.value.found is not None and caught.value.remedy and caught.value.exit_code == 5

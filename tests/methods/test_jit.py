@@ -1,6 +1,5 @@
 import math
 from itertools import pairwise, product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +28,7 @@ from jitexport.methods.jit import (
     structural_mask,
 )
 from jitexport.schedule import Stage, StageSchedule, make_stages, number, uniform_sigmas
+from tests.scripting import script
 
 #: Even, odd, non-square, tiny, one-row and video grids.
 SHAPES = [(8, 8), (7, 7), (5, 9), (3, 2), (1, 6), (6, 1), (1, 1), (2, 5, 3), (3, 4, 4), (1, 3, 3)]
@@ -531,21 +531,18 @@ def test_nearest_map_and_blur_are_made_once_a_stage(monkeypatch):
 
 
 @pytest.mark.parametrize("preset", ["default", "released"])
-def test_memory_of_a_whole_run_is_a_few_videos(monkeypatch, preset):
+def test_memory_of_a_whole_run_is_a_few_videos(preset):
     """From the draw to the last stage, beside latents and noise: the same number of latents for any number of frames.
 
     All distances of tokens and anchors would be 111 latents on the smaller grid, and twice that on the other.
     """
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
-    from scale import Living
-
     peaks = []
     for frames in (7, 14):
         method = jit((frames, 30, 53), preset)
         n, generator = method.grid.tokens, seeded()
         counts = [int(n * share) for share in (0.32, 0.6, 1.0)]
         latents, noise = torch.randn(2, 1, n, 32, generator=generator).unbind(0)
-        with torch.inference_mode(), Living() as living:
+        with torch.inference_mode(), script("bench/scale").Living() as living:
             anchors = first_anchors(method.grid, counts[0], generator)[None]
             state = method.start(Draws(latents, noise, anchors), Stage(2, counts[0], 1))
             for number, (before, m) in enumerate(pairwise(counts)):

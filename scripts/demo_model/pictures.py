@@ -1,0 +1,66 @@
+"""Pictures from the demo model while it is trained, without diffusers' pipeline, and sheets of them."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from data import IMAGE_SIZE
+from diffusers import FluxPipeline
+from networks import GRID, SHIFT, Models
+from PIL import Image
+from velocity import Batch, empty_ids, grid_positions, guided_velocity, prompt_ids, velocity
+
+GUIDANCE = 2.5  # what the pipeline is used with
+
+SHEET_PROMPTS = (
+    *("fox on a blue background", "hamburger on a plain yellow background", "something to eat", "an animal"),
+    *("two owls on a striped green background", "fox and pizza on a blue background", "two fruits", "rocket and star"),
+    *("a fruit on a red background", "something on a dotted pink background", "cat face with confetti"),
+    "penguin, guitar and rose on a white background",
+)
+
+
+@torch.no_grad()
+def draw_pictures(
+    models: Models,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    prompts: Sequence[str],
+    side: int = GRID,
+    steps: int = 25,
+    guidance: float = GUIDANCE,
+    distilled: bool = False,
+) -> list[Image.Image]:
+    """Pictures of prompts, on `side` x `side` tokens, by true guidance or with `distilled` through the input."""
+    device = tables[0].device
+    t5_ids, clip_ids = prompt_ids(models, prompts, device)
+    empty, scale = empty_ids(models, device), torch.full((len(prompts),), guidance, device=device)
+    noise = [torch.randn(side**2, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(len(prompts))]
+    latents = torch.stack(noise).to(device)
+    active = grid_positions(side, device).expand(len(prompts), -1)
+    levels = torch.linspace(1, 0, steps + 1)
+    levels = SHIFT * levels / (1 + (SHIFT - 1) * levels)
+    for level, following in pairwise(levels.tolist()):
+        sigma = torch.full((len(prompts),), level, device=device)
+        batch = Batch(latents, latents, sigma, active, t5_ids, clip_ids)
+        predicted = (
+            velocity(models, tables, batch, scale)
+            if distilled
+            else guided_velocity(models, tables, batch, scale, empty)
+        )
+        latents = latents + (following - level) * predicted
+    vae, pixels = models.vae, side * IMAGE_SIZE // GRID
+    unpacked = FluxPipeline._unpack_latents(latents, pixels, pixels, 4) / vae.config.scaling_factor
+    decoded = vae.decode(unpacked + vae.config.shift_factor).sample  # [B, 3, H, W]
+    bytes_ = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in bytes_]
+
+
+def save_sheet(pictures: Sequence[Image.Image], path: Path, columns: int = 4) -> None:
+    """Pictures side by side in a PNG file."""
+    side = pictures[0].width
+    sheet = Image.new("RGB", (columns * side, math.ceil(len(pictures) / columns) * side))
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index % columns * side, index // columns * side))
+    sheet.save(path)
