@@ -16,14 +16,17 @@ import torch
 
 import jitexport
 from jitexport import registry
+from jitexport.backends.commands import cpp_compiler
 from jitexport.build import build
 from jitexport.bundle.reading import read_manifest
+from jitexport.kernels import native
 from jitexport.plan import CustomSchedule
 from jitexport.verify import verify
 from tests.pages import ROOT, titled
 from tests.parity import seeded
 
 PAGES = ("adding-a-family.md", "adding-a-backend.md", "adding-a-method.md")
+KERNEL = titled("adding-a-kernel.md")
 PROMPT = "a red fox"
 
 FILES = {
@@ -192,7 +195,7 @@ def package(tmp_path_factory) -> Path:
     (root / "tests").mkdir()
     for name in ("__init__.py", "tiny.py"):
         shutil.copy(ROOT / "tests" / name, root / "tests" / name)
-    for title, text in FILES.items():
+    for title, text in {**FILES, **KERNEL}.items():
         (root / title).write_text(text)
     path = root / "jitexport" / "registry.py"
     text = path.read_text()
@@ -238,3 +241,37 @@ def test_a_checkout_with_the_files_and_lines_has_all_four_on_its_command_line(pa
     assert (tmp_path / "fox.png").stat().st_size > 100
     with pytest.raises(jitexport.JitExportError, match="unknown"):  # here, without the lines
         jitexport.load(tmp_path / "bundle")
+
+
+SQUARES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from torch._inductor.utils import run_and_get_code
+from jitexport.kernels import native
+from jitexport.kernels.square import square
+assert native.__file__.startswith(sys.argv[1]), native.__file__
+x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).to(native.instructions()[0].dtypes[-1])
+with native.native_kernels() as used, torch.no_grad():
+    y, code = run_and_get_code(torch.compile(lambda x: square(x) + 1), x)
+assert used == {"square"}, used
+assert "jitexport::square((const " in code[0]
+torch.testing.assert_close(y, square(x) + 1)
+print("squared")
+"""
+
+
+@pytest.mark.slow
+def test_the_kernel_is_in_the_code_that_inductor_makes(package, tmp_path, monkeypatch):
+    environment = {"PYTHONPATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    monkeypatch.setenv("JITEXPORT_KERNELS", "1")
+    if reason := native.missing():
+        pytest.skip(reason)
+    if cpp_compiler() is None:
+        pytest.skip("no C++ compiler")
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", SQUARES, str(package)], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "squared\n"
