@@ -33,7 +33,25 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(_compiled, ignore_errors=True)
 
 
+#: Modules of the set for every day (`pytest -m quick`): some of each part of the package, none that compiles, serves
+#: or builds more than a tiny bundle.
+QUICK = frozenset([
+    "bundle/test_manifest.py", "bundle/test_tensors.py", "cli/test_options.py", "lora/test_formats.py",
+    "methods/temporal/test_forecasts.py", "methods/temporal/test_placing.py", "methods/test_dense.py",
+    "methods/test_jit.py", "models/test_flux.py", "models/test_stages.py", "serve/test_protocol.py",
+    "serve/test_schema.py", "test_choice.py", "test_docs.py", "test_edges.py", "test_errors.py", "test_grid.py",
+    "test_positions.py", "test_public_names.py", "test_registry.py", "test_resample.py", "test_sampler.py",
+    "test_schedule.py", "test_tiling.py", "test_weights.py",
+])  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        inside = item.path.is_relative_to(here)
+        if inside and item.path.relative_to(here).as_posix() in QUICK and "slow" not in item.keywords:
+            item.add_marker("quick")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
