@@ -45,12 +45,21 @@ QUICK = frozenset([
 ])  # fmt: skip
 
 
+def _is_quick(path: Path) -> bool:
+    here = Path(__file__).parent
+    return path.is_relative_to(here) and path.relative_to(here).as_posix() in QUICK
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves the other modules unread where the quick set is asked for: importing all takes longer than running it."""
+    is_module = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if config.option.markexpr == "quick" and is_module and not _is_quick(collection_path) else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
     for item in items:
-        inside = item.path.is_relative_to(here)
-        if inside and item.path.relative_to(here).as_posix() in QUICK and "slow" not in item.keywords:
+        if _is_quick(item.path) and "slow" not in item.keywords:
             item.add_marker("quick")
     if torch.cuda.is_available():
         return

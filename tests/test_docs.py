@@ -83,6 +83,17 @@ def test_scripts_named_without_a_folder_exist(page):
                 assert (ROOT / folder / script).is_file(), f"{name(page)}: {folder}{script}"
 
 
+def test_the_architecture_names_every_module_once():
+    package = ROOT / "jitexport"
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.+?`) \|", page, re.MULTILINE)
+    named = [path.rstrip("/") for cell in cells for path in re.findall(r"`([\w/.]+)`", cell)]
+    there = {path.name for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert len(named) == len(set(named))
+    assert [path for path in named if not (package / path).exists()] == []
+    assert sorted(there - {path.split("/")[0] for path in named} - {"__init__.py", "__main__.py", "_version.py"}) == []
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
