@@ -51,7 +51,7 @@ def _is_quick(path: Path) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leaves the other modules unread where the quick set is asked for: importing all takes longer than running it."""
+    """Leaves the other modules unread where the quick set is asked for: importing them costs time, too."""
     is_module = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
     return True if config.option.markexpr == "quick" and is_module and not _is_quick(collection_path) else None
 
