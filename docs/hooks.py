@@ -29,25 +29,27 @@ def on_files(files: Files, *, config: Any, **_: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     """Turns a page's links, outside of code, into the site's."""
-    here = page.file.src_uri
+    root, here = Path(config.config_file_path).parent, page.file.src_uri
     source = next((source for source, made in OUTSIDE.items() if made == here), f"docs/{here}")
     parts = CODE.split(markdown)
     # Links may have code in their text, so code is put aside and not cut at.
     aside = {f"\x00{i}\x00": part for i, part in enumerate(parts) if i % 2}
     text = "".join(f"\x00{i}\x00" if i % 2 else part for i, part in enumerate(parts))
-    text = LINK.sub(lambda link: site_link(link, source, here), text)
+    text = LINK.sub(lambda link: site_link(link, root, source, here), text)
     return re.sub("\x00\\d+\x00", lambda mark: aside[mark[0]], text)
 
 
-def site_link(link: re.Match[str], source: str, here: str) -> str:
-    """A link of the file `source` in the repository as the site's page `here` has it."""
+def site_link(link: re.Match[str], root: Path, source: str, here: str) -> str:
+    """A link of the file `source` in the repository `root` as the site's page `here` has it."""
     target, hash_, anchor = link["target"].partition("#")
     if not target or re.match(r"[a-z]+:", target):
         return link[0]
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    if path in OUTSIDE or path.startswith("docs/"):
+    if (root / path / "README.md").is_file():
+        path = f"{path}/README.md"
+    if path in OUTSIDE or (path.startswith("docs/") and not (root / path).is_dir()):
         goal = OUTSIDE.get(path, path.removeprefix("docs/"))
         moved = posixpath.relpath(goal, posixpath.dirname(here) or ".")
         return f"{link['picture']}[{link['text']}]({moved}{hash_}{anchor})"
