@@ -77,7 +77,7 @@ def test_the_first_page_is_the_readme_and_links_lead_on_in_the_site(site):
 def test_the_reference_has_what_users_call_with_its_docstrings(site):
     page = (site / "api" / "index.html").read_text(encoding="utf-8")
     text = " ".join("".join(read(site / "api" / "index.html").text).split())
-    for name in ("build.build", "runtime.loading.load", "runtime.pipeline.Pipeline.load_lora", "errors.DigestError"):
+    for name in ("build.build", "runtime.loading.load", "runtime.pipeline.Pipeline.__call__", "errors.DigestError"):
         assert f'id="jitexport.{name}"' in page
     assert "Turn a model into an engine bundle." in text
     assert "engines/<model>-<speed-up>x" in text  # as it is written, and not as HTML
