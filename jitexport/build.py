@@ -76,8 +76,8 @@ def build(
     Args:
         model: a registered name, a diffusers folder, a transformer in one file, or a hub id.
         base: for one file, what everything else comes from: any of the others.
-        output: the bundle's directory; engines/<model>-<speed-up>x by default, with the method's name unless it is jit,
-            and the quantization.
+        output: the bundle's directory; `engines/<model>-<speed-up>x` by default, with the method's name unless it is
+            jit, and the quantization.
         speedup, custom, method, preset, cache: see `jitexport.plan.plan`.
         calibration: a file that `jitexport.calibration.calibrate` wrote: the cache with the steps that it found.
         backend: a registered backend, or "auto": see `jitexport.choice`, also for the next two.

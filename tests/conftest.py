@@ -33,7 +33,34 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(_compiled, ignore_errors=True)
 
 
+#: Modules of the set for every day (`pytest -m quick`): some of each part of the package, none that compiles, serves
+#: or builds more than a tiny bundle.
+QUICK = frozenset([
+    "bundle/test_manifest.py", "bundle/test_tensors.py", "cli/test_options.py", "lora/test_formats.py",
+    "methods/temporal/test_forecasts.py", "methods/temporal/test_placing.py", "methods/test_dense.py",
+    "methods/test_jit.py", "models/test_flux.py", "models/test_stages.py", "serve/test_protocol.py",
+    "serve/test_schema.py", "test_choice.py", "test_docs.py", "test_edges.py", "test_errors.py", "test_grid.py",
+    "test_positions.py", "test_public_names.py", "test_registry.py", "test_resample.py", "test_sampler.py",
+    "test_schedule.py", "test_tiling.py", "test_weights.py",
+])  # fmt: skip
+
+
+def _is_quick(path: Path) -> bool:
+    here = Path(__file__).parent
+    return path.is_relative_to(here) and path.relative_to(here).as_posix() in QUICK
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves the other modules unread where the quick set is asked for: importing them costs time, too."""
+    is_module = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if config.option.markexpr == "quick" and is_module and not _is_quick(collection_path) else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _is_quick(item.path) and "slow" not in item.keywords:
+            item.add_marker("quick")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -106,7 +106,7 @@ class EngineBundle:
                 )
 
     def weights(self, device: torch.device) -> dict[str, Tensor]:
-        """All tensors by full name, "<component>.<name>", in memory of their own.
+        """All tensors by full name, `<component>.<name>`, in memory of their own.
 
         Raises:
             IntegrityError: a file is no safetensors file; only "size" checks let one through.

@@ -163,7 +163,7 @@ class ModelAdapter(ABC):
         published: models with known configurations, by the name that `--model` takes.
         timesteps: noise levels in place of a method's Beta distribution, which was fitted to other models: an option of
             `jitexport.schedule.timesteps`. None: the method's own.
-        components: torch modules by their name in the pipeline; parameters are known as "<component>.<name>".
+        components: torch modules by their name in the pipeline; parameters are known as `<component>.<name>`.
         configs: each component's configuration, from which `from_configs` rebuilds it without weights, the scheduler's,
             and under "pipeline" what model_index.json says beside components.
     """
@@ -280,7 +280,7 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def module(self, name: str) -> nn.Module:
-        """The module of an engine, its parameters named "<component>.<diffusers' name>"."""
+        """The module of an engine, its parameters named `<component>.<diffusers' name>`."""
 
     def act(self, engine: str) -> Act:
         """What a stage's module does in an engine.

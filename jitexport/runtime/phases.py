@@ -41,8 +41,8 @@ class Phases(ChangingWeights):
     No phase keeps anything here, so calls from several threads do not disturb each other.
 
     Attributes:
-        engines: by name: text, condition, stage<k>, decode, preview where the method looks at pictures between stages,
-            and those of the cheaper actions of a temporal method; each for exactly `batch_size` images.
+        engines: by name: text, condition, `stage<k>`, decode, preview where the method looks at pictures between
+            stages, and those of the cheaper actions of a temporal method; each for exactly `batch_size` images.
         batch_size: images per engine run; longer lists are run in chunks, the last one padded.
         passes: 2 where a stage engine runs a prompt and its negative prompt at once, at twice the batch.
         cache: the temporal method that placed the schedule's actions.
