@@ -26,7 +26,8 @@ from jitexport.backends.commands import INSTALL_COMPILER, cpp_compiler, quoted_p
 from jitexport.errors import BackendError, CompileError, JitExportError
 from jitexport.forks import Lock
 from jitexport.kernels.native import compile_with_kernels, write_record
-from jitexport.regions import Outline, Program, Run, check, open_program, outline
+from jitexport.programs import Program, Run, check, open_program
+from jitexport.regions import Outline, outline
 from jitexport.specs import EngineSpec
 
 #: In an engine that was compiled by regions: the program that runs them, and a folder for each.

@@ -19,7 +19,6 @@ from jitexport.grid import TokenGrid, consecutive
 from jitexport.methods.base import Draws, Method, Preview
 from jitexport.resample import KERNELS, Resampler
 from jitexport.schedule import (
-    PAPER_REFERENCE_STEPS,
     Stage,
     StageSchedule,
     Target,
@@ -30,6 +29,7 @@ from jitexport.schedule import (
     too_fast,
     uniform_sigmas,
 )
+from jitexport.solving import PAPER_REFERENCE_STEPS
 
 #: Steps of the stages for FLUX, as RALU's supplement gives them (B.2.1), by the speed-up that they are named after.
 PUBLISHED = {5.0: (4, 12, 5), 7.0: (3, 8, 4)}

@@ -29,9 +29,9 @@ from jitexport.schedule import (
     StageSchedule,
     Target,
     make_stages,
-    solve_stages,
     timesteps,
 )
+from jitexport.solving import solve_stages
 
 # --- first anchors (B.1) ---------------------------------------------------------------------------------------------
 

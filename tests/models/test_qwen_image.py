@@ -17,7 +17,8 @@ from jitexport.models.naming import Resolver
 from jitexport.models.qwen_image import CONFIGS, DROPPED, NAMING, TEMPLATE, QwenImageAdapter
 from jitexport.models.sources import config_adapter, find_source, load_adapter
 from jitexport.plan import CustomSchedule, plan
-from jitexport.schedule import PAPER_PRESETS, StageSchedule, beta_sigmas, make_stages, split_steps, uniform_sigmas
+from jitexport.schedule import StageSchedule, beta_sigmas, make_stages, split_steps, uniform_sigmas
+from jitexport.solving import PAPER_PRESETS
 from jitexport.specs import DTYPES
 from jitexport.verify import verify
 from tests import tiny_qwen_image as tiny
