@@ -21,7 +21,7 @@ from jitexport.building.engines import Progress, Silent, build_engines
 from jitexport.building.reference import eager_pipeline, faster_passes
 from jitexport.building.request import Request, check_quantization, read_request
 from jitexport.bundle import BundleWriter, Manifest
-from jitexport.bundle.manifest import TokenizerEntry, WeightsEntry
+from jitexport.bundle.entries import TokenizerEntry, WeightsEntry
 from jitexport.bundle.references import find_references
 from jitexport.choice import AUTO
 from jitexport.compiling import Compilers, Recipe, default_jobs

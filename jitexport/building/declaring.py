@@ -12,9 +12,7 @@ from torch import Tensor
 from jitexport._version import __version__
 from jitexport.building.request import Request
 from jitexport.bundle import BundleWriter, Manifest
-from jitexport.bundle.host import fingerprint
-from jitexport.bundle.manifest import (
-    FORMAT_VERSION,
+from jitexport.bundle.entries import (
     CacheEntry,
     GeometryEntry,
     MethodEntry,
@@ -24,6 +22,8 @@ from jitexport.bundle.manifest import (
     TensorEntry,
     WeightsEntry,
 )
+from jitexport.bundle.host import fingerprint
+from jitexport.bundle.manifest import FORMAT_VERSION
 from jitexport.models.base import ModelAdapter
 from jitexport.plan import Plan
 from jitexport.runtime import Pipeline

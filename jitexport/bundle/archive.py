@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, parse_manifest
+from jitexport.bundle.entries import FileEntry
+from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, Manifest, parse_manifest
 from jitexport.bundle.reading import MAX_MANIFEST, EngineBundle, check_manifest_digest
 from jitexport.bundle.staging import Staging, lock
 from jitexport.errors import (

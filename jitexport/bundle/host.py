@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from jitexport.bundle.manifest import HostEntry
+from jitexport.bundle.entries import HostEntry
 from jitexport.errors import HostMismatchError
 
 

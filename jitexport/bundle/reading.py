@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from jitexport import machine
-from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, digest_line, parse_manifest
+from jitexport.bundle.entries import FileEntry
+from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, Manifest, digest_line, parse_manifest
 from jitexport.bundle.references import check_references, read_references
 from jitexport.bundle.staging import check_text
 from jitexport.bundle.tensors import map_tensors

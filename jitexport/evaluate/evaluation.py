@@ -15,8 +15,9 @@ from jitexport.bundle.reading import read_manifest
 from jitexport.errors import InputError
 from jitexport.evaluate import statistics
 from jitexport.evaluate.demo import DemoData
-from jitexport.evaluate.metrics import MEASURES, FeatureSpace, Picture, Scorer, Subject, available
+from jitexport.evaluate.metrics import MEASURES, available
 from jitexport.evaluate.prompts import BUILT_IN, Prompt, PromptSet, prompt_set, read_prompts
+from jitexport.evaluate.scoring import FeatureSpace, Picture, Scorer, Subject
 from jitexport.evaluate.sources import (
     Latency,
     Source,

@@ -27,7 +27,8 @@ from PIL import Image
 from scipy import fft, ndimage
 
 from jitexport.evaluate.demo import pixels
-from jitexport.evaluate.scenes import COLOURS, SIDES, SIZE, Thing, accent
+from jitexport.evaluate.scene_words import COLOURS
+from jitexport.evaluate.scenes import SIDES, SIZE, Thing, accent
 
 COARSE, FINE, FULL = 48, 64, 128  # pixels a side at which objects are looked for, placed, and compared
 COARSE_SIDES = tuple(np.geomspace(SIDES[2][0], SIDES[0][1], 9))  # of canvases, in pixels of SIZE

@@ -33,7 +33,7 @@ from jitexport.weights import CONSTANTS, SharedWeights
 
 if TYPE_CHECKING:  # a pipeline can be made of engines alone; bundles are read in `load`
     from jitexport.bundle import EngineBundle
-    from jitexport.bundle.manifest import EngineEntry
+    from jitexport.bundle.entries import EngineEntry
     from jitexport.bundle.reading import Verify
 
 logger = logging.getLogger(__name__)

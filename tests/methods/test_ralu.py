@@ -8,24 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jitexport.edges import beside, strongest_cells
 from jitexport.errors import InputError, ScheduleError
 from jitexport.flops import preview_cost, step_cost
 from jitexport.grid import TokenGrid, gather_tokens
-from jitexport.methods.base import Draws
-from jitexport.methods.ralu import (
+from jitexport.matching import (
     LEAST_C,
     MOST_C,
-    PUBLISHED,
-    RALU,
-    beside,
     divergence,
     match_timesteps,
     matched_sigmas,
     renoising,
     restart,
     shifted_cdf,
-    strongest_cells,
 )
+from jitexport.methods.base import Draws
+from jitexport.methods.ralu import PUBLISHED, RALU
 from jitexport.models.sources import config_adapter, published
 from jitexport.plan import plan
 from jitexport.sampler import draw, sample
