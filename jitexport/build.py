@@ -21,7 +21,7 @@ from jitexport.building.engines import Progress, Silent, build_engines
 from jitexport.building.reference import eager_pipeline, faster_passes
 from jitexport.building.request import Request, check_quantization, read_request
 from jitexport.bundle import BundleWriter, Manifest
-from jitexport.bundle.entries import TokenizerEntry, WeightsEntry
+from jitexport.bundle.entries import EngineEntry, TokenizerEntry, WeightsEntry
 from jitexport.bundle.references import find_references
 from jitexport.choice import AUTO
 from jitexport.compiling import Compilers, Recipe, default_jobs
@@ -114,9 +114,7 @@ def build(
     on_threads = machine.threads(machine.default_threads())
 
     with BundleWriter(path, replace=replace) as writer, torch.inference_mode(False), torch.no_grad(), on_threads:
-        progress.begin(["read the model"])
-        progress.step("read the model")
-        request, adapter = _read_model(request)
+        request, adapter = _read_model(request, progress)
         made = plan(
             adapter, speedup=speedup, custom=custom, method=method, preset=preset, cache=request.cache,
             dtype=request.dtype,
@@ -128,18 +126,7 @@ def build(
         progress.step("weights")
         tensors = dict(adapter.tensors())
         written = _write_parts(writer, request, adapter, reference, tensors, weights)
-        if jobs is None:
-            size = sum(t.nbytes for t in tensors.values())
-            jobs = default_jobs(request.backend, request.device, len(reference.engines), size)
-        recipe = Recipe(
-            request.source, request.dtype, request.settings, request.backend_name, str(request.module_device), target,
-            torch.get_num_threads(),
-        )
-        with temporary_folder(writer.path), Compilers(jobs, recipe, request.backend, adapter) as compilers:
-            written["engines"] = build_engines(
-                writer, request.backend, adapter, reference, tensors, request.device, compilers, progress,
-                verify=target is None,
-            )
+        written["engines"] = _write_engines(writer, request, adapter, reference, tensors, jobs, progress)
         progress.step("digests")
         typed = shlex.join(command).encode(errors="backslashreplace").decode()
         created = started.isoformat(timespec="seconds")
@@ -161,8 +148,10 @@ def _tell_of_choices(request: Request, quantization: str | None, progress: Progr
         logger.warning("%s; leave --dtype to `auto` and --quant out for what is fast here", slow)
 
 
-def _read_model(request: Request) -> tuple[Request, ModelAdapter]:
+def _read_model(request: Request, progress: Progress) -> tuple[Request, ModelAdapter]:
     """The model, and the request with the folder that it is in."""
+    progress.begin(["read the model"])
+    progress.step("read the model")
     source = replaced(request.source, folder=request.source.folder or download(request.source))
     adapter = load_adapter(source, DTYPES[request.dtype], request.settings)
     own = adapter.settings().get("quantization")  # the folder's own
@@ -183,6 +172,25 @@ def _reference(
         return reference, request.reasons
     reference, reason = faster_passes(reference, eager(passes=2))
     return reference, {**request.reasons, "passes": reason}
+
+
+def _write_engines(
+    writer: BundleWriter, request: Request, adapter: ModelAdapter, reference: Pipeline, tensors: dict[str, Tensor],
+    jobs: int | None, progress: Progress,
+) -> tuple[EngineEntry, ...]:
+    """The engines, compiled by so many processes at once, in the order of the reference's."""
+    if jobs is None:
+        size = sum(t.nbytes for t in tensors.values())
+        jobs = default_jobs(request.backend, request.device, len(reference.engines), size)
+    recipe = Recipe(
+        request.source, request.dtype, request.settings, request.backend_name, str(request.module_device),
+        request.target, torch.get_num_threads(),
+    )
+    with temporary_folder(writer.path), Compilers(jobs, recipe, request.backend, adapter) as compilers:
+        return build_engines(
+            writer, request.backend, adapter, reference, tensors, request.device, compilers, progress,
+            verify=request.target is None,
+        )
 
 
 def _write_parts(

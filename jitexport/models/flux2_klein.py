@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jitexport.errors import UnsupportedModelError
-from jitexport.grid import TokenGrid, unpack
 from jitexport.guidance import Guidance
 from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear
-from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
-from jitexport.models.components import AUTOENCODER
+from jitexport.models.autoencoders import KleinDecode
+from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, image_grid
 from jitexport.models.flux_names import ATTENTION, NORMS
 from jitexport.models.language import LanguageText, keep_what_is_read
 from jitexport.models.layers import (
@@ -43,6 +42,7 @@ from jitexport.models.layers import (
     time_embedding,
 )
 from jitexport.models.naming import FUSED, TRANSFORMER, Aliases, Naming, Prefix, Target
+from jitexport.models.published import FLUX2_KLEIN
 from jitexport.models.schedulers import flow_sigmas, scheduler_shift
 from jitexport.models.stages import Evaluation, TransformerStage, doubles_then_singles
 from jitexport.models.tokens import Cell, Memo, flux_cells
@@ -51,7 +51,7 @@ from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+    from diffusers import Flux2Transformer2DModel
 
 PATCH = 2  # a token is 2 x 2 latent pixels
 
@@ -205,22 +205,6 @@ class KleinStage(TransformerStage):
         return self.act(Evaluation(image, context, depth, half, blocks, output, first_input), kept)
 
 
-class KleinDecode(nn.Module):
-    """Tokens [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32."""
-
-    def __init__(self, vae: AutoencoderKLFlux2, grid: TokenGrid) -> None:
-        super().__init__()
-        self.vae = vae
-        self.grid = grid
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        seen = self.vae.bn
-        deviation = (seen.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
-        latents = unpack(tokens * deviation + seen.running_mean.float(), self.grid, PATCH)
-        picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return (picture.float() / 2 + 0.5).clamp(0, 1)
-
-
 # --- names of the same modules elsewhere -----------------------------------------------------------------------------
 
 #: {name in a block of the authors: names in diffusers' block}
@@ -267,59 +251,6 @@ NAMING = Naming(
 )
 
 
-# --- published models ------------------------------------------------------------------------------------------------
-
-#: Of the transformer double blocks, single blocks and heads; of the language model width, inner width, and whether its
-#: head is its embedding.
-_SIZES = {"4b": (5, 20, 24, 2560, 9728, True), "9b": (8, 24, 32, 4096, 12288, False)}
-
-
-def _published(size: str, hub_id: str, *, distilled: bool) -> Published:
-    doubles, singles, heads, hidden, inner, tied = _SIZES[size]
-    configs = {
-        "pipeline": {"is_distilled": distilled},
-        "transformer": {
-            "patch_size": 1,
-            "in_channels": 128,
-            "num_layers": doubles,
-            "num_single_layers": singles,
-            "attention_head_dim": 128,
-            "num_attention_heads": heads,
-            "joint_attention_dim": len(TEXT_LAYERS) * hidden,
-            "mlp_ratio": 3.0,
-            "axes_dims_rope": [32, 32, 32, 32],
-            "rope_theta": 2000,
-            "timestep_guidance_channels": 256,
-            "guidance_embeds": False,
-        },
-        "vae": AUTOENCODER | {"latent_channels": 32, "batch_norm_eps": 1e-4},
-        # Qwen3-4B and Qwen3-8B.
-        "text_encoder": {
-            "vocab_size": 151936,
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-            "tie_word_embeddings": tied,
-        },
-        "scheduler": {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True},
-    }
-    return Published(hub_id, configs)
-
-
-#: The base models, and those that are distilled to four steps without guidance.
-PUBLISHED = {
-    "flux2-klein-4b": _published("4b", "black-forest-labs/FLUX.2-klein-base-4B", distilled=False),
-    "flux2-klein-9b": _published("9b", "black-forest-labs/FLUX.2-klein-base-9B", distilled=False),
-    "flux2-klein-4b-distilled": _published("4b", "black-forest-labs/FLUX.2-klein-4B", distilled=True),
-    "flux2-klein-9b-distilled": _published("9b", "black-forest-labs/FLUX.2-klein-9B", distilled=True),
-}
-
-
 class KleinAdapter(ModelAdapter):
     """A FLUX.2-klein pipeline in diffusers' format, for images from text.
 
@@ -334,7 +265,7 @@ class KleinAdapter(ModelAdapter):
         "text_encoder": "transformers:Qwen3ForCausalLM",
     }
     naming = NAMING
-    published = PUBLISHED
+    published = FLUX2_KLEIN
     timesteps: ClassVar = {"kind": "native"}  # the release of JiT runs this family on its own noise levels
     once: nn.ModuleDict
 
@@ -451,7 +382,7 @@ class KleinAdapter(ModelAdapter):
             module = KleinCondition(parts["transformer"])
         elif name in ("preview", "decode"):
             grid = self.geometry.grid
-            module = KleinDecode(parts["vae"], grid.halved() if name == "preview" else grid)
+            module = KleinDecode(parts["vae"], grid.halved() if name == "preview" else grid, PATCH)
         else:
             module = KleinStage(parts["transformer"], self.act(name))
         return module.eval()

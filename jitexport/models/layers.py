@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from jitexport.grid import TokenGrid, unpack
 from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear
 from jitexport.quant import QuantizedLinear
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
     from jitexport.models.tokens import Memo, Refresh
 
@@ -161,19 +159,3 @@ class TransformerPart(nn.Module):
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
         self.transformer = transformer
-
-
-class PackedDecode(nn.Module):
-    """Packed latents [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32."""
-
-    def __init__(self, vae: AutoencoderKL, grid: TokenGrid, patch: int) -> None:
-        super().__init__()
-        self.vae = vae
-        self.grid = grid
-        self.patch = patch
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        config = self.vae.config
-        latents = unpack(tokens, self.grid, self.patch) / config.scaling_factor + (config.shift_factor or 0.0)
-        picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return (picture.float() / 2 + 0.5).clamp(0, 1)
