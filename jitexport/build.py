@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from jitexport.building.engines import Progress, Silent, build_engines
 from jitexport.building.reference import eager_pipeline, faster_passes
 from jitexport.building.request import Request, check_quantization, read_request
 from jitexport.bundle import BundleWriter, Manifest
-from jitexport.bundle.entries import EngineEntry, TokenizerEntry, WeightsEntry
+from jitexport.bundle.entries import EngineEntry, ReferenceEntry, TokenizerEntry, WeightsEntry
 from jitexport.bundle.references import find_references
 from jitexport.choice import AUTO
 from jitexport.compiling import Compilers, Recipe, default_jobs
@@ -169,7 +169,7 @@ def _reference(
     )
     reference = eager(passes=passes or 1)
     if passes is not None or request.target is not None or (adapter.defaults.guidance.true or 1) <= 1:
-        return reference, request.reasons
+        return reference, dict(request.reasons)
     reference, reason = faster_passes(reference, eager(passes=2))
     return reference, {**request.reasons, "passes": reason}
 
@@ -198,10 +198,12 @@ def _write_parts(
     weights: str,
 ) -> dict[str, Any]:
     """Weights, constants and tokenizers, in the manifest's fields."""
-    references, referenced = (), set()
+    references: tuple[ReferenceEntry, ...] = ()
+    referenced: Set[str] = frozenset()
+    source = request.source.folder
     outside = {} if request.backend.holds_weights else tensors
-    if weights == "reference":
-        references, referenced = find_references(request.source.folder, outside)
+    if weights == "reference" and source is not None:
+        references, referenced = find_references(source, outside)
     stored, tied = write_weights(writer, outside, referenced)
     constants = [
         WeightsEntry(component=CONSTANTS, path=path)
@@ -210,7 +212,7 @@ def _write_parts(
     tokenizers = [
         TokenizerEntry.of(t, writer.write_text(f"tokenizers/{t.name}.json", t.json)) for t in adapter.tokenizers()
     ]
-    folder = str(request.source.folder.resolve()) if references else None
+    folder = str(source.resolve()) if source is not None and references else None
     return {
         "tokenizers": tuple(tokenizers), "weights": (*stored, *constants), "tied": tied, "references": references,
         "reference_folder": folder,

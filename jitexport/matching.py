@@ -49,7 +49,7 @@ def divergence(h: Sequence[float], c: float, steps: Sequence[int], ends: Sequenc
     target /= 1 + sum(e - s for s, e in again)
     middle = (actual + target) / 2
 
-    def relative_entropy(p: np.ndarray) -> float:
+    def relative_entropy(p: Any) -> float:
         return float(np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / middle), 0)))
 
     return (relative_entropy(actual) + relative_entropy(target)) / 2

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-Values = dict[str, Tensor]
+#: By name; what nobody uses has none.
+Values = dict[str | None, Tensor]
 
 
 class _Entry(BaseModel):
@@ -94,13 +95,13 @@ def open_program(
         libraries: runs each kind of region on its inputs and a block's weights; may use up the list that it gets.
         weights: by full name.
     """
-    bound = {value: weights[name].detach() for value, name in program.weights.items()}
-    steps = [opened(step, libraries, weights, device) for step in program.steps]
-    steps = [(run, tuple(dead)) for run, dead in zip(steps, last_uses(program), strict=True)]
+    bound: Values = {value: weights[name].detach() for value, name in program.weights.items()}
+    runs = [opened(step, libraries, weights, device) for step in program.steps]
+    steps = [(run, tuple(dead)) for run, dead in zip(runs, last_uses(program), strict=True)]
     inputs, outputs = program.inputs, program.outputs
 
     def run(given: Sequence[Tensor]) -> list[Tensor]:
-        values = bound | dict(zip(inputs, given, strict=True))
+        values: Values = {**bound, **dict(zip(inputs, given, strict=True))}
         for step, dead in steps:
             step(values)
             for name in dead:  # its memory is free for what comes next
@@ -188,10 +189,10 @@ def uses(step: Step) -> list[str]:
     return [*step.inputs, *(name for a in given for kind, name in arguments_of(a) if kind == "value")]
 
 
-def last_uses(program: Program) -> list[set[str]]:
+def last_uses(program: Program) -> list[set[str | None]]:
     """For each step, the values that nobody needs after it. Inputs and weights are others' and stay."""
-    keep = {*program.outputs, *program.inputs, *program.weights}
-    dead: list[set[str]] = []
+    keep: set[str | None] = {*program.outputs, *program.inputs, *program.weights}
+    dead: list[set[str | None]] = []
     for step in reversed(program.steps):
         names = {*uses(step), *step.outputs} - keep
         dead.append(names)

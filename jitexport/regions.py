@@ -199,7 +199,8 @@ def step_of(node: torch.fx.Node) -> Step:
         items = {user.args[1]: user.name for user in node.users if user.users}
         outputs = tuple(items.get(i) for i in range(len(node.meta["val"])))
     if node.target is torch.ops.jitexport.region.default:
-        inputs, step, _ = node.args
+        called: tuple[Any, ...] = node.args
+        inputs, step, _ = called
         given = {"inputs": tuple(x.name for x in inputs), "outputs": outputs}
         return Step.model_validate_json(step).model_copy(update=given)
     operator = str(node.target)

@@ -57,7 +57,7 @@ COMPUTED, FORECAST = "stage", "forecast"
 class Step(NamedTuple):
     """An Euler step: its number in the schedule, the noise levels that it goes from and to, and its action."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a number here, of a tuple a method
     sigma: float
     sigma_next: float
     action: str = COMPUTED
@@ -226,6 +226,17 @@ class Target:
     family: str = ""
     shift: Callable[[int], float] | None = None
 
+    @property
+    def asked(self) -> float:
+        """The speed-up, where there is no schedule by hand.
+
+        Raises:
+            ScheduleError: neither.
+        """
+        if self.speedup is None:
+            raise ScheduleError("neither a speed-up nor a schedule by hand", found=self.speedup, expected="one of both")
+        return self.speedup
+
     def own_shift(self, n: int) -> float:
         """The shift of the model's noise levels of n steps."""
         return middle_shift(self.native_sigmas) if self.shift is None else self.shift(n)
@@ -236,8 +247,8 @@ class Target:
         Raises:
             ScheduleError: the speed-up is out of range.
         """
-        check_speedup(self.speedup)
-        return self.reference_steps * self.cost(tokens) / self.speedup
+        check_speedup(self.asked)
+        return self.reference_steps * self.cost(tokens) / self.asked
 
 
 def beta_sigmas(n: int, alpha: float, beta: float) -> tuple[float, ...]:
@@ -262,8 +273,8 @@ def spaced_sigmas(first: float, last: float, n: int, shift: float) -> tuple[floa
 
     Schedules of flow-matching models are even ones shifted by sigma = h u / (1 + (h - 1) u).
     """
-    ends = [x / (shift - (shift - 1) * x) for x in (first, last)]
-    inner = np.linspace(*ends, n + 1)[1:-1]
+    begin, end = (x / (shift - (shift - 1) * x) for x in (first, last))
+    inner = np.linspace(begin, end, n + 1)[1:-1]
     return (first, *(shift * inner / (1 + (shift - 1) * inner)).tolist(), last)
 
 

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
+from typing import Any
 from unittest import mock
 
 import torch
@@ -205,7 +206,8 @@ def open_library(
     library = _take(directory, device)
     opened.append(library)
     library.lend(weights)
-    return library.loader.boxed_run
+    run: Any = library.loader.boxed_run  # of a list, which it uses up: see `open_program`
+    return run
 
 
 def open_regions(

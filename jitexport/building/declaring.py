@@ -109,6 +109,7 @@ def declare(
             files.
     """
     configs = plain_configs(adapter.configs)
+    checked: dict[str, Any] = {"dtype": request.dtype, "passes": reference.passes, "chosen": reasons}  # by the schema
     return Manifest(
         format_version=FORMAT_VERSION,
         jitexport_version=__version__,
@@ -126,15 +127,13 @@ def declare(
         method=MethodEntry(name=made.method, preset=made.preset, options=made.options),
         cache=None if made.cache is None else CacheEntry(
             name=made.cache.name, options=made.cache.options,
-            evidence=request.calibration and request.calibration.evidence,
+            evidence=request.calibration.evidence if request.calibration else None,
         ),
         schedule=schedule_entry(made),
         backend=request.backend_name,
-        dtype=request.dtype,
         batch=request.batch,
-        passes=reference.passes,
         host=fingerprint(request.device, request.target, request.backend.libraries()),
-        chosen=reasons,
         constants=tuple(map(TensorEntry.of, adapter.constant_specs(made.schedule.nfe, request.dtype))),
+        **checked,
         **written,
     )

@@ -36,7 +36,7 @@ from jitexport.specs import EngineSpec, TensorSpec
 
 __all__ = ["DIGEST_NAME", "FILE_NAME", "FORMAT_VERSION", "Manifest", "digest_line", "parse_manifest"]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION: Literal[4] = 4
 
 
 class Manifest(Entry):

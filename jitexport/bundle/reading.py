@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -266,7 +267,7 @@ def _walk(root: Path, folders: set[str]) -> Iterator[str]:
 
 
 @contextmanager
-def _plain(root: Path, name: str, *, links: bool) -> Iterator[tuple[BinaryIO, int]]:
+def _plain(root: Path, name: str, *, links: bool) -> Iterator[tuple[BufferedReader, int]]:
     """A regular file, open for reading, and its size.
 
     Args:

@@ -73,6 +73,7 @@ def _print_profiles(profiles: Sequence[Profile]) -> None:
         out.print(_totals(profiles))
     for table in (_phases(last), _engines(last), _steps(last)):
         out.print(table)
+    assert last.ceiling is not None and last.speedup is not None  # of every bundle that was measured
     out.print(f"ceiling: {last.ceiling / 1e9:.0f} GFLOP/s, the best large matrix product in this run")
     out.print(f"the loop around the engines takes {last.overhead:.2%} of denoising")
     out.print(
@@ -81,7 +82,8 @@ def _print_profiles(profiles: Sequence[Profile]) -> None:
         soft_wrap=True,
     )
     memory = {"process": "of memory in the process", "gpu": "on the GPU"}
-    peaks = [f"{last.peak_memory[k] / 1e6:.0f} MB {text}" for k, text in memory.items() if last.peak_memory.get(k)]
+    found = {text: last.peak_memory.get(k) for k, text in memory.items()}
+    peaks = [f"{peak / 1e6:.0f} MB {text}" for text, peak in found.items() if peak]
     out.print(f"at most {', '.join(peaks)}")
 
 
@@ -111,7 +113,7 @@ def _engines(one: Profile) -> Table:
     table = Table("engine", "tokens", "runs", "median ms", "p90 ms", "GFLOP", "GFLOP/s", "of ceiling", title="engines")
     for e in one.engines:
         work = ("", "", "")
-        if e.flops is not None:
+        if e.flops is not None and e.flops_per_second is not None:
             work = (f"{e.flops / 1e9:.2f}", f"{e.flops_per_second / 1e9:.0f}", f"{e.ceiling_share:.0%}")
         table.add_row(e.name, str(e.tokens or ""), str(e.runs), *_milliseconds(e.run), *work)
     return table

@@ -163,9 +163,9 @@ class Finder:
         peak = (best == ndimage.maximum_filter(best, size=(1, 5, 5))) & (best > LEAST_PEAK)
         order = np.argwhere(peak)
         order = order[np.argsort(-best[peak])]
-        order = [one for rank, one in enumerate(order) if (order[:rank, 0] == one[0]).sum() < PEAKS_AN_OBJECT][:PEAKS]
+        first = [one for rank, one in enumerate(order) if (order[:rank, 0] == one[0]).sum() < PEAKS_AN_OBJECT][:PEAKS]
         peaks = []
-        for o, row, column in order:
+        for o, row, column in first:
             side, mirrored = self.variants[which[o, row, column]]
             n = max(1, round(side * COARSE / SIZE))
             centre = ((row - n // 2 + n / 2) / COARSE, (column - n // 2 + n / 2) / COARSE)
@@ -263,7 +263,7 @@ class Finder:
             free = np.ones_like(free)
         tones = {colour: tone(rgb, colour) for colour in COLOURS}  # where between base and accent, and how far from it
         share = {colour: float((tones[colour][1][free] < TOLERANCE).mean()) for colour in COLOURS}
-        colour = max(share, key=share.get)
+        colour = max(share, key=share.__getitem__)
         where, distance = tones[colour]
         of_it = free & (distance < TOLERANCE)
         other = free & ~of_it

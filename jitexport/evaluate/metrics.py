@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -111,7 +112,7 @@ class PixelScorer(Scorer):
         a, b = picture.tensor, reference.tensor
         return {
             "psnr": min(float(peak_signal_noise_ratio(a, b, data_range=1.0)), MAX_PSNR),
-            "ssim": float(structural_similarity_index_measure(a, b, data_range=1.0)),
+            "ssim": float(torch.as_tensor(structural_similarity_index_measure(a, b, data_range=1.0))),
         }
 
 
@@ -160,7 +161,10 @@ class DemoScorer(Scorer):
         self.judge = Judge.of(self.data)
 
     def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
-        score = self.judge.score(*self.data.parse(prompt), picture.image)
+        parsed = self.data.parse(prompt)
+        assert parsed is not None  # see `__init__`
+        name, colour = parsed
+        score = self.judge.score(name, colour, picture.image)
         return {
             "name_right": float(score.name_right),
             "pair_right": float(score.pair_right),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ class ClipScorer(Scorer):
     """CLIP score by torchmetrics, with transformers' CLIP."""
 
     names = ("clip_score",)
-    model = "openai/clip-vit-large-patch14"
+    model: Literal["openai/clip-vit-large-patch14"] = "openai/clip-vit-large-patch14"
 
     def __init__(self, subject: Subject) -> None:
         require("torchmetrics", "transformers", remedy="pip install 'jitexport[eval]'")

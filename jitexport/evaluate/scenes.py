@@ -149,8 +149,8 @@ def _arranged(names: Sequence[str], colour: str, texture: str | None, rng: np.ra
     background = Background(colour, texture, int(rng.integers(2**31)))
     places = draw_places(rng, len(names))
     things = [
-        Thing(name, *(float(x) for x in place), bool(rng.random() < 0.5))
-        for name, place in zip(names, places, strict=True)
+        Thing(name, float(left), float(top), float(side), bool(rng.random() < 0.5))
+        for name, (left, top, side) in zip(names, places, strict=True)
     ]
     return Scene(tuple(things), background)
 

@@ -19,6 +19,7 @@ from jitexport.bundle.reading import read_tensors
 from jitexport.errors import InputError, MissingDependencyError, ModelNotFoundError
 from jitexport.evaluate.prompts import PromptSet
 from jitexport.evaluate.sources import described_model
+from jitexport.models.layers import Part
 from jitexport.profile import model_folder
 
 
@@ -126,7 +127,8 @@ class EncoderMaps(nn.Module):
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.first, self.blocks = encoder.conv_in, encoder.down_blocks
+        self.first: Part = encoder.conv_in
+        self.blocks: Part = encoder.down_blocks
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -203,11 +203,13 @@ class JiTState:
     @property
     def velocity(self) -> Tensor:
         """u of the anchors in the stage's last step, [B, m, C]; not before the first."""
+        assert self.last is not None
         return self.last[1]
 
     @property
     def clean(self) -> Tensor:
         """y_hat(1) = y - sigma * u of the anchors in the stage's last step, [B, m, C]; not before the first."""
+        assert self.last is not None
         y, u, sigma = self.last
         return y - sigma * u
 
@@ -242,7 +244,7 @@ class JiT(Method[JiTState]):
         if custom is not None:
             stages = make_stages(n, custom.steps, custom.ratios or (1.0,))
         else:
-            stages = solve_stages(target.speedup, n, target.cost, target.reference_steps)
+            stages = solve_stages(target.asked, n, target.cost, target.reference_steps)
         nfe = sum(s.steps for s in stages)
         return StageSchedule(stages, timesteps(self.settings.timesteps, nfe, target.native_sigmas))
 
@@ -271,7 +273,7 @@ class JiT(Method[JiTState]):
     def start(self, draws: Draws, stage: Stage) -> JiTState:
         batch, anchors = draws.latents.shape[0], draws.anchors
         every = anchors is None  # a schedule without sparse stages
-        if every:
+        if anchors is None:
             anchors = consecutive(batch, self.grid.tokens, draws.latents.device)
         noise = draws.noise if draws.noise is not None else draws.latents
         return self.begin(draws.latents, noise, self.lifter(anchors, ascending=every))

@@ -26,6 +26,7 @@ from jitexport.matching import match_timesteps, matched_sigmas, renoising
 from jitexport.methods.base import Draws, Method, Preview
 from jitexport.resample import KERNELS, Resampler
 from jitexport.schedule import (
+    CustomSchedule,
     Stage,
     StageSchedule,
     Target,
@@ -173,11 +174,11 @@ class RALUState:
     """The image between two steps.
 
     Attributes:
-        x: the tokens, [B, m, C], fp32: cells in `kept`, then four for each cell in `early`; at full resolution all
-            tokens in the order of the grid.
+        x: the tokens, [B, m, C], fp32: the cells that are kept, then four for each one enlarged early; at full
+            resolution all tokens in the order of the grid.
         noise: fields for both changes, [B, 2 N, C].
         sigma: noise level.
-        early: cells enlarged early, [B, k]; `kept` the others, [B, N / 4 - k]. None before the first change.
+        cells: those enlarged early, [B, k], and the others, [B, N / 4 - k]. None before the first change.
         full: whether the last stage has begun.
         clean: x_hat(1) of all tokens at the last step, [B, m, C]; None before the first.
     """
@@ -185,8 +186,7 @@ class RALUState:
     x: Tensor
     noise: Tensor
     sigma: float = 1.0
-    early: Tensor | None = None
-    kept: Tensor | None = None
+    cells: tuple[Tensor, Tensor] | None = None
     full: bool = False
     clean: Tensor | None = None
 
@@ -231,8 +231,8 @@ class RALU(Method[RALUState]):
         By hand: the steps of the three stages, and, where wanted, token ratios 0.25, the middle stage's, and 1.
         """
         if target.custom is not None:
-            steps, tokens, ends = self._custom(target)
-        elif published := published_for(target).get(target.speedup):
+            steps, tokens, ends = self._custom(target.custom)
+        elif published := published_for(target).get(target.asked):
             ratio = published.ratio if self.settings.ratio is None else self.settings.ratio
             steps, ends, tokens = published.steps, published.ends, self.tokens_at(ratio)
         else:
@@ -248,13 +248,13 @@ class RALU(Method[RALUState]):
         own = self.settings.timesteps["shift"]
         for setting in published_for(target).values():
             if self.settings.published and (setting.steps, setting.ends) == (tuple(steps), tuple(ends)):
-                if setting.h is not None:
+                if setting.h is not None and setting.c is not None:
                     return setting.h, setting.c
                 own = None
         return match_timesteps(steps, ends, target.own_shift(sum(steps)) if own is None else own)
 
-    def _custom(self, target: Target) -> tuple[tuple[int, ...], int, tuple[float, ...]]:
-        steps, ratios = target.custom.steps, target.custom.ratios
+    def _custom(self, custom: CustomSchedule) -> tuple[tuple[int, ...], int, tuple[float, ...]]:
+        steps, ratios = custom.steps, custom.ratios
         if len(steps) != 3 or any(n < 1 for n in steps):
             raise ScheduleError(
                 "RALU has three stages of at least one step", found=steps, expected="for example --steps 4,5,6"
@@ -273,7 +273,7 @@ class RALU(Method[RALUState]):
         """As many steps as the budget pays for; what is left adds coarse steps, then enlarges more cells early."""
         budget = target.budget(self.grid.tokens) - (target.preview if self.previews else 0.0)
         knots = np.array(_KNOTS)
-        one, two, e1, e2, ratio = (float(np.interp(target.speedup, knots[:, 0], k)) for k in knots.T[1:])
+        one, two, e1, e2, ratio = (float(np.interp(target.asked, knots[:, 0], k)) for k in knots.T[1:])
         least = int(self.coarse.tokens * (self.settings.ratio or ratio))
 
         def cost(steps: Sequence[int], cells: int) -> float:
@@ -290,7 +290,7 @@ class RALU(Method[RALUState]):
             most = max(least, int(self.coarse.tokens * _MOST_CELLS))
             cells = max((k for k in range(least, most + 1) if cost(steps, k) <= budget), default=least)
             return steps, self.coarse.tokens + 3 * cells, (e1, e2, 1.0)
-        raise too_fast(target.speedup, target.reference_steps, fewest=3)
+        raise too_fast(target.asked, target.reference_steps, fewest=3)
 
     def noise_fields(self, schedule: StageSchedule) -> int:
         """One for each change of resolution."""
@@ -299,6 +299,7 @@ class RALU(Method[RALUState]):
     # --- sampling ---
 
     def start(self, draws: Draws, stage: Stage) -> RALUState:
+        assert draws.noise is not None  # see `noise_fields`
         return RALUState(self.resampler.pick(draws.latents), draws.noise)
 
     def transition(
@@ -306,14 +307,15 @@ class RALU(Method[RALUState]):
     ) -> RALUState:
         """Enlarge the cells with the strongest edges, later all others, and add the noise of the earlier time."""
         first, second = state.noise.chunk(2, dim=1)
-        if state.early is None:
+        if state.cells is None:
+            assert state.clean is not None  # no stage is without steps
             k = (stage.tokens - self.coarse.tokens) // 3
             early, kept = strongest_cells(self.edges(state.clean, preview), k)
             old, cells = gather_tokens(state.x, kept), early
             old_noise = gather_tokens(self.resampler.pick(first), kept)
             noise, low = first, state.x
         else:
-            early, kept = state.early, state.kept
+            early, kept = state.cells
             old, cells = state.x[:, kept.shape[1] :], kept
             old_noise = gather_tokens(second, self.fine(early))
             noise, low = second, self.low(state)
@@ -327,18 +329,19 @@ class RALU(Method[RALUState]):
             new = new + added * gather_tokens(noise, self.fine(cells))
         old = a * old + b * (math.sqrt(max(0.0, 1 - c)) if self.settings.kept == "matched" else 1.0) * old_noise
 
-        if state.early is None:
-            return replace(state, x=torch.cat([old, new], dim=1), sigma=sigma, early=early, kept=kept, clean=None)
+        if state.cells is None:
+            return replace(state, x=torch.cat([old, new], dim=1), sigma=sigma, cells=(early, kept), clean=None)
         x = torch.empty_like(second)
         x = scatter_tokens(scatter_tokens(x, self.fine(early), old), self.fine(kept), new)
         return replace(state, x=x, sigma=sigma, full=True, clean=None)
 
     def edges(self, clean: Tensor, preview: Preview | None) -> Tensor:
         """Edge strength of each cell, [B, N / 4], from the predicted clean latents of the first stage (Table S3)."""
-        shape = self.coarse.shape
+        shape = (self.coarse.shape[0], self.coarse.shape[1])
         if self.settings.region == "gradient":
             strength = latent_edges(clean, shape)
         else:
+            assert preview is not None  # see `previews`
             strength = picture_edges(preview(clean), shape)
         return strength if self.settings.threshold is None else beside(strength, shape, self.settings.threshold)
 
@@ -348,12 +351,13 @@ class RALU(Method[RALUState]):
 
     def low(self, state: RALUState) -> Tensor:
         """The image at half the resolution, [B, N / 4, C]; enlarged cells by the mean of their pixels."""
-        if state.early is None:
+        if state.cells is None:
             return state.x
-        rest = state.kept.shape[1]
+        early, kept = state.cells
+        rest = kept.shape[1]
         x = state.x.new_zeros(state.x.shape[0], self.grid.tokens, state.x.shape[2])
-        low = self.resampler.down(scatter_tokens(x, self.fine(state.early), state.x[:, rest:]))
-        return scatter_tokens(low, state.kept, state.x[:, :rest])
+        low = self.resampler.down(scatter_tokens(x, self.fine(early), state.x[:, rest:]))
+        return scatter_tokens(low, kept, state.x[:, :rest])
 
     def tokens(self, state: RALUState) -> Tensor:
         return state.x
@@ -366,8 +370,9 @@ class RALU(Method[RALUState]):
 
     def where(self, state: RALUState) -> Tensor:
         n, cells = self.grid.tokens, self.coarse.tokens
-        if state.early is not None and not state.full:
-            return torch.cat([n + state.kept, n + cells + self.fine(state.early)], dim=1)
+        if state.cells is not None and not state.full:
+            early, kept = state.cells
+            return torch.cat([n + kept, n + cells + self.fine(early)], dim=1)
         batch, tokens, _ = state.x.shape
         return consecutive(batch, tokens, state.x.device, first=0 if state.full else n)
 
@@ -379,15 +384,17 @@ class RALU(Method[RALUState]):
         if state.full:
             return state.x
         latents = self.resampler.nearest.up(self.low(state))
-        if state.early is None:
+        if state.cells is None:
             return latents
-        return scatter_tokens(latents, self.fine(state.early), state.x[:, state.kept.shape[1] :])
+        early, kept = state.cells
+        return scatter_tokens(latents, self.fine(early), state.x[:, kept.shape[1] :])
 
     def with_latents(self, state: RALUState, latents: Tensor) -> RALUState:
         if state.full:
             return replace(state, x=latents)
         low = self.resampler.down(latents)
-        if state.early is None:
+        if state.cells is None:
             return replace(state, x=low)
-        fine = gather_tokens(latents, self.fine(state.early))
-        return replace(state, x=torch.cat([gather_tokens(low, state.kept), fine], dim=1))
+        early, kept = state.cells
+        fine = gather_tokens(latents, self.fine(early))
+        return replace(state, x=torch.cat([gather_tokens(low, kept), fine], dim=1))

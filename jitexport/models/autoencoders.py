@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jitexport.grid import TokenGrid, unpack
+from jitexport.models.layers import Part
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
@@ -22,7 +23,7 @@ class PackedDecode(nn.Module):
 
     def __init__(self, vae: AutoencoderKL, grid: TokenGrid, patch: int) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Part = vae
         self.grid = grid
         self.patch = patch
 
@@ -41,7 +42,7 @@ class KleinDecode(nn.Module):
 
     def __init__(self, vae: AutoencoderKLFlux2, grid: TokenGrid, patch: int) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Part = vae
         self.grid = grid
         self.patch = patch
 
@@ -64,7 +65,7 @@ class QwenImageDecode(nn.Module):
 
     def __init__(self, vae: AutoencoderKLQwenImage, grid: TokenGrid, patch: int) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Part = vae
         self.grid = grid
         self.patch = patch
 
@@ -88,25 +89,25 @@ class QwenImageDecode(nn.Module):
         return (picture.float() / 2 + 0.5).clamp(0, 1)
 
 
-def convolve(layer: nn.Conv3d, x: Tensor) -> Tensor:
+def convolve(layer: Part, x: Tensor) -> Tensor:
     """A causal convolution of a first frame x [B, C, H, W]: zeros are before it, so only its own slice counts."""
     weight = layer.weight[:, :, -1]
     return F.conv2d(x, weight, layer.bias, padding=[size // 2 for size in weight.shape[2:]])
 
 
-def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+def normalise(norm: Part, x: Tensor) -> Tensor:
     """The autoencoder's RMS norm, over the channels of x [B, C, H, W]."""
     return F.normalize(x.float(), dim=1).to(x.dtype) * norm.scale * norm.gamma.flatten()[:, None, None]
 
 
-def residual(block: nn.Module, x: Tensor) -> Tensor:
+def residual(block: Part, x: Tensor) -> Tensor:
     """Two convolutions beside a shortcut, [B, C, H, W] -> [B, C', H, W]."""
     h = convolve(block.conv1, F.silu(normalise(block.norm1, x)))
     h = convolve(block.conv2, F.silu(normalise(block.norm2, h)))
     return h + (convolve(block.conv_shortcut, x) if isinstance(block.conv_shortcut, nn.Conv3d) else x)
 
 
-def attend(block: nn.Module, x: Tensor) -> Tensor:
+def attend(block: Part, x: Tensor) -> Tensor:
     """Attention of one head between the pixels of x [B, C, H, W]."""
     heads = block.to_qkv(normalise(block.norm, x)).flatten(2).transpose(1, 2)[:, None]  # [B, 1, H W, 3 C]
     a = F.scaled_dot_product_attention(*heads.chunk(3, dim=-1))
@@ -116,7 +117,7 @@ def attend(block: nn.Module, x: Tensor) -> Tensor:
 # --- HunyuanVideo-1.5 ------------------------------------------------------------------------------------------------
 
 
-def frame_causal_attention(block: nn.Module, x: Tensor) -> Tensor:
+def frame_causal_attention(block: Part, x: Tensor) -> Tensor:
     """The autoencoder's attention: pixels of a frame see those of all frames up to it. [B, C, T, H, W] -> the same.
 
     One product for each frame, with keys of 1 to T frames: half of what a mask over all pixels computes, and nothing
@@ -142,9 +143,9 @@ class HunyuanDecode(nn.Module):
     fp32. The decoder's layers are diffusers' own but for its attention.
     """
 
-    def __init__(self, vae: nn.Module, grid: TokenGrid | None = None) -> None:
+    def __init__(self, vae: Part, grid: TokenGrid | None = None) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Part = vae
         self.grid = grid
 
     def forward(self, latents: Tensor) -> Tensor:

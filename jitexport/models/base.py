@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from jitexport.errors import InputError, UnsupportedModelError
 from jitexport.guidance import Guidance
 from jitexport.models.geometry import ModelGeometry, image_grid
+from jitexport.models.layers import Part
 from jitexport.models.naming import Naming
 from jitexport.models.published import Configs, Published
 from jitexport.models.stages import Act, act_of, check_features, engine_spec
@@ -91,7 +92,7 @@ class ModelAdapter(ABC):
     naming: ClassVar[Naming]
     published: ClassVar[Mapping[str, Published]] = {}
     timesteps: ClassVar[Mapping[str, Any] | None] = None
-    components: dict[str, nn.Module]
+    components: dict[str, Part]
     configs: dict[str, dict[str, Any]]
     geometry: ModelGeometry
     defaults: ModelDefaults
@@ -308,7 +309,7 @@ class ModelAdapter(ABC):
                 yield f"{component}.{name}", tensor
 
 
-def full_config(module: nn.Module) -> dict[str, Any]:
+def full_config(module: Part) -> dict[str, Any]:
     """A component's configuration with all of its entries, as diffusers or transformers keep it."""
     config = module.config
     return config.to_dict() if hasattr(config, "to_dict") else dict(config)

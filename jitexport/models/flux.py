@@ -27,6 +27,7 @@ from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeo
 from jitexport.models.encoders import FluxText
 from jitexport.models.flux_names import NAMING
 from jitexport.models.layers import (
+    Part,
     TransformerPart,
     gated,
     image_side,
@@ -80,7 +81,7 @@ class FluxCondition(TransformerPart):
 
 
 def double_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor,
+    block: Part, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor,
     memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own; modulation [B, 12 D]."""
@@ -95,7 +96,7 @@ def double_block(
 
 
 def single_block(
-    block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, memo: Memo | None = None
+    block: Part, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, memo: Memo | None = None
 ) -> Tensor:
     """Attention and MLP side by side on text and image together, x [B, T + m, D]; modulation [B, 3 D]."""
     shift, scale, gate = modulation.chunk(3, dim=-1)

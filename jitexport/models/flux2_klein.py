@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeo
 from jitexport.models.flux_names import ATTENTION, NORMS
 from jitexport.models.language import LanguageText, keep_what_is_read
 from jitexport.models.layers import (
+    Part,
     TransformerPart,
     gated,
     image_side,
@@ -50,9 +51,6 @@ from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
 
-if TYPE_CHECKING:
-    from diffusers import Flux2Transformer2DModel
-
 PATCH = 2  # a token is 2 x 2 latent pixels
 
 #: Of the text encoder's hidden states, the layers whose outputs the transformer reads, side by side.
@@ -65,7 +63,7 @@ TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</
 PARTS = (6, 6, 3, 2)
 
 
-def detach_modulation(transformer: Flux2Transformer2DModel) -> nn.ModuleDict:
+def detach_modulation(transformer: Part) -> nn.ModuleDict:
     """Take the layers that see the timestep only out of a transformer; `modulation` runs them."""
     once = nn.ModuleDict()
     for name in (
@@ -79,7 +77,7 @@ def detach_modulation(transformer: Flux2Transformer2DModel) -> nn.ModuleDict:
     return once
 
 
-def modulation(once: nn.ModuleDict, sigmas: Tensor) -> Tensor:
+def modulation(once: Part, sigmas: Tensor) -> Tensor:
     """The vectors of `PARTS` at noise levels sigmas [S] -> [S, 17 D], of the layers' dtype."""
     embed = once["time_guidance_embed"]
     time = F.silu(time_embedding(embed.time_proj, embed.timestep_embedder, sigmas))  # [S, D]
@@ -123,13 +121,13 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
-def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
+def feed_forward(ff: Part, x: Tensor) -> Tensor:
     """diffusers' `Flux2FeedForward`, [B, L, D] -> [B, L, D]."""
     return run_linear(ff.linear_out, swiglu(run_linear(ff.linear_in, x)), wide=True)
 
 
 def double_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor,
+    block: Part, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor,
     memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own; modulation [1, 12 D]."""
@@ -144,7 +142,7 @@ def double_block(
 
 
 def single_block(
-    block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, memo: Memo | None = None
+    block: Part, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, memo: Memo | None = None
 ) -> Tensor:
     """Attention and MLP side by side on text and image together, x [B, T + m, D]; modulation [1, 3 D]."""
     shift, scale, gate = modulation.chunk(3, dim=-1)
@@ -156,8 +154,8 @@ def single_block(
         )
     h = run_linear(attn.to_qkv_mlp_proj, modulate(block.norm, x, shift, scale))
     *heads, mlp = h.split([width, width, width, h.shape[-1] - 3 * width], dim=-1)
-    heads = [part.unflatten(-1, (-1, attn.head_dim)) for part in heads]
-    streams = [Stream(*heads, attn.norm_q.weight, attn.norm_k.weight)]
+    q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in heads)
+    streams = [Stream(q, k, v, attn.norm_q.weight, attn.norm_k.weight)]
     a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_out)).flatten(2)
     update = run_linear(attn.to_out, a, swiglu(mlp), wide=True)
     if memo is not None:
@@ -166,11 +164,12 @@ def single_block(
     return gated(x, gate, update)
 
 
-def mlp_alone(attn: nn.Module, h: Tensor, a: Tensor) -> Tensor:
+def mlp_alone(attn: Part, h: Tensor, a: Tensor) -> Tensor:
     """What a single block's last layer makes of h, modulated, and of attention's result a, [B, L, D] each."""
     layer, first = attn.to_qkv_mlp_proj, 3 * attn.inner_dim
-    parts = (layer.weight, layer.bias, getattr(layer, "weight_scale", None))
-    mlp = linear([h], *(None if part is None else part[first:] for part in parts))
+    of_all = (layer.bias, getattr(layer, "weight_scale", None))
+    bias, scale = (None if part is None else part[first:] for part in of_all)
+    mlp = linear([h], layer.weight[first:], bias, scale)
     return run_linear(attn.to_out, a, swiglu(mlp), wide=True)
 
 

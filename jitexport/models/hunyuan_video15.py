@@ -39,6 +39,7 @@ from jitexport.models.geometry import tiles
 from jitexport.models.hunyuan_names import NAMING
 from jitexport.models.language import LanguageText, keep_what_is_read
 from jitexport.models.layers import (
+    Part,
     TransformerPart,
     image_side,
     joint_block,
@@ -90,7 +91,7 @@ class HunyuanText(LanguageText):
     given as int64, made as fp32.
     """
 
-    def __init__(self, text_encoder: nn.Module, text_encoder_2: nn.Module) -> None:
+    def __init__(self, text_encoder: Part, text_encoder_2: Part) -> None:
         super().__init__(text_encoder)
         self.text_encoder_2 = text_encoder_2
 
@@ -106,13 +107,13 @@ class HunyuanText(LanguageText):
 
 
 
-def modulation_layers(transformer: nn.Module) -> list[nn.Linear]:
+def modulation_layers(transformer: Part) -> list[Part]:
     """The layers that make scales, shifts and gates, in the order in which a stage takes their outputs."""
     norms = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
     return [norm.linear for norm in (*norms, transformer.norm_out)]
 
 
-def modulation(time_embed: nn.Module, layers: list[nn.Linear], sigmas: Tensor) -> Tensor:
+def modulation(time_embed: Part, layers: list[Part], sigmas: Tensor) -> Tensor:
     """Modulation of noise levels [S], [S, M]: of each block video's and text's (6 D each), of the last norm (2 D)."""
     emb = F.silu(time_embedding(time_embed.time_proj, time_embed.timestep_embedder, sigmas))
     return torch.cat([layer(emb) for layer in layers], dim=-1)
@@ -124,7 +125,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return ((x * counts).sum(dim=1) / counts.sum(dim=1)).to(x.dtype)
 
 
-def refiner_block(block: nn.Module, x: Tensor, emb: Tensor, mask: Tensor) -> Tensor:
+def refiner_block(block: Part, x: Tensor, emb: Tensor, mask: Tensor) -> Tensor:
     """A block of the text's refiner.
 
     x [B, T, D] or, once it has seen the noise level, [S, B, T, D]; emb [S, B, D]; mask [B, T], additive
@@ -166,7 +167,7 @@ class HunyuanCondition(TransformerPart):
 
 
 def double_block(
-    block: nn.Module, video: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
+    block: Part, video: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
     memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of video [B, m, D] and text [B, T, D] with weights of their own; modulation [1, 12 D]."""
@@ -248,7 +249,7 @@ class HunyuanVideo15Adapter(ModelAdapter):
         fixed = {"patch_size": 1, "patch_size_t": 1, "qk_norm": "rms_norm"}
         fixed |= {"in_channels": 2 * transformer["out_channels"] + 1}
         refuse_others("a transformer that is not HunyuanVideo-1.5's", transformer, fixed)
-        usual = {"guidance_rescale": 0.0, "use_original_formulation": False, "start": 0.0, "stop": 1.0}
+        usual: dict[str, Any] = {"guidance_rescale": 0.0, "use_original_formulation": False, "start": 0.0, "stop": 1.0}
         usual |= {"_class_name": "ClassifierFreeGuidance"}
         refuse_others("a guider with options that are not supported", guider, usual)
 

@@ -84,7 +84,7 @@ def clip(width: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
 def _flux(
     hub_id: str, transformer: dict[str, Any], scheduler: dict[str, Any], settings: dict[str, Any]
 ) -> Published:
-    configs = {
+    configs: dict[str, dict[str, Any]] = {
         "transformer": {
             "in_channels": 64,
             "num_layers": 19,
@@ -133,7 +133,7 @@ _SIZES = {"4b": (5, 20, 24, 2560, 9728, True), "9b": (8, 24, 32, 4096, 12288, Fa
 
 def _klein(size: str, hub_id: str, *, distilled: bool) -> Published:
     doubles, singles, heads, hidden, inner, tied = _SIZES[size]
-    configs = {
+    configs: dict[str, dict[str, Any]] = {
         "pipeline": {"is_distilled": distilled},
         "transformer": {
             "patch_size": 1,
@@ -232,7 +232,7 @@ QWEN_IMAGE = {
 
 
 def _sd3(hub_id: str, blocks: int, heads: int, transformer: dict[str, Any], **settings: Any) -> Published:
-    configs = {
+    configs: dict[str, dict[str, Any]] = {
         "transformer": {
             "sample_size": 128,
             "patch_size": 2,
@@ -279,7 +279,7 @@ HUNYUAN_SIZES = {640: (480, 848), 960: (720, 1280)}
 
 def _hunyuan(hub_id: str, target_size: int, shift: float) -> Published:
     height, width = HUNYUAN_SIZES[target_size]
-    configs = {
+    configs: dict[str, dict[str, Any]] = {
         "transformer": {
             "in_channels": 65,
             "out_channels": 32,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from jitexport.models.autoencoders import QwenImageDecode
 from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, image_grid
 from jitexport.models.language import LanguageText, keep_what_is_read
 from jitexport.models.layers import (
+    Part,
     TransformerPart,
     image_side,
     joint_block,
@@ -40,9 +41,6 @@ from jitexport.models.tokens import Cell, Memo, joint_cells
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
-
-if TYPE_CHECKING:
-    from diffusers import QwenImageTransformer2DModel
 
 PATCH = 2  # latent pixels on a token's side
 THETA = 10000.0
@@ -77,7 +75,7 @@ class QwenImageModulation(nn.Module):
         transformer: loses the layers that make them.
     """
 
-    def __init__(self, transformer: QwenImageTransformer2DModel) -> None:
+    def __init__(self, transformer: Part) -> None:
         super().__init__()
         self.embed = transformer.time_text_embed
         blocks = transformer.transformer_blocks
@@ -106,7 +104,7 @@ class QwenImageCondition(TransformerPart):
 
 
 def double_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
+    block: Part, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
     memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own.

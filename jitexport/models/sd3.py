@@ -22,6 +22,7 @@ from jitexport.models.autoencoders import PackedDecode
 from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, image_grid
 from jitexport.models.encoders import SD3Text
 from jitexport.models.layers import (
+    Part,
     TransformerPart,
     feed_forward,
     gated,
@@ -46,12 +47,12 @@ PATCH = 2  # a token is 2 x 2 latent pixels
 EPS = 1e-6  # of the norms of queries and keys
 
 
-def context_width(block: nn.Module) -> int:
+def context_width(block: Part) -> int:
     """Modulation vectors of a block's text; the last block needs its text for attention only."""
     return 2 if block.context_pre_only else 6
 
 
-def image_width(block: nn.Module) -> int:
+def image_width(block: Part) -> int:
     """Modulation vectors of a block's image."""
     return 9 if block.use_dual_attention else 6
 
@@ -75,25 +76,25 @@ class SD3Condition(TransformerPart):
         return torch.cat([layer(emb) for layer in layers], dim=-1), model.context_embedder(prompt_embeds)
 
 
-def image_stream(attn: nn.Module, x: Tensor) -> Stream:
+def image_stream(attn: Part, x: Tensor) -> Stream:
     """Queries, keys and values of the image x [B, m, D]."""
     norms = [norm for norm in (attn.norm_q, attn.norm_k) if norm is not None]
     return stream(x, (attn.to_q, attn.to_k, attn.to_v), norms, attn.inner_dim // attn.heads)
 
 
-def text_stream(attn: nn.Module, c: Tensor) -> Stream:
+def text_stream(attn: Part, c: Tensor) -> Stream:
     """Those of the text c [B, T, D]."""
     norms = [norm for norm in (attn.norm_added_q, attn.norm_added_k) if norm is not None]
     return stream(c, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), norms, attn.inner_dim // attn.heads)
 
 
-def attend(attn: nn.Module, streams: Sequence[Stream]) -> Tensor:
+def attend(attn: Part, streams: Sequence[Stream]) -> Tensor:
     """Attention over all streams, [B, L, D]."""
     return attention(streams, eps=EPS, int8=runs_in_int8(attn.to_q)).flatten(2)
 
 
 def image_update(
-    block: nn.Module, image: Tensor, c: Tensor, modulation: Tensor, memo: Keep | None = None
+    block: Part, image: Tensor, c: Tensor, modulation: Tensor, memo: Keep | None = None
 ) -> tuple[Tensor, Tensor]:
     """The image [B, m, D] after a block, and what attention makes of the text, which comes modulated: c [B, T, D]."""
     vectors = modulation.chunk(image_width(block), dim=-1)
@@ -118,7 +119,7 @@ def image_update(
     return gated(y, gate_ff, update), c
 
 
-def refreshed_image(block: nn.Module, image: Tensor, modulation: Tensor, memo: Refresh) -> Tensor:
+def refreshed_image(block: Part, image: Tensor, modulation: Tensor, memo: Refresh) -> Tensor:
     """The image [B, m, D] after a block whose attentions are cached, and of whose MLP a part is."""
     _, _, gate, shift_ff, scale_ff, gate_ff, *further = modulation.chunk(image_width(block), dim=-1)
     for its_gate in (gate, *further[2:]):
@@ -129,7 +130,7 @@ def refreshed_image(block: nn.Module, image: Tensor, modulation: Tensor, memo: R
 
 
 def joint_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, memo: Memo | None = None
+    block: Part, image: Tensor, text: Tensor, modulation: Tensor, memo: Memo | None = None
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of image [B, m, D] and text [B, T, D] with weights of their own; modulation [B, 12 or 15 D]."""
     d = image.shape[-1]
@@ -152,7 +153,7 @@ def joint_block(
 
 
 def last_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, memo: Memo | None = None
+    block: Part, image: Tensor, text: Tensor, modulation: Tensor, memo: Memo | None = None
 ) -> Tensor:
     """The same without what would become of the text; modulation [B, 8 or 11 D]."""
     d = image.shape[-1]
@@ -226,7 +227,8 @@ class SD3Adapter(ModelAdapter):
         tokenizers: Sequence[Tokenizer],
         settings: Mapping[str, Any],
     ) -> None:
-        config, values = components["transformer"].config, components["transformer"].pos_embed.pos_embed
+        transformer: Part = components["transformer"]
+        config, values = transformer.config, transformer.pos_embed.pos_embed
         if config.pos_embed_max_size and not values.is_meta:
             expected = table_of({"transformer": dict(config)})
             found = read_table(values, config.pos_embed_max_size, expected)
@@ -302,8 +304,8 @@ class SD3Adapter(ModelAdapter):
     def cells(cls, configs: Configs) -> tuple[Cell, ...]:
         config = configs["transformer"]
         first, twice = config["num_layers"] - 1, config.get("dual_attention_layers") or ()
-        image, text = (joint_cells(first + 1, stream) for stream in ("image", "text"))
-        image = [cell._replace(attentions=1 + (i in twice)) for i, cell in enumerate(image)]
+        text, once = joint_cells(first + 1, "text"), joint_cells(first + 1, "image")
+        image = [cell._replace(attentions=1 + (i in twice)) for i, cell in enumerate(once)]
         return (*(cell for pair in zip(image[:first], text[:first], strict=True) for cell in pair), image[first])
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -66,7 +67,7 @@ def published_table(width: int, size: int, base: int) -> SinCos:
     return SinCos(width, (0.0, 0.0), base / size)
 
 
-def cropped(table: SinCos, size: int, grid: tuple[int, int]) -> SinCos:
+def cropped(table: SinCos, size: int, grid: Sequence[int]) -> SinCos:
     """The middle of a table of `size` x `size` places, as diffusers crops it for a grid of tokens."""
     row, column = (first + table.step * ((size - n) // 2) for first, n in zip(table.first, grid, strict=True))
     return SinCos(table.width, (row, column), table.step)
