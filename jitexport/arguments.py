@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -161,14 +161,15 @@ def check_generators(value: object, n: int) -> list[torch.Generator]:
         InputError: something else.
     """
     generators = list(value) if isinstance(value, list | tuple) else [value] * n
-    if not all(isinstance(g, torch.Generator) for g in generators):
+    found = [g for g in generators if isinstance(g, torch.Generator)]
+    if len(found) != len(generators):
         raise InputError("generator must be a torch.Generator, or a list of them", found=shown(value))
-    if len(generators) != n:
-        raise InputError("one generator per image is needed", found=len(generators), expected=n)
-    return generators
+    if len(found) != n:
+        raise InputError("one generator per image is needed", found=len(found), expected=n)
+    return found
 
 
-def is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> TypeGuard[Tensor]:
     """Whether a value is a dense tensor with data."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
@@ -185,12 +186,12 @@ def require_finite(name: str, value: Tensor, remedy: str | None = None) -> None:
         )
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number, NumPy's included, and no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a real number, NumPy's included, and no truth value."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False

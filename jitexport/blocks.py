@@ -5,7 +5,7 @@ See `jitexport.regions`, which compiles each kind once, and `jitexport.flops`, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,15 +33,16 @@ def make_of(block: nn.Module) -> Iterator[tuple[Any, ...]]:
 def calls_through(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """Calls of the module's regions go to function(name, region, block, *tensors)."""
     instance = vars(module)
-    before = {name: instance[name] for name in module.regions if name in instance}
+    regions: Sequence[str] = module.regions  # type: ignore[assignment]  # names, of which torch knows nothing
+    before = {name: instance[name] for name in regions if name in instance}
 
     def through(name: str, region: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given: function(name, region, *given)
 
-    instance |= {name: through(name, getattr(module, name)) for name in module.regions}
+    instance |= {name: through(name, getattr(module, name)) for name in regions}
     try:
         yield
     finally:
-        for name in module.regions:
+        for name in regions:
             del instance[name]
         instance |= before

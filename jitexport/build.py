@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from jitexport.building.engines import Progress, Silent, build_engines
 from jitexport.building.reference import eager_pipeline, faster_passes
 from jitexport.building.request import Request, check_quantization, read_request
 from jitexport.bundle import BundleWriter, Manifest
-from jitexport.bundle.manifest import TokenizerEntry, WeightsEntry
+from jitexport.bundle.entries import EngineEntry, ReferenceEntry, TokenizerEntry, WeightsEntry
 from jitexport.bundle.references import find_references
 from jitexport.choice import AUTO
 from jitexport.compiling import Compilers, Recipe, default_jobs
@@ -114,9 +114,7 @@ def build(
     on_threads = machine.threads(machine.default_threads())
 
     with BundleWriter(path, replace=replace) as writer, torch.inference_mode(False), torch.no_grad(), on_threads:
-        progress.begin(["read the model"])
-        progress.step("read the model")
-        request, adapter = _read_model(request)
+        request, adapter = _read_model(request, progress)
         made = plan(
             adapter, speedup=speedup, custom=custom, method=method, preset=preset, cache=request.cache,
             dtype=request.dtype,
@@ -128,18 +126,7 @@ def build(
         progress.step("weights")
         tensors = dict(adapter.tensors())
         written = _write_parts(writer, request, adapter, reference, tensors, weights)
-        if jobs is None:
-            size = sum(t.nbytes for t in tensors.values())
-            jobs = default_jobs(request.backend, request.device, len(reference.engines), size)
-        recipe = Recipe(
-            request.source, request.dtype, request.settings, request.backend_name, str(request.module_device), target,
-            torch.get_num_threads(),
-        )
-        with temporary_folder(writer.path), Compilers(jobs, recipe, request.backend, adapter) as compilers:
-            written["engines"] = build_engines(
-                writer, request.backend, adapter, reference, tensors, request.device, compilers, progress,
-                verify=target is None,
-            )
+        written["engines"] = _write_engines(writer, request, adapter, reference, tensors, jobs, progress)
         progress.step("digests")
         typed = shlex.join(command).encode(errors="backslashreplace").decode()
         created = started.isoformat(timespec="seconds")
@@ -161,8 +148,10 @@ def _tell_of_choices(request: Request, quantization: str | None, progress: Progr
         logger.warning("%s; leave --dtype to `auto` and --quant out for what is fast here", slow)
 
 
-def _read_model(request: Request) -> tuple[Request, ModelAdapter]:
+def _read_model(request: Request, progress: Progress) -> tuple[Request, ModelAdapter]:
     """The model, and the request with the folder that it is in."""
+    progress.begin(["read the model"])
+    progress.step("read the model")
     source = replaced(request.source, folder=request.source.folder or download(request.source))
     adapter = load_adapter(source, DTYPES[request.dtype], request.settings)
     own = adapter.settings().get("quantization")  # the folder's own
@@ -180,9 +169,28 @@ def _reference(
     )
     reference = eager(passes=passes or 1)
     if passes is not None or request.target is not None or (adapter.defaults.guidance.true or 1) <= 1:
-        return reference, request.reasons
+        return reference, dict(request.reasons)
     reference, reason = faster_passes(reference, eager(passes=2))
     return reference, {**request.reasons, "passes": reason}
+
+
+def _write_engines(
+    writer: BundleWriter, request: Request, adapter: ModelAdapter, reference: Pipeline, tensors: dict[str, Tensor],
+    jobs: int | None, progress: Progress,
+) -> tuple[EngineEntry, ...]:
+    """The engines, compiled by so many processes at once, in the order of the reference's."""
+    if jobs is None:
+        size = sum(t.nbytes for t in tensors.values())
+        jobs = default_jobs(request.backend, request.device, len(reference.engines), size)
+    recipe = Recipe(
+        request.source, request.dtype, request.settings, request.backend_name, str(request.module_device),
+        request.target, torch.get_num_threads(),
+    )
+    with temporary_folder(writer.path), Compilers(jobs, recipe, request.backend, adapter) as compilers:
+        return build_engines(
+            writer, request.backend, adapter, reference, tensors, request.device, compilers, progress,
+            verify=request.target is None,
+        )
 
 
 def _write_parts(
@@ -190,10 +198,12 @@ def _write_parts(
     weights: str,
 ) -> dict[str, Any]:
     """Weights, constants and tokenizers, in the manifest's fields."""
-    references, referenced = (), set()
+    references: tuple[ReferenceEntry, ...] = ()
+    referenced: Set[str] = frozenset()
+    source = request.source.folder
     outside = {} if request.backend.holds_weights else tensors
-    if weights == "reference":
-        references, referenced = find_references(request.source.folder, outside)
+    if weights == "reference" and source is not None:
+        references, referenced = find_references(source, outside)
     stored, tied = write_weights(writer, outside, referenced)
     constants = [
         WeightsEntry(component=CONSTANTS, path=path)
@@ -202,7 +212,7 @@ def _write_parts(
     tokenizers = [
         TokenizerEntry.of(t, writer.write_text(f"tokenizers/{t.name}.json", t.json)) for t in adapter.tokenizers()
     ]
-    folder = str(request.source.folder.resolve()) if references else None
+    folder = str(source.resolve()) if source is not None and references else None
     return {
         "tokenizers": tuple(tokenizers), "weights": (*stored, *constants), "tied": tied, "references": references,
         "reference_folder": folder,

@@ -219,7 +219,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     Args:
         requests, replies: pipes to the caller. When the first one ends, the caller has ended, and so does this process.
     """
-    inbox: queue.SimpleQueue[Recipe | Task] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def listen() -> None:
         try:
@@ -231,10 +231,10 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
             os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-    recipe = inbox.get()
+    recipe: Recipe = inbox.get()
     backend: Backend | None = None
     while True:
-        task = inbox.get()
+        task: Task = inbox.get()
         error: Exception | None = None
         try:
             with torch.inference_mode(False), torch.no_grad():

@@ -136,7 +136,7 @@ def prepare_streams() -> None:
     codecs.register_error("jitexport", _encodable)
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError, OSError):
-            stream.reconfigure(errors="jitexport")
+            stream.reconfigure(errors="jitexport")  # type: ignore[union-attr]  # AttributeError: see above
 
 
 def quiet_libraries() -> None:

@@ -77,3 +77,16 @@ def latent_edges(y: Tensor, shape: tuple[int, int]) -> Tensor:
     gx, gy = sobel(y.transpose(1, 2).unflatten(2, shape))
     strength = (gx.square() + gy.square()).sqrt().mean(1).flatten(1)
     return strength / strength.mean(1, keepdim=True).clamp(min=1e-12)
+
+
+def strongest_cells(strength: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Indices of the k strongest cells, [B, k], and of the others, both ascending; equal ones: lowest index first."""
+    order = strength.argsort(dim=1, descending=True, stable=True)
+    return order[:, :k].sort(dim=1).values, order[:, k:].sort(dim=1).values
+
+
+def beside(strength: Tensor, shape: tuple[int, int], threshold: float) -> Tensor:
+    """Strength [B, cells] from the threshold on; below it, less than that: the share of such cells around."""
+    above = strength >= threshold
+    around = F.avg_pool2d(above.to(strength).unflatten(1, shape), 3, stride=1, padding=1).flatten(1)
+    return torch.where(above, strength, (around - 1) + 1e-3 * strength)

@@ -28,6 +28,9 @@ Output = Tensor | Sequence[Tensor]
 #: Reads the tensors that it is given by name, and nothing else that changes between calls.
 Function = Callable[[Mapping[str, Tensor]], Output]
 
+#: One of them that gives the loop's latents.
+Loop = Callable[[Mapping[str, Tensor]], Tensor]
+
 
 class Recorder(Protocol):
     """Turns work on fixed tensors into something that can be done again."""
@@ -105,9 +108,9 @@ class Recording:
         self._function = function
         self._recorder = recorder
         self._lock = lock
-        self._replay: Callable[[], None] | None = None
+        #: What does it again, and what then holds its result; None before the first call.
+        self._recorded: tuple[Callable[[], None], Output] | None = None
         self._buffers: dict[str, Tensor] = {}
-        self._output: Output | None = None
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Output:
         """The function's value at `inputs`; the tensors are the caller's own.
@@ -118,31 +121,30 @@ class Recording:
         """
         with self._lock, torch.no_grad():
             self._recorder.before()
-            if self._replay is None:
-                self._record(inputs)
+            replay, output = self._recorded = self._recorded or self._record(inputs)
             if (found := _kinds(inputs)) != (expected := _kinds(self._buffers)):
                 raise InputError("a recorded loop takes tensors of fixed shapes", found=found, expected=expected)
             for name, buffer in self._buffers.items():
                 buffer.copy_(inputs[name])
-            self._replay()
-            output = self._output
+            replay()
             result = output.clone() if isinstance(output, Tensor) else [tensor.clone() for tensor in output]
             self._recorder.after()
         return result
 
-    def _record(self, inputs: Mapping[str, Tensor]) -> None:
+    def _record(self, inputs: Mapping[str, Tensor]) -> tuple[Callable[[], None], Output]:
         # Ordinary tensors, not inference mode's, so that calls inside and outside of it may write to them.
         with torch.inference_mode(False):
             buffers = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inputs.items()}
-        self._replay, self._output = self._recorder.record(lambda: self._function(buffers))
+        recorded = self._recorder.record(lambda: self._function(buffers))
         self._buffers = buffers
+        return recorded
 
 
 def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
 
-class RecordedEngine:
+class RecordedEngine(Engine):
     """An engine, recorded."""
 
     def __init__(self, engine: Engine, recorder: Recorder, lock: threading.RLock) -> None:
@@ -151,7 +153,9 @@ class RecordedEngine:
         self._recording = Recording(lambda named: engine(*named.values()), recorder, lock)
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        return self._recording({spec.name: value for spec, value in zip(self.spec.inputs, inputs, strict=True)})
+        found = self._recording({spec.name: value for spec, value in zip(self.spec.inputs, inputs, strict=True)})
+        assert not isinstance(found, Tensor)  # an engine's outputs are several
+        return found
 
 
 class LoopGraph:
@@ -172,7 +176,7 @@ class LoopGraph:
         self._recorder = recorder
         self._lock = threading.RLock()
         self._ways = {"loop": self._whole, "stages": self._by_stage, "nothing": self._plain}
-        self._run: Function | None = None
+        self._run: Loop | None = None
         #: What runs as a graph: "loop", "stages" or "nothing"; None before the first call.
         self.level: str | None = None
 
@@ -190,14 +194,14 @@ class LoopGraph:
                 if not self._give_up(run, error):
                     raise
 
-    def _ready(self) -> Function:
+    def _ready(self) -> Loop:
         with self._lock:
             if self._run is None:
                 self.level = next(iter(self._ways))
                 self._run = self._ways.pop(self.level)()
             return self._run
 
-    def _give_up(self, failed: Function, error: RuntimeError) -> bool:
+    def _give_up(self, failed: Loop, error: RuntimeError) -> bool:
         """Go on to the next way, unless another thread has; False where there is none."""
         with self._lock:
             if self._run is failed:
@@ -208,7 +212,7 @@ class LoopGraph:
                 self._run = None
             return True
 
-    def _whole(self) -> Function:
+    def _whole(self) -> Loop:
         recordings: dict[frozenset[str], Recording] = {}  # with a second pass, and without
 
         def run(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -217,13 +221,17 @@ class LoopGraph:
                     frozenset(inputs),
                     Recording(lambda given: self._loop(given, self._stages), self._recorder, self._lock),
                 )
-            return recording(inputs)
+            latents = recording(inputs)
+            assert isinstance(latents, Tensor)
+            return latents
 
         return run
 
-    def _by_stage(self) -> Function:
-        stages = {name: RecordedEngine(engine, self._recorder, self._lock) for name, engine in self._stages.items()}
+    def _by_stage(self) -> Loop:
+        stages: dict[str, Engine] = {
+            name: RecordedEngine(engine, self._recorder, self._lock) for name, engine in self._stages.items()
+        }
         return lambda inputs: self._loop(inputs, stages)
 
-    def _plain(self) -> Function:
+    def _plain(self) -> Loop:
         return lambda inputs: self._loop(inputs, self._stages)

@@ -56,7 +56,9 @@ def write_output(path: Path, image: Image.Image | Tensor, fps: float | None) -> 
     Raises:
         InputError, MissingDependencyError, OutputError: see `write_file` and `jitexport.video`.
     """
-    if not hasattr(image, "movedim"):
+    from PIL.Image import Image as Picture
+
+    if isinstance(image, Picture):
         return write_file(path, encode_png(image))
     from jitexport import video
 

@@ -146,10 +146,12 @@ def plan(
     if custom is not None:
         speedup = None
     else:
+        if speedup is None:
+            raise ScheduleError("neither a speed-up nor a schedule by hand", found=speedup, expected="one of both")
         check_speedup(speedup)
         if speedup == 1:
             method, preset = "dense", None
-    method_class: type[Method] = registry.method(method)
+    method_class: type[Method[Any]] = registry.method(method)
     preset = preset or method_class.presets[0]
     options = own_timesteps(method_class.options(preset), adapter)
     geometry = adapter.geometry
@@ -183,7 +185,7 @@ def make_cache(text: str) -> Cache[Any]:
 _TRIED = 24
 
 
-def with_cache(method: Method, cache: Cache[Any], target: Target, costs: Mapping[str, StepCost]) -> StageSchedule:
+def with_cache(method: Method[Any], cache: Cache[Any], target: Target, costs: Mapping[str, StepCost]) -> StageSchedule:
     """A spatial method's schedule on which a cache has placed its actions.
 
     Where a speed-up is asked for and the cache's options leave the steps open, the spatial method takes its part of the
@@ -197,15 +199,16 @@ def with_cache(method: Method, cache: Cache[Any], target: Target, costs: Mapping
         return cache.place(method.schedule(target))
     tokens = method.grid.tokens
     budget = target.budget(tokens) - (target.preview if method.previews else 0.0)
-    least = target.speedup ** cache.settings.spatial if method.spatial else 1.0
+    speedup = target.asked
+    least = speedup ** cache.settings.spatial if method.spatial else 1.0
     for i in range(_TRIED + 1):
-        part = min(target.speedup, least * (target.speedup / least) ** (i / _TRIED))
+        part = min(speedup, least * (speedup / least) ** (i / _TRIED))
         found = cache.solve(
             method.schedule(replace(target, speedup=part)), lambda action, m: costs[action](m), budget
         )
         if found is not None:
             return found
-    raise too_fast(target.speedup, target.reference_steps)
+    raise too_fast(speedup, target.reference_steps)
 
 
 def own_timesteps(options: dict[str, Any], adapter: ModelAdapter) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def family_of(model: str) -> str:
     return table[model]
 
 
-def method(name: str) -> type[Method]:
+def method(name: str) -> type[Method[Any]]:
     """The class of a spatial acceleration method."""
     return _resolve(METHODS, "method", name)
 

@@ -37,7 +37,7 @@ OnStep = Callable[[int, float, Look], Tensor | None]
 
 
 def draw(
-    method: Method,
+    method: Method[Any],
     schedule: StageSchedule,
     latent_shape: Sequence[int],
     patch: int,
@@ -72,7 +72,7 @@ def draw(
 
 
 def sample(
-    method: Method,
+    method: Method[Any],
     schedule: StageSchedule,
     draws: Draws,
     begin_stage: Callable[[Stage, Tensor], Run],

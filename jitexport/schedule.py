@@ -57,7 +57,7 @@ COMPUTED, FORECAST = "stage", "forecast"
 class Step(NamedTuple):
     """An Euler step: its number in the schedule, the noise levels that it goes from and to, and its action."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a number here, of a tuple a method
     sigma: float
     sigma_next: float
     action: str = COMPUTED
@@ -226,6 +226,17 @@ class Target:
     family: str = ""
     shift: Callable[[int], float] | None = None
 
+    @property
+    def asked(self) -> float:
+        """The speed-up, where there is no schedule by hand.
+
+        Raises:
+            ScheduleError: neither.
+        """
+        if self.speedup is None:
+            raise ScheduleError("neither a speed-up nor a schedule by hand", found=self.speedup, expected="one of both")
+        return self.speedup
+
     def own_shift(self, n: int) -> float:
         """The shift of the model's noise levels of n steps."""
         return middle_shift(self.native_sigmas) if self.shift is None else self.shift(n)
@@ -236,8 +247,8 @@ class Target:
         Raises:
             ScheduleError: the speed-up is out of range.
         """
-        check_speedup(self.speedup)
-        return self.reference_steps * self.cost(tokens) / self.speedup
+        check_speedup(self.asked)
+        return self.reference_steps * self.cost(tokens) / self.asked
 
 
 def beta_sigmas(n: int, alpha: float, beta: float) -> tuple[float, ...]:
@@ -262,8 +273,8 @@ def spaced_sigmas(first: float, last: float, n: int, shift: float) -> tuple[floa
 
     Schedules of flow-matching models are even ones shifted by sigma = h u / (1 + (h - 1) u).
     """
-    ends = [x / (shift - (shift - 1) * x) for x in (first, last)]
-    inner = np.linspace(*ends, n + 1)[1:-1]
+    begin, end = (x / (shift - (shift - 1) * x) for x in (first, last))
+    inner = np.linspace(begin, end, n + 1)[1:-1]
     return (first, *(shift * inner / (1 + (shift - 1) * inner)).tolist(), last)
 
 
@@ -326,19 +337,6 @@ def make_stages(grid_tokens: int, steps: Sequence[int], ratios: Sequence[float])
     return number(merged.items())
 
 
-#: The published schedules (Table 4): NFE and token ratios by the speed-up they are named after, for 50 reference steps.
-PAPER_PRESETS: dict[float, tuple[int, tuple[float, float, float]]] = {
-    4.0: (18, (0.35, 0.62, 1.0)),
-    7.0: (11, (0.32, 0.60, 1.0)),
-}
-PAPER_REFERENCE_STEPS = 50
-
-# Token ratios between the published points: speed-up, coarse, medium. 2x is the conservative schedule of C.2.
-_RATIO_KNOTS = ((1.0, 1.0, 1.0), (2.0, 0.50, 0.75), (4.0, 0.35, 0.62), (7.0, 0.32, 0.60), (10.0, 0.29, 0.58))
-
-# Share of the tokens above which a solved stage runs all of them: leaving out a few is not worth a transition.
-_DENSE = 0.97
-
 MAX_SPEEDUP = 20.0
 
 
@@ -366,48 +364,3 @@ def too_fast(speedup: float, reference_steps: int, fewest: int = 1) -> ScheduleE
 def stage_cost(stages: Sequence[Stage], cost: Callable[[int], float]) -> float:
     """Cost of all steps when one step at m tokens costs cost(m)."""
     return sum(s.steps * cost(s.tokens) for s in stages)
-
-
-def solve_stages(
-    speedup: float, grid_tokens: int, cost: Callable[[int], float], reference_steps: int
-) -> tuple[Stage, ...]:
-    """The stages that make denoising `speedup` times cheaper than `reference_steps` steps at all tokens.
-
-    At 4 and 7 over 50 reference steps these are the published schedules. Elsewhere: token ratios are interpolated
-    between the published ones, as many steps are taken as the budget pays for, and what is left of the budget buys
-    tokens, so that the result is at least as fast as asked for and as little faster as possible.
-
-    Args:
-        speedup: 1 to 20.
-        grid_tokens: N, tokens of the full grid.
-        cost: FLOPs of one step at a token count.
-        reference_steps: steps of the ordinary pipeline.
-
-    Raises:
-        ScheduleError: the speed-up is out of range, or one step already costs more than the budget.
-    """
-    check_speedup(speedup)
-    if speedup == 1:
-        return make_stages(grid_tokens, [reference_steps], [1.0])
-    if speedup in PAPER_PRESETS and reference_steps == PAPER_REFERENCE_STEPS:
-        nfe, ratios = PAPER_PRESETS[speedup]
-        return make_stages(grid_tokens, split_steps(nfe), ratios)
-
-    knots = np.array(_RATIO_KNOTS)
-    coarse, medium = (float(np.interp(speedup, knots[:, 0], knots[:, i])) for i in (1, 2))
-    budget = reference_steps * cost(grid_tokens) / speedup
-
-    def stages_at(nfe: int, extra: float) -> tuple[Stage, ...]:
-        ratios = [r + extra * (1 - r) for r in (coarse, medium)]
-        ratios = [1.0 if r > _DENSE else r for r in ratios]
-        return make_stages(grid_tokens, split_steps(nfe), [*ratios, 1.0])
-
-    for nfe in range(reference_steps, 0, -1):
-        if stage_cost(stages_at(nfe, 0.0), cost) > budget:
-            continue
-        low, high = 0.0, 1.0  # bisection: tokens grow with `extra`, and so does the cost
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if stage_cost(stages_at(nfe, middle), cost) <= budget else (low, middle)
-        return stages_at(nfe, low)
-    raise too_fast(speedup, reference_steps)

@@ -108,8 +108,8 @@ class Tiling:
             )
         alone = first_frame_alone and len(self.tile) == 3
         axes = [
-            _Axis(axis - len(self.tile), starts, *numbers, alone=alone and axis == 0)
-            for axis, (starts, *numbers) in enumerate(
+            _Axis(axis - len(self.tile), starts, tile, pixels, alone=alone and axis == 0)
+            for axis, (starts, tile, pixels) in enumerate(
                 zip(self.starts(tuple(latents.shape[-len(self.tile) :])), self.tile, scale, strict=True)
             )
         ]
@@ -159,7 +159,7 @@ def _decode(latents: Tensor, engine: Callable[[Tensor], Tensor], axes: list[_Axi
     if not axes:
         return engine(latents.contiguous())
     axis, *others = axes
-    whole = None
+    whole: Tensor | None = None
     for number, start in enumerate(axis.starts):
         part = _decode(latents.narrow(axis.axis, start, axis.tile), engine, others)
         if part.shape[axis.axis] != axis.pixels(axis.tile):
@@ -174,6 +174,7 @@ def _decode(latents: Tensor, engine: Callable[[Tensor], Tensor], axes: list[_Axi
             shape[axis.axis] = axis.pixels(latents.shape[axis.axis])
             whole = part.new_empty(shape)
         axis.blend(whole, part, number)
+    assert whole is not None  # there is at least one tile
     return whole
 
 

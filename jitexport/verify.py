@@ -14,8 +14,8 @@ import torch
 from jitexport import machine
 from jitexport.building.comparing import TOLERANCE, compare
 from jitexport.bundle import EngineBundle
+from jitexport.bundle.entries import EngineEntry
 from jitexport.bundle.golden import read_golden
-from jitexport.bundle.manifest import EngineEntry
 from jitexport.errors import JitExportError
 from jitexport.runtime import EngineOpener
 

@@ -12,17 +12,18 @@ from scipy.stats import binom
 
 from jitexport.bundle.reading import read_manifest
 from jitexport.errors import JitExportError
-from jitexport.evaluate import metrics, statistics
+from jitexport.evaluate import metrics, pretrained, scoring, statistics
 from jitexport.evaluate.demo import DemoData, Judge
-from jitexport.evaluate.metrics import MEASURES, Subject, available
+from jitexport.evaluate.metrics import MEASURES, available
 from jitexport.evaluate.prompts import prompt_set
+from jitexport.evaluate.scoring import Subject
 from jitexport.plan import CustomSchedule
 
 RNG = np.random.default_rng(0)
 
 
 def picture(array):
-    return metrics.Picture(Image.fromarray(np.asarray(array, dtype=np.uint8)))
+    return scoring.Picture(Image.fromarray(np.asarray(array, dtype=np.uint8)))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_vae_features_use_the_bundles_own_weights(subject):
         block.register_forward_hook(lambda module, args, out: maps.append(out))
     with torch.no_grad():
         encoder(image * 2 - 1)
-    for ours, theirs in zip(metrics.VaeEncoder(subject)(image), maps, strict=True):
+    for ours, theirs in zip(scoring.VaeEncoder(subject)(image), maps, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -145,11 +146,11 @@ def test_distance_interval_holds_the_value():
 
 
 def test_missing_metrics_are_named_with_a_remedy(subject):
-    class Absent(metrics.Scorer):
+    class Absent(scoring.Scorer):
         names = ("lpips", "niqe")
 
         def __init__(self, subject):
-            metrics.require("no_such_library", remedy="pip install it")
+            scoring.require("no_such_library", remedy="pip install it")
 
         def __call__(self, image, reference, prompt):
             raise AssertionError
@@ -172,9 +173,9 @@ def test_a_library_that_breaks_costs_its_own_metric_only(subject):
 
 def test_weights_that_are_not_there_are_missing_and_not_downloaded(tmp_path):
     with pytest.raises(JitExportError, match="weights of LPIPS not on this machine"):
-        metrics.require_file(tmp_path / "alexnet.pth", "LPIPS", "get them")
+        scoring.require_file(tmp_path / "alexnet.pth", "LPIPS", "get them")
     (tmp_path / "alexnet.pth").touch()
-    metrics.require_file(tmp_path / "alexnet.pth", "LPIPS", "get them")
+    scoring.require_file(tmp_path / "alexnet.pth", "LPIPS", "get them")
 
 
 def test_every_metric_has_a_measure():
@@ -192,11 +193,11 @@ def test_niqe_is_taken_where_pyiqa_and_its_weights_are(subject, tmp_path, monkey
 
     monkeypatch.setitem(sys.modules, "pyiqa", SimpleNamespace(create_metric=create_metric, __spec__=object()))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    _, _, missing = available(subject, [metrics.NiqeScorer], [])
+    _, _, missing = available(subject, [pretrained.NiqeScorer], [])
     assert "weights of NIQE" in missing["niqe"] and not asked
     (tmp_path / "pyiqa").mkdir()
     (tmp_path / "pyiqa" / "niqe_modelparameters.mat").touch()
-    [scorer], _, missing = available(subject, [metrics.NiqeScorer], [])
+    [scorer], _, missing = available(subject, [pretrained.NiqeScorer], [])
     grey = picture(np.full((8, 8, 3), 51))
     assert not missing and asked == ["niqe"] and scorer(grey, grey, "")["niqe"] == pytest.approx(0.2)
 

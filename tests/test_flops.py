@@ -5,7 +5,8 @@ from torch import nn
 from jitexport.flops import StepCost, count_flops, meta_adapter, step_cost
 from jitexport.models.flux import FluxAdapter
 from jitexport.models.sources import config_adapter, published
-from jitexport.schedule import Stage, StageSchedule, solve_stages, stage_cost
+from jitexport.schedule import Stage, StageSchedule, stage_cost
+from jitexport.solving import solve_stages
 from jitexport.specs import EngineSpec, TensorSpec
 
 

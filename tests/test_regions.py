@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from jitexport.blocks import tensors_of
 from jitexport.building.reference import eager_pipeline, probe_inputs
 from jitexport.errors import CompileError
 from jitexport.models.flux import FluxAdapter
 from jitexport.plan import CustomSchedule, plan
-from jitexport.regions import Program, check, open_program, outline, tensors_of
+from jitexport.programs import Program, check, open_program
+from jitexport.regions import outline
 
 CPU = torch.device("cpu")
 

@@ -7,13 +7,10 @@ import pytest
 from PIL import Image
 
 from jitexport.evaluate.demo import DemoData
+from jitexport.evaluate.scene_words import COLOURS, KINDS, OBJECTS, TEXTURES
 from jitexport.evaluate.scenes import (
-    COLOURS,
-    KINDS,
     MARGIN,
-    OBJECTS,
     SIZE,
-    TEXTURES,
     Background,
     Request,
     Scene,

@@ -15,11 +15,11 @@ from jitexport.schedule import (
     beta_sigmas,
     make_stages,
     number,
-    solve_stages,
     split_steps,
     stage_cost,
     uniform_sigmas,
 )
+from jitexport.solving import solve_stages
 
 FLUX_TOKENS = 4096
 

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
+from typing import Any
 from unittest import mock
 
 import torch
@@ -26,7 +27,8 @@ from jitexport.backends.commands import INSTALL_COMPILER, cpp_compiler, quoted_p
 from jitexport.errors import BackendError, CompileError, JitExportError
 from jitexport.forks import Lock
 from jitexport.kernels.native import compile_with_kernels, write_record
-from jitexport.regions import Outline, Program, Run, check, open_program, outline
+from jitexport.programs import Program, Run, check, open_program
+from jitexport.regions import Outline, outline
 from jitexport.specs import EngineSpec
 
 #: In an engine that was compiled by regions: the program that runs them, and a folder for each.
@@ -204,7 +206,8 @@ def open_library(
     library = _take(directory, device)
     opened.append(library)
     library.lend(weights)
-    return library.loader.boxed_run
+    run: Any = library.loader.boxed_run  # of a list, which it uses up: see `open_program`
+    return run
 
 
 def open_regions(

@@ -44,6 +44,7 @@ def runtime_folder() -> Path | None:
     """The folder of the compiled common part, which is made if it is not there; None with a torch that has no such."""
     from torch._inductor import codecache, config, cpp_builder, cpu_vec_isa
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     source = Path(codecache.__file__).parent / "codegen" / "aoti_runtime" / "interface.cpp"
     known = hasattr(CppWrapperCpu, "_write_aoti_interface_header") and hasattr(config.aot_inductor, "custom_op_libs")
@@ -58,9 +59,9 @@ def runtime_folder() -> Path | None:
         path = folder / Path(NAME).with_suffix(".cpp")
         return cpp_builder.CppBuilder(path.stem, str(path), output_dir=str(folder), BuildOption=options)
 
-    compiler = codecache.get_compiler_version_info(options.get_compiler())
+    compiler = cpp_builder.get_compiler_version_info(options.get_compiler())
     what = "\n".join((text, torch.__version__, compiler, builder(Path()).get_command_line()))
-    folder = Path(codecache.cache_dir()) / "jitexport" / hashlib.sha256(what.encode()).hexdigest()[:32]
+    folder = Path(cache_dir()) / "jitexport" / hashlib.sha256(what.encode()).hexdigest()[:32]
     if not (folder / NAME).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         # Two processes may do so at once: each moves what is complete into the other's place.

@@ -96,7 +96,7 @@ def _quoted() -> Iterator[None]:
     original = CppBuilder.__init__
 
     def init(
-        self: Any, name: str, sources: str | Sequence[str], BuildOption: Any, output_dir: str = ""
+        self: Any, name: str, sources: str | list[str], BuildOption: Any, output_dir: str = ""
     ) -> None:
         original(self, name, sources, BuildOption, output_dir)
         if sys.platform != "win32" and not BuildOption.get_use_relative_path():

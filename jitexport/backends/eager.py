@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from jitexport.backends.base import Backend, RawEngine, assign_weights
 from jitexport.specs import EngineSpec
 
 
-def as_engine(module: nn.Module) -> RawEngine:
+def as_engine(module: Callable[..., Any]) -> RawEngine:
     """A module as an engine: no gradients, outputs always a sequence."""
 
     def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -89,7 +89,7 @@ class FastestBackend(Backend):
         }
 
     def build(self, spec: EngineSpec, module: nn.Module, example: Sequence[Tensor], directory: Path) -> None:
-        weights = dict(module.named_parameters(remove_duplicate=False))
+        weights: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
         weights |= dict(module.named_buffers(remove_duplicate=False))
         device = example[0].device
         dtype = "bf16" if reduced_precision(module) else "fp32"

@@ -36,6 +36,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import CodeType
 
 import torch
 from torch import Tensor, nn
@@ -162,9 +163,9 @@ def compiled(module: nn.Module, device: torch.device, threads: int) -> RawEngine
     return run
 
 
-def _forget(code: object) -> None:
+def _forget(code: CodeType) -> None:
     """Give up what torch has compiled for a code object."""
-    from torch._dynamo.eval_frame import reset_code
+    from torch._C._dynamo.eval_frame import reset_code
 
     reset_code(code)
 

@@ -170,12 +170,15 @@ def export_graph(spec: EngineSpec, module: nn.Module, example: Sequence[Tensor])
         from onnxscript import opset20 as op
         from onnxscript import optimizer
 
+    def sizes(of: Sequence[int]) -> Any:
+        return op.Constant(value_ints=of)
+
     def linear(x: Any, weight: Any, bias: Any = None) -> Any:
         """aten.linear over any leading dimensions, as a Gemm that takes the weight as it is, [out, in]."""
         *lead, width = map(int, x.shape)
-        flat = op.Reshape(x, op.Constant(value_ints=[-1, width])) if len(lead) != 1 else x
+        flat = op.Reshape(x, sizes([-1, width])) if len(lead) != 1 else x
         y = op.Gemm(flat, weight, bias, transB=1)
-        return op.Reshape(y, op.Constant(value_ints=[*lead, int(weight.shape[0])])) if len(lead) != 1 else y
+        return op.Reshape(y, sizes([*lead, int(weight.shape[0])])) if len(lead) != 1 else y
 
     try:
         with torch.no_grad():
@@ -184,6 +187,7 @@ def export_graph(spec: EngineSpec, module: nn.Module, example: Sequence[Tensor])
                 input_names=[s.name for s in spec.inputs], output_names=[s.name for s in spec.outputs],
                 custom_translation_table={torch.ops.aten.linear.default: linear},
             )
+        assert program is not None
         model = program.model
         floating = {
             name
@@ -204,7 +208,7 @@ def export_graph(spec: EngineSpec, module: nn.Module, example: Sequence[Tensor])
         del graph.inputs[len(spec.inputs) :]
         names = sorted(name for name, value in weights.items() if value.uses())
         for name in names:
-            t = tensors[name]
+            t: Any = tensors[name]
             weights[name].const_value = onnx_ir.ExternalTensor(
                 "weights", 0, t.nbytes, t.dtype, shape=t.shape, name=name
             )

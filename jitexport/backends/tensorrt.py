@@ -185,6 +185,7 @@ def export_graph(sources: Sequence[Source], path: Path) -> None:
                 exported, (), dynamo=True, verbose=False, opset_version=_OPSET,
                 input_names=[s.name for s in spec.inputs], output_names=[s.name for s in spec.outputs],
             )
+        assert program is not None
         program.save(path, external_data=True)  # in one file, weights of over 2 GiB do not fit
     except ImportError as error:
         raise MissingDependencyError(
@@ -251,7 +252,7 @@ class _Log:
         lines: list[str] = []
         self._lines = lines
 
-        class Logger(trt.ILogger):
+        class Logger(trt.ILogger):  # type: ignore[misc]  # trt has no types
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 

@@ -12,9 +12,7 @@ from torch import Tensor
 from jitexport._version import __version__
 from jitexport.building.request import Request
 from jitexport.bundle import BundleWriter, Manifest
-from jitexport.bundle.host import fingerprint
-from jitexport.bundle.manifest import (
-    FORMAT_VERSION,
+from jitexport.bundle.entries import (
     CacheEntry,
     GeometryEntry,
     MethodEntry,
@@ -24,6 +22,8 @@ from jitexport.bundle.manifest import (
     TensorEntry,
     WeightsEntry,
 )
+from jitexport.bundle.host import fingerprint
+from jitexport.bundle.manifest import FORMAT_VERSION
 from jitexport.models.base import ModelAdapter
 from jitexport.plan import Plan
 from jitexport.runtime import Pipeline
@@ -109,6 +109,7 @@ def declare(
             files.
     """
     configs = plain_configs(adapter.configs)
+    checked: dict[str, Any] = {"dtype": request.dtype, "passes": reference.passes, "chosen": reasons}  # by the schema
     return Manifest(
         format_version=FORMAT_VERSION,
         jitexport_version=__version__,
@@ -126,15 +127,13 @@ def declare(
         method=MethodEntry(name=made.method, preset=made.preset, options=made.options),
         cache=None if made.cache is None else CacheEntry(
             name=made.cache.name, options=made.cache.options,
-            evidence=request.calibration and request.calibration.evidence,
+            evidence=request.calibration.evidence if request.calibration else None,
         ),
         schedule=schedule_entry(made),
         backend=request.backend_name,
-        dtype=request.dtype,
         batch=request.batch,
-        passes=reference.passes,
         host=fingerprint(request.device, request.target, request.backend.libraries()),
-        chosen=reasons,
         constants=tuple(map(TensorEntry.of, adapter.constant_specs(made.schedule.nfe, request.dtype))),
+        **checked,
         **written,
     )

@@ -13,8 +13,8 @@ from jitexport.backends.base import Backend, Engine
 from jitexport.building.comparing import tolerance, verify_engine
 from jitexport.building.reference import probe_inputs
 from jitexport.bundle import BundleWriter
+from jitexport.bundle.entries import EngineEntry, TensorEntry
 from jitexport.bundle.golden import write_golden
-from jitexport.bundle.manifest import EngineEntry, TensorEntry
 from jitexport.compiling import Compilers, Task
 from jitexport.kernels.native import read_record
 from jitexport.models.base import ModelAdapter

@@ -14,9 +14,10 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
-from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, parse_manifest
+from jitexport.bundle.entries import FileEntry
+from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, Manifest, parse_manifest
 from jitexport.bundle.reading import MAX_MANIFEST, EngineBundle, check_manifest_digest
 from jitexport.bundle.staging import Staging, lock
 from jitexport.errors import (
@@ -99,7 +100,7 @@ def _add(stream: Any, path: Path, name: str) -> None:
         info = tarfile.TarInfo(name)  # owner, time and mode are the same for everyone
         info.size = os.fstat(file.fileno()).st_size
         # Plain ustar splits long names in two; only sizes from 8 GiB need GNU's larger field.
-        form = tarfile.USTAR_FORMAT if info.size < 8**11 else tarfile.GNU_FORMAT
+        form: Literal[0, 1] = tarfile.USTAR_FORMAT if info.size < 8**11 else tarfile.GNU_FORMAT
         stream.write(info.tobuf(form, "utf-8", "strict"))
         shutil.copyfileobj(file, stream, _CHUNK)
     stream.write(bytes(-info.size % _BLOCK))

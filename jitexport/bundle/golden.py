@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from jitexport.bundle.manifest import EngineEntry
+from jitexport.bundle.entries import EngineEntry
 from jitexport.bundle.reading import REBUILD, read_tensors
 from jitexport.bundle.writing import BundleWriter
 from jitexport.errors import ManifestError

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from jitexport.bundle.manifest import HostEntry
+from jitexport.bundle.entries import HostEntry
 from jitexport.errors import HostMismatchError
 
 
@@ -31,7 +31,7 @@ def fingerprint(
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         python=platform.python_version(),
-        device=device.type,
+        device=device.type,  # type: ignore[arg-type]  # the schema checks it
         cuda=torch.version.cuda if cuda else None,
         gpu=gpu,
         libraries=dict(libraries or {}),

@@ -9,15 +9,17 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from jitexport import machine
-from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, digest_line, parse_manifest
+from jitexport.bundle.entries import FileEntry
+from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, Manifest, digest_line, parse_manifest
 from jitexport.bundle.references import check_references, read_references
 from jitexport.bundle.staging import check_text
 from jitexport.bundle.tensors import map_tensors
@@ -265,7 +267,7 @@ def _walk(root: Path, folders: set[str]) -> Iterator[str]:
 
 
 @contextmanager
-def _plain(root: Path, name: str, *, links: bool) -> Iterator[tuple[BinaryIO, int]]:
+def _plain(root: Path, name: str, *, links: bool) -> Iterator[tuple[BufferedReader, int]]:
     """A regular file, open for reading, and its size.
 
     Args:

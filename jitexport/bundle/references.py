@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jitexport import machine
-from jitexport.bundle.manifest import Manifest, ReferenceEntry
+from jitexport.bundle.entries import ReferenceEntry
+from jitexport.bundle.manifest import Manifest
 from jitexport.bundle.tensors import map_tensors
 from jitexport.errors import DigestError, InputError, IntegrityError, MissingFileError, SizeError
 

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jitexport import machine
-from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, FileEntry, Manifest, digest_line, parse_manifest
+from jitexport.bundle.entries import FileEntry
+from jitexport.bundle.manifest import DIGEST_NAME, FILE_NAME, Manifest, digest_line, parse_manifest
 from jitexport.bundle.staging import Staging
 from jitexport.errors import BundleError
 from jitexport.files import sync

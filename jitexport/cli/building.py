@@ -82,7 +82,8 @@ def build(
         result = build_bundle(
             **asdict(source), output=output, speedup=speedup, custom=custom, **asdict(spatial), cache=cache,
             calibration=calibration, backend=backend, dtype=dtype, batch=batch, device=device, target=target,
-            settings=size.settings(), weights=weights, replace=force, jobs=jobs, quantization=quant, passes=passes,
+            settings=size.settings(), replace=force, jobs=jobs, quantization=quant, passes=passes,
+            weights=weights,  # type: ignore[arg-type]  # any word here: `build` refuses others
             command=["jitexport", *sys.argv[1:]], progress=progress,
         )  # fmt: skip
     if as_json:

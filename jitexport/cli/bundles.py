@@ -15,7 +15,8 @@ from jitexport.cli.wording import frames, tera
 from jitexport.console import Table, echo, err, out, quiet_libraries
 
 if TYPE_CHECKING:
-    from jitexport.bundle.manifest import EngineEntry, Manifest
+    from jitexport.bundle.entries import EngineEntry
+    from jitexport.bundle.manifest import Manifest
 
 
 def inspect(bundle: Bundle, as_json: Json = False) -> None:

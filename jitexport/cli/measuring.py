@@ -76,6 +76,7 @@ def _print_profile(one: Profile) -> None:
     """A bundle's phases, engines and steps."""
     for table in (_phases(one), _engines(one), _steps(one)):
         out.print(table)
+    assert one.ceiling is not None and one.speedup is not None  # of every bundle that was measured
     before, after = (f"{rate / 1e9:.0f}" for rate in one.products)
     out.print(
         f"ceiling: {one.ceiling / 1e9:.0f} GFLOP/s, the best large matrix product in this run; "
@@ -89,7 +90,8 @@ def _print_profile(one: Profile) -> None:
         soft_wrap=True,
     )
     memory = {"process": "of memory in the process", "gpu": "on the GPU"}
-    if peaks := [f"{one.peak_memory[k] / 1e6:.0f} MB {text}" for k, text in memory.items() if one.peak_memory.get(k)]:
+    found = {text: one.peak_memory.get(k) for k, text in memory.items()}
+    if peaks := [f"{peak / 1e6:.0f} MB {text}" for text, peak in found.items() if peak]:
         out.print(f"at most {', '.join(peaks)}")
 
 
@@ -120,7 +122,7 @@ def _engines(one: Profile) -> Table:
     table = Table("engine", "tokens", "runs", "median ms", "p90 ms", "GFLOP", "GFLOP/s", "of ceiling", title="engines")
     for e in one.engines:
         work = ("", "", "")
-        if e.flops is not None:
+        if e.flops is not None and e.flops_per_second is not None:
             work = (f"{e.flops / 1e9:.2f}", f"{e.flops_per_second / 1e9:.0f}", f"{e.ceiling_share:.0%}")
         table.add_row(e.name, str(e.tokens or ""), str(e.runs), *_milliseconds(e.run), *work)
     return table

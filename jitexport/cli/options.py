@@ -110,7 +110,8 @@ class Size:
 
 def flat(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb as typer reads and calls it: by keyword, with a group's options in the place of the group."""
-    parameters, groups = [], {}
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
     hints = get_type_hints(verb, include_extras=True)
     for name, parameter in inspect.signature(verb).parameters.items():
         options = {name: (hints[name], parameter.default)}
@@ -129,6 +130,6 @@ def flat(verb: Callable[..., None]) -> Callable[..., None]:
             values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
         verb(**values)
 
-    call.__signature__ = inspect.Signature(parameters)
+    vars(call)["__signature__"] = inspect.Signature(parameters)
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call

@@ -109,7 +109,7 @@ def _others(made: Plan) -> str:
         f"{count} {action}, {tera(made.costs[action](made.grid_tokens) / 1e12)} TFLOP each at all tokens"
         for action, count in Counter(made.schedule.actions).items() if action != COMPUTED
     ]
-    return f"{made.cache.name}: {'; '.join(said) or 'none'}"
+    return f"{made.cache.name if made.cache else 'no cache'}: {'; '.join(said) or 'none'}"
 
 
 def calibrate(

@@ -100,13 +100,14 @@ def _serve_on_ray(
     bundles: list[str], server: Server, limits: Limits, tokens: tuple[str, ...], listening: Callable[[str], None]
 ) -> None:
     """On a cluster."""
-    check_replicas(server.ray)
+    replicas = server.ray or ""
+    check_replicas(replicas)
     with needed("serving on Ray needs a library that is not installed", "ray"):
         from jitexport.serve import ray_app, ray_local
     arguments = ray_app.Arguments(
         bundles=bundles if server.trust else [_absolute(bundle) for bundle in bundles],  # replicas run elsewhere
-        loras=server.loras and str(server.loras.absolute()), trust=server.trust, limits=asdict(limits),
-        tokens=list(tokens), public_url=server.public_url, memory=server.budget, replicas=server.ray,
+        loras=str(server.loras.absolute()) if server.loras else None, trust=server.trust, limits=asdict(limits),
+        tokens=list(tokens), public_url=server.public_url, memory=server.budget, replicas=replicas,
         device=server.device, gpus=float(server.device is not None and server.device.startswith("cuda")),
         threads=server.threads, cpus=server.threads or 1,
     )  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jitexport.bundle.manifest import GeometryEntry, Manifest
+    from jitexport.bundle.entries import GeometryEntry
+    from jitexport.bundle.manifest import Manifest
     from jitexport.models.base import ModelGeometry
 
 

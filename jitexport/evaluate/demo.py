@@ -112,7 +112,10 @@ class DemoData:
     def parse(self, text: str) -> tuple[str, str] | None:
         """(name, colour) of a prompt in the captions' form, or None."""
         found = re.fullmatch(self.caption("(.+)", "(.+)"), text)
-        return found.groups() if found and found.groups() in self.pictures else None
+        if found is None:
+            return None
+        name, colour = found.groups()
+        return (name, colour) if (name, colour) in self.pictures else None
 
 
 class Judge:

@@ -15,8 +15,9 @@ from jitexport.bundle.reading import read_manifest
 from jitexport.errors import InputError
 from jitexport.evaluate import statistics
 from jitexport.evaluate.demo import DemoData
-from jitexport.evaluate.metrics import MEASURES, FeatureSpace, Picture, Scorer, Subject, available
+from jitexport.evaluate.metrics import MEASURES, available
 from jitexport.evaluate.prompts import BUILT_IN, Prompt, PromptSet, prompt_set, read_prompts
+from jitexport.evaluate.scoring import FeatureSpace, Picture, Scorer, Subject
 from jitexport.evaluate.sources import (
     Latency,
     Source,
@@ -124,8 +125,11 @@ class Evaluation:
         fewer steps, linearly over the logarithm. Rows outside the range of the dense ones are left out.
         """
 
-        def cost(row: Row) -> float | None:
-            return row.tflops if by == "tflops" else row.latency and row.latency.median
+        def cost(row: Row) -> float:
+            """0 where it was not measured."""
+            if by == "tflops":
+                return row.tflops or 0.0
+            return row.latency.median if row.latency else 0.0
 
         rows = [row for row in self.rows if measure in row.values and cost(row)]
         dense = sorted((row for row in rows if row.method in ("dense", "reference")), key=cost)

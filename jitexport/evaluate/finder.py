@@ -27,7 +27,8 @@ from PIL import Image
 from scipy import fft, ndimage
 
 from jitexport.evaluate.demo import pixels
-from jitexport.evaluate.scenes import COLOURS, SIDES, SIZE, Thing, accent
+from jitexport.evaluate.scene_words import COLOURS
+from jitexport.evaluate.scenes import SIDES, SIZE, Thing, accent
 
 COARSE, FINE, FULL = 48, 64, 128  # pixels a side at which objects are looked for, placed, and compared
 COARSE_SIDES = tuple(np.geomspace(SIDES[2][0], SIDES[0][1], 9))  # of canvases, in pixels of SIZE
@@ -162,9 +163,9 @@ class Finder:
         peak = (best == ndimage.maximum_filter(best, size=(1, 5, 5))) & (best > LEAST_PEAK)
         order = np.argwhere(peak)
         order = order[np.argsort(-best[peak])]
-        order = [one for rank, one in enumerate(order) if (order[:rank, 0] == one[0]).sum() < PEAKS_AN_OBJECT][:PEAKS]
+        first = [one for rank, one in enumerate(order) if (order[:rank, 0] == one[0]).sum() < PEAKS_AN_OBJECT][:PEAKS]
         peaks = []
-        for o, row, column in order:
+        for o, row, column in first:
             side, mirrored = self.variants[which[o, row, column]]
             n = max(1, round(side * COARSE / SIZE))
             centre = ((row - n // 2 + n / 2) / COARSE, (column - n // 2 + n / 2) / COARSE)
@@ -262,7 +263,7 @@ class Finder:
             free = np.ones_like(free)
         tones = {colour: tone(rgb, colour) for colour in COLOURS}  # where between base and accent, and how far from it
         share = {colour: float((tones[colour][1][free] < TOLERANCE).mean()) for colour in COLOURS}
-        colour = max(share, key=share.get)
+        colour = max(share, key=share.__getitem__)
         where, distance = tones[colour]
         of_it = free & (distance < TOLERANCE)
         other = free & ~of_it

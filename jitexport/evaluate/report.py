@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,10 @@ def best(evaluation: Evaluation) -> dict[str, str]:
     found = {}
     for name in evaluation.measures:
         scored = {row.label: row.scores[name].value for row in evaluation.rows[1:] if name in row.scores}
-        order = {"higher": lambda v: -v, "lower": lambda v: v, "one": lambda v: abs(v - 1)}[MEASURES[name].better]
+        orders: dict[str, Callable[[float], float]] = {
+            "higher": lambda v: -v, "lower": lambda v: v, "one": lambda v: abs(v - 1),
+        }
+        order = orders[MEASURES[name].better]
         if len(set(scored.values())) > 1:
             found[name] = min(scored, key=lambda label: order(scored[label]))
     return found

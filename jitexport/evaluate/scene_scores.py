@@ -24,8 +24,8 @@ from scipy import ndimage
 
 from jitexport.evaluate.demo import LUMINANCE
 from jitexport.evaluate.finder import FULL, Finder, Seen, to_array
-from jitexport.evaluate.metrics import EncoderMaps
 from jitexport.evaluate.scenes import Request, fits
+from jitexport.evaluate.scoring import EncoderMaps
 from jitexport.models.sources import DEMO_FOLDER
 
 MOST_UNEXPLAINED = 0.03  # share of a picture that may be neither object nor background

@@ -224,7 +224,7 @@ def dense_pipeline(pipe: Pipeline, stage: str, sigmas: tuple[float, ...]) -> Pip
     return dense
 
 
-class RepeatedCondition:
+class RepeatedCondition(Engine):
     """A condition engine, which takes a fixed number of noise levels, run as often as longer lists need."""
 
     def __init__(self, engine: Engine) -> None:
@@ -260,7 +260,7 @@ def missing_images(source: Source, prompts: PromptSet, folder: Path) -> list[tup
 
 def _marked(path: Path) -> Any:
     with suppress(OSError, ValueError, KeyError), Image.open(path) as image:
-        return json.loads(image.text[MARK])
+        return json.loads(image.text[MARK])  # type: ignore[attr-defined]  # of PNGs
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -81,6 +82,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     the singular values of R_a R_b^T, which is small and well-behaved also where n < d.
     """
     offset = float(np.square(a.mean(0) - b.mean(0)).sum())
-    roots = [np.linalg.qr((x - x.mean(0)) / math.sqrt(len(x) - 1), mode="r") for x in (a, b)]
+    centred: list[np.ndarray] = [(x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (a, b)]
+    roots: list[Any] = [np.linalg.qr(x, "r") for x in centred]
     traces = sum(float(np.square(r).sum()) for r in roots)
     return max(0.0, offset + traces - 2 * float(np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()))

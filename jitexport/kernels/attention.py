@@ -64,8 +64,8 @@ def attention(
     fits = fits and all(s.q.shape == s.k.shape == s.v.shape for s in streams)
     fits = fits and (cos is None or cos.shape[1] <= tokens)
     if fits and native.wanted(*q, *k, *v, *norms[0], *norms[1]):
-        if cos is not None:
-            cos, sin = (angles.expand(batch, -1, -1) for angles in (cos, sin))
+        if cos is not None and sin is not None:
+            cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
         if mask is not None:
             mask = mask.float().expand(batch, tokens)
         return torch.ops.jitexport.attention(list(q), list(k), list(v), *norms, cos, sin, mask, eps, int8)
@@ -74,11 +74,11 @@ def attention(
 
 def by_torch(heads: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """q, k and v [B, L, H, Dh], and mask [B or 1, L] or None -> attention, [B, L, H, Dh]."""
-    heads = [x.transpose(1, 2) for x in heads]
-    if by_parts(heads[0]):
-        return blockwise_attention(*heads, mask=mask).transpose(1, 2)
-    bias = None if mask is None else narrowed(mask, heads[0].dtype)[:, None, None]
-    return F.scaled_dot_product_attention(*heads, attn_mask=bias).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in heads)
+    if by_parts(q):
+        return blockwise_attention(q, k, v, mask=mask).transpose(1, 2)
+    bias = None if mask is None else narrowed(mask, q.dtype)[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
 def narrowed(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,9 +97,9 @@ def joined(
         ]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    q, k, v, q_norms, k_norms = zip(*streams, strict=True)
-    q, k, v = join(q, q_norms), join(k, k_norms), join(v, [None] * len(v))
-    return (q, k, v) if cos is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
+    queries, keys, values, q_norms, k_norms = zip(*streams, strict=True)
+    q, k, v = join(queries, q_norms), join(keys, k_norms), join(values, [None] * len(values))
+    return (q, k, v) if cos is None or sin is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

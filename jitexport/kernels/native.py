@@ -247,8 +247,10 @@ def kernel_template() -> Any:
                 self.nodes[name] = x
             return None if x is None else name
 
-        def render(self, kernel: Any, template_buffer_node: Any = None, **_: Any) -> str:
-            out = template_buffer_node or self.output_node
+        def render(  # type: ignore[override]  # as torch's own templates: it is called by keyword
+            self, kernel: Any, template_buffer_node: Any = None, **_: Any
+        ) -> str:
+            out: Any = template_buffer_node or self.output_node
             definition = kernel.def_kernel(inputs=self.nodes, outputs={"out": out})
 
             def pointer(argument: Any) -> Any:

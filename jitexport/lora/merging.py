@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -99,7 +99,7 @@ def _of_group(
     return found
 
 
-def _product_change(group: Group, parts: dict[str, Tensor], factor: object) -> Change | None:
+def _product_change(group: Group, parts: dict[str, Tensor], factor: Callable[[int | None], float]) -> Change | None:
     """LoRA, LoHa or LoKr of a group, whose parts it takes; None where there is none of them."""
     if "down" in parts or "up" in parts:
         down, up = parts.pop("down", None), parts.pop("up", None)
@@ -110,16 +110,16 @@ def _product_change(group: Group, parts: dict[str, Tensor], factor: object) -> C
             )
         return LowRank(down, up, factor(_rank(group, down.shape[0])))
     if any(part.startswith("hada_") for part in parts):
-        a1, b1, a2, b2 = four = [parts.pop(f"hada_{p}", None) for p in ("w1_a", "w1_b", "w2_a", "w2_b")]
-        fits = all(t is not None and t.ndim == 2 for t in four) and (
-            a1.shape == a2.shape and b1.shape == b2.shape and a1.shape[1] == b1.shape[0]
+        four = [parts.pop(f"hada_{p}", None) for p in ("w1_a", "w1_b", "w2_a", "w2_b")]
+        found = [t for t in four if t is not None and t.ndim == 2]
+        if len(found) == 4:
+            a1, b1, a2, b2 = found
+            if a1.shape == a2.shape and b1.shape == b2.shape and a1.shape[1] == b1.shape[0]:
+                return Hadamard(a1, b1, a2, b2, factor(_rank(group, b1.shape[0])))
+        raise InputError(
+            f"{group.name} is no LoHa of a linear layer", found=", ".join(map(_shape, four)),
+            expected="w1_a and w2_a [out, r], w1_b and w2_b [r, in]",
         )
-        if not fits:
-            raise InputError(
-                f"{group.name} is no LoHa of a linear layer", found=", ".join(map(_shape, four)),
-                expected="w1_a and w2_a [out, r], w1_b and w2_b [r, in]",
-            )
-        return Hadamard(a1, b1, a2, b2, factor(_rank(group, b1.shape[0])))
     if any(part.startswith("lokr_") for part in parts):
         w1, w2 = _kronecker_side(group, parts, "w1"), _kronecker_side(group, parts, "w2")
         ranks = {side[1].shape[0] for side in (w1, w2) if len(side) == 2}
@@ -133,7 +133,7 @@ def _kronecker_side(group: Group, parts: dict[str, Tensor], side: str) -> list[T
     whole, a, b = (parts.pop(f"lokr_{side}{end}", None) for end in ("", "_a", "_b"))
     given = [t for t in (whole, a, b) if t is not None]
     fits = len(given) == (1 if whole is not None else 2) and all(t.ndim == 2 and t.numel() for t in given)
-    if not fits or (whole is None and a.shape[1] != b.shape[0]):
+    if not fits or (len(given) == 2 and given[0].shape[1] != given[1].shape[0]):
         raise InputError(
             f"{group.name} is no LoKr of a linear layer", found=", ".join(_shape(t) for t in given) or f"no {side}",
             expected=f"a matrix {side}, or {side}_a [m, r] and {side}_b [r, n]",
@@ -164,12 +164,12 @@ def _split(group: Group, leaf: str, change: Change, shapes: Mapping[str, Shape])
     expected = (sum(shapes[name][0] for name in names), *first[1:]) if first else first
     if change.shape != expected:
         raise InputError(f"{' and '.join(names)} has another shape", found=change.shape, expected=expected)
-    rows = torch.arange(expected[0]) if expected else None
     if target.swapped:
         half = expected[0] // 2
-        change = change.take(torch.cat([rows[half:], rows[:half]]))
+        change = change.take(torch.arange(expected[0]).roll(-half))
     if len(names) == 1:
         return {names[0]: change}
+    rows = torch.arange(expected[0])
     sizes = [shapes[name][0] for name in names]
     return {name: change.take(part) for name, part in zip(names, rows.split(sizes), strict=True)}
 

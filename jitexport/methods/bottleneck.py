@@ -19,7 +19,6 @@ from jitexport.grid import TokenGrid, consecutive
 from jitexport.methods.base import Draws, Method, Preview
 from jitexport.resample import KERNELS, Resampler
 from jitexport.schedule import (
-    PAPER_REFERENCE_STEPS,
     Stage,
     StageSchedule,
     Target,
@@ -30,6 +29,7 @@ from jitexport.schedule import (
     too_fast,
     uniform_sigmas,
 )
+from jitexport.solving import PAPER_REFERENCE_STEPS
 
 #: Steps of the stages for FLUX, as RALU's supplement gives them (B.2.1), by the speed-up that they are named after.
 PUBLISHED = {5.0: (4, 12, 5), 7.0: (3, 8, 4)}
@@ -165,7 +165,7 @@ class Bottleneck(Method[BottleneckState]):
             spent = stage_cost(number(zip(counts, steps, strict=True)), target.cost)
             if steps[2] >= 1 and spent <= budget:  # what is left buys coarse steps
                 return first, second + min(int((budget - spent) // coarse), target.reference_steps - nfe), steps[2]
-        raise too_fast(target.speedup, target.reference_steps, fewest=3)
+        raise too_fast(target.asked, target.reference_steps, fewest=3)
 
     def _sigmas(self, steps: Sequence[int], target: Target) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The levels at which the stages end are those of one schedule over all steps; noise is added to them."""
@@ -184,6 +184,7 @@ class Bottleneck(Method[BottleneckState]):
         return len(schedule.stages) - 1
 
     def start(self, draws: Draws, stage: Stage) -> BottleneckState:
+        assert draws.noise is not None  # see `noise_fields`
         return BottleneckState(draws.latents, draws.noise)
 
     def transition(
@@ -191,6 +192,7 @@ class Bottleneck(Method[BottleneckState]):
     ) -> BottleneckState:
         """Resize the predicted clean latents, and add fresh noise to the level of the step about to run."""
         n = self.grid.tokens
+        assert state.clean is not None  # no stage is without steps
         noise, later = state.noise[:, :n], state.noise[:, n:]
         if stage.tokens < n:
             clean, noise = self.resampler.down(state.clean), self.resampler.pick(noise)

@@ -31,10 +31,10 @@ class Dense(Method[Tensor]):
     def schedule(self, target: Target) -> StageSchedule:
         """The given number of steps, or as many as the speed-up leaves."""
         if target.custom is None:
-            check_speedup(target.speedup)
-            steps = int(target.reference_steps / target.speedup)
+            check_speedup(target.asked)
+            steps = int(target.reference_steps / target.asked)
             if not steps:
-                raise too_fast(target.speedup, target.reference_steps)
+                raise too_fast(target.asked, target.reference_steps)
         else:
             steps = sum(target.custom.steps)
             if len(target.custom.steps) != 1 or target.custom.ratios not in (None, (1.0,)) or steps < 1:

@@ -19,111 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jitexport.edges import latent_edges, picture_edges
+from jitexport.edges import beside, latent_edges, picture_edges, strongest_cells
 from jitexport.errors import InputError, ScheduleError
 from jitexport.grid import TokenGrid, consecutive, gather_tokens, scatter_tokens
+from jitexport.matching import match_timesteps, matched_sigmas, renoising
 from jitexport.methods.base import Draws, Method, Preview
 from jitexport.resample import KERNELS, Resampler
 from jitexport.schedule import (
+    CustomSchedule,
     Stage,
     StageSchedule,
     Target,
     number,
-    spaced_sigmas,
     split_steps,
     stage_cost,
     too_fast,
 )
-
-# --- noise-timestep matching (section 4.2) ---------------------------------------------------------------------------
-
-
-def shifted_cdf(t: Any, h: float) -> Any:
-    """F_h: the share of timesteps before t, for a schedule shifted by h; its derivative is eq. 8."""
-    return h * t / (1 + (h - 1) * t)
-
-
-def restart(e: float, c: float) -> float:
-    """Time s that follows an enlargement at time e (eq. S7)."""
-    return e / ((1 - e) / math.sqrt(c) + e)
-
-
-def divergence(h: Sequence[float], c: float, steps: Sequence[int], ends: Sequence[float], own: float) -> float:
-    """Jensen-Shannon divergence of the timesteps P from the target P_target (eq. 9, 10 and S12), in nats.
-
-    Exact for histograms of 1000 bins, so it is a smooth function of c as well, which moves the stages' borders.
-
-    Args:
-        h: shift of each stage.
-        c: how much noise each enlargement adds, in (0, 1/4].
-        steps: of each stage.
-        ends: e_k, time at which each stage ends; the last is 1.
-        own: shift of the model's own schedule, h_ori.
-    """
-    edges = np.linspace(0, 1, 1001)
-
-    def mass(s: float, e: float, shift: float) -> np.ndarray:  # of eq. 9 in each bin
-        cdf = shifted_cdf(edges.clip(s, e), shift)
-        return np.diff(cdf) / (cdf[-1] - cdf[0])
-
-    starts = [0.0, *(restart(e, c) for e in ends[:-1])]
-    actual = sum(n * mass(*span) for n, *span in zip(steps, starts, ends, h, strict=True)) / sum(steps)
-    again = list(zip(starts[1:], ends[:-1], strict=True))  # where time is passed twice
-    target = mass(0, 1, own) + sum((e - s) * mass(s, e, own) for s, e in again)
-    target /= 1 + sum(e - s for s, e in again)
-    middle = (actual + target) / 2
-
-    def relative_entropy(p: np.ndarray) -> float:
-        return float(np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / middle), 0)))
-
-    return (relative_entropy(actual) + relative_entropy(target)) / 2
-
-
-#: Limits of c: below, an enlargement would put so much noise back that the stages before it were in vain; above, its
-#: noise would have no covariance. Published are 0.0177 to 0.0586.
-LEAST_C, MOST_C = 0.01, 0.25
-
-
-def match_timesteps(steps: Sequence[int], ends: Sequence[float], own: float) -> tuple[tuple[float, ...], float]:
-    """Shifts h of the stages and c that minimise the divergence (eq. S12), c within its limits.
-
-    The divergence hardly depends on c, and has several shallow minima in it: the search starts from several.
-    """
-    from scipy.optimize import minimize  # for planning only; not needed to run a bundle
-
-    def objective(x: np.ndarray) -> float:
-        return divergence(np.exp(x[:-1]), math.exp(x[-1]), steps, ends, own)
-
-    bounds = [(math.log(0.01), math.log(100))] * len(ends) + [(math.log(LEAST_C), math.log(MOST_C))]
-    settings = {"maxiter": 2000, "xatol": 1e-5, "fatol": 1e-12}
-    starts = [np.log([own * 1.7, *(own * 0.9 for _ in ends[1:]), c]) for c in (0.012, 0.02, 0.04, 0.1)]
-    found = [minimize(objective, x, method="Nelder-Mead", bounds=bounds, options=settings) for x in starts]
-    *h, c = np.exp(min(found, key=lambda result: result.fun).x).tolist()
-    return tuple(h), c
-
-
-def matched_sigmas(
-    steps: Sequence[int], ends: Sequence[float], h: Sequence[float], c: float
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Noise levels that all steps start from, followed by 0, and those that the stages reach.
-
-    Within a stage, steps are even in time before the shift h of the stage.
-    """
-    starts = [0.0, *(restart(e, c) for e in ends[:-1])]
-    sigmas: list[float] = []
-    for n, s, e, shift in zip(steps, starts, ends, h, strict=True):
-        sigmas += spaced_sigmas(1 - s, 1 - e, n, shift)[:-1]
-    return (*sigmas, 0.0), tuple(1 - e for e in ends)
-
-
-def renoising(reached: float, sigma: float) -> tuple[float, float, float]:
-    """a, b and c of an enlargement at noise level `reached` after which time goes on at `sigma` (eq. S3, S5, S6).
-
-    The enlarged latents are scaled by a, and noise N(0, I - c Sigma) by b is added.
-    """
-    a, b = (1 - sigma) / (1 - reached), sigma
-    return a, b, (a * reached / b) ** 2
-
 
 # --- settings --------------------------------------------------------------------------------------------------------
 
@@ -258,29 +169,16 @@ PRESETS = {
 # --- the method ------------------------------------------------------------------------------------------------------
 
 
-def strongest_cells(strength: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Indices of the k strongest cells, [B, k], and of the others, both ascending; equal ones: lowest index first."""
-    order = strength.argsort(dim=1, descending=True, stable=True)
-    return order[:, :k].sort(dim=1).values, order[:, k:].sort(dim=1).values
-
-
-def beside(strength: Tensor, shape: tuple[int, int], threshold: float) -> Tensor:
-    """Strength [B, cells] from the threshold on; below it, less than that: the share of such cells around."""
-    above = strength >= threshold
-    around = torch.nn.functional.avg_pool2d(above.to(strength).unflatten(1, shape), 3, stride=1, padding=1).flatten(1)
-    return torch.where(above, strength, (around - 1) + 1e-3 * strength)
-
-
 @dataclass(frozen=True)
 class RALUState:
     """The image between two steps.
 
     Attributes:
-        x: the tokens, [B, m, C], fp32: cells in `kept`, then four for each cell in `early`; at full resolution all
-            tokens in the order of the grid.
+        x: the tokens, [B, m, C], fp32: the cells that are kept, then four for each one enlarged early; at full
+            resolution all tokens in the order of the grid.
         noise: fields for both changes, [B, 2 N, C].
         sigma: noise level.
-        early: cells enlarged early, [B, k]; `kept` the others, [B, N / 4 - k]. None before the first change.
+        cells: those enlarged early, [B, k], and the others, [B, N / 4 - k]. None before the first change.
         full: whether the last stage has begun.
         clean: x_hat(1) of all tokens at the last step, [B, m, C]; None before the first.
     """
@@ -288,8 +186,7 @@ class RALUState:
     x: Tensor
     noise: Tensor
     sigma: float = 1.0
-    early: Tensor | None = None
-    kept: Tensor | None = None
+    cells: tuple[Tensor, Tensor] | None = None
     full: bool = False
     clean: Tensor | None = None
 
@@ -334,8 +231,8 @@ class RALU(Method[RALUState]):
         By hand: the steps of the three stages, and, where wanted, token ratios 0.25, the middle stage's, and 1.
         """
         if target.custom is not None:
-            steps, tokens, ends = self._custom(target)
-        elif published := published_for(target).get(target.speedup):
+            steps, tokens, ends = self._custom(target.custom)
+        elif published := published_for(target).get(target.asked):
             ratio = published.ratio if self.settings.ratio is None else self.settings.ratio
             steps, ends, tokens = published.steps, published.ends, self.tokens_at(ratio)
         else:
@@ -351,13 +248,13 @@ class RALU(Method[RALUState]):
         own = self.settings.timesteps["shift"]
         for setting in published_for(target).values():
             if self.settings.published and (setting.steps, setting.ends) == (tuple(steps), tuple(ends)):
-                if setting.h is not None:
+                if setting.h is not None and setting.c is not None:
                     return setting.h, setting.c
                 own = None
         return match_timesteps(steps, ends, target.own_shift(sum(steps)) if own is None else own)
 
-    def _custom(self, target: Target) -> tuple[tuple[int, ...], int, tuple[float, ...]]:
-        steps, ratios = target.custom.steps, target.custom.ratios
+    def _custom(self, custom: CustomSchedule) -> tuple[tuple[int, ...], int, tuple[float, ...]]:
+        steps, ratios = custom.steps, custom.ratios
         if len(steps) != 3 or any(n < 1 for n in steps):
             raise ScheduleError(
                 "RALU has three stages of at least one step", found=steps, expected="for example --steps 4,5,6"
@@ -376,7 +273,7 @@ class RALU(Method[RALUState]):
         """As many steps as the budget pays for; what is left adds coarse steps, then enlarges more cells early."""
         budget = target.budget(self.grid.tokens) - (target.preview if self.previews else 0.0)
         knots = np.array(_KNOTS)
-        one, two, e1, e2, ratio = (float(np.interp(target.speedup, knots[:, 0], k)) for k in knots.T[1:])
+        one, two, e1, e2, ratio = (float(np.interp(target.asked, knots[:, 0], k)) for k in knots.T[1:])
         least = int(self.coarse.tokens * (self.settings.ratio or ratio))
 
         def cost(steps: Sequence[int], cells: int) -> float:
@@ -393,7 +290,7 @@ class RALU(Method[RALUState]):
             most = max(least, int(self.coarse.tokens * _MOST_CELLS))
             cells = max((k for k in range(least, most + 1) if cost(steps, k) <= budget), default=least)
             return steps, self.coarse.tokens + 3 * cells, (e1, e2, 1.0)
-        raise too_fast(target.speedup, target.reference_steps, fewest=3)
+        raise too_fast(target.asked, target.reference_steps, fewest=3)
 
     def noise_fields(self, schedule: StageSchedule) -> int:
         """One for each change of resolution."""
@@ -402,6 +299,7 @@ class RALU(Method[RALUState]):
     # --- sampling ---
 
     def start(self, draws: Draws, stage: Stage) -> RALUState:
+        assert draws.noise is not None  # see `noise_fields`
         return RALUState(self.resampler.pick(draws.latents), draws.noise)
 
     def transition(
@@ -409,14 +307,15 @@ class RALU(Method[RALUState]):
     ) -> RALUState:
         """Enlarge the cells with the strongest edges, later all others, and add the noise of the earlier time."""
         first, second = state.noise.chunk(2, dim=1)
-        if state.early is None:
+        if state.cells is None:
+            assert state.clean is not None  # no stage is without steps
             k = (stage.tokens - self.coarse.tokens) // 3
             early, kept = strongest_cells(self.edges(state.clean, preview), k)
             old, cells = gather_tokens(state.x, kept), early
             old_noise = gather_tokens(self.resampler.pick(first), kept)
             noise, low = first, state.x
         else:
-            early, kept = state.early, state.kept
+            early, kept = state.cells
             old, cells = state.x[:, kept.shape[1] :], kept
             old_noise = gather_tokens(second, self.fine(early))
             noise, low = second, self.low(state)
@@ -430,18 +329,19 @@ class RALU(Method[RALUState]):
             new = new + added * gather_tokens(noise, self.fine(cells))
         old = a * old + b * (math.sqrt(max(0.0, 1 - c)) if self.settings.kept == "matched" else 1.0) * old_noise
 
-        if state.early is None:
-            return replace(state, x=torch.cat([old, new], dim=1), sigma=sigma, early=early, kept=kept, clean=None)
+        if state.cells is None:
+            return replace(state, x=torch.cat([old, new], dim=1), sigma=sigma, cells=(early, kept), clean=None)
         x = torch.empty_like(second)
         x = scatter_tokens(scatter_tokens(x, self.fine(early), old), self.fine(kept), new)
         return replace(state, x=x, sigma=sigma, full=True, clean=None)
 
     def edges(self, clean: Tensor, preview: Preview | None) -> Tensor:
         """Edge strength of each cell, [B, N / 4], from the predicted clean latents of the first stage (Table S3)."""
-        shape = self.coarse.shape
+        shape = (self.coarse.shape[0], self.coarse.shape[1])
         if self.settings.region == "gradient":
             strength = latent_edges(clean, shape)
         else:
+            assert preview is not None  # see `previews`
             strength = picture_edges(preview(clean), shape)
         return strength if self.settings.threshold is None else beside(strength, shape, self.settings.threshold)
 
@@ -451,12 +351,13 @@ class RALU(Method[RALUState]):
 
     def low(self, state: RALUState) -> Tensor:
         """The image at half the resolution, [B, N / 4, C]; enlarged cells by the mean of their pixels."""
-        if state.early is None:
+        if state.cells is None:
             return state.x
-        rest = state.kept.shape[1]
+        early, kept = state.cells
+        rest = kept.shape[1]
         x = state.x.new_zeros(state.x.shape[0], self.grid.tokens, state.x.shape[2])
-        low = self.resampler.down(scatter_tokens(x, self.fine(state.early), state.x[:, rest:]))
-        return scatter_tokens(low, state.kept, state.x[:, :rest])
+        low = self.resampler.down(scatter_tokens(x, self.fine(early), state.x[:, rest:]))
+        return scatter_tokens(low, kept, state.x[:, :rest])
 
     def tokens(self, state: RALUState) -> Tensor:
         return state.x
@@ -469,8 +370,9 @@ class RALU(Method[RALUState]):
 
     def where(self, state: RALUState) -> Tensor:
         n, cells = self.grid.tokens, self.coarse.tokens
-        if state.early is not None and not state.full:
-            return torch.cat([n + state.kept, n + cells + self.fine(state.early)], dim=1)
+        if state.cells is not None and not state.full:
+            early, kept = state.cells
+            return torch.cat([n + kept, n + cells + self.fine(early)], dim=1)
         batch, tokens, _ = state.x.shape
         return consecutive(batch, tokens, state.x.device, first=0 if state.full else n)
 
@@ -482,15 +384,17 @@ class RALU(Method[RALUState]):
         if state.full:
             return state.x
         latents = self.resampler.nearest.up(self.low(state))
-        if state.early is None:
+        if state.cells is None:
             return latents
-        return scatter_tokens(latents, self.fine(state.early), state.x[:, state.kept.shape[1] :])
+        early, kept = state.cells
+        return scatter_tokens(latents, self.fine(early), state.x[:, kept.shape[1] :])
 
     def with_latents(self, state: RALUState, latents: Tensor) -> RALUState:
         if state.full:
             return replace(state, x=latents)
         low = self.resampler.down(latents)
-        if state.early is None:
+        if state.cells is None:
             return replace(state, x=low)
-        fine = gather_tokens(latents, self.fine(state.early))
-        return replace(state, x=torch.cat([gather_tokens(low, state.kept), fine], dim=1))
+        early, kept = state.cells
+        fine = gather_tokens(latents, self.fine(early))
+        return replace(state, x=torch.cat([gather_tokens(low, kept), fine], dim=1))

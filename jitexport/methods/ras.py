@@ -140,16 +140,17 @@ class RAS(Method[RASState]):
         elif len(custom.steps) == 1 and (custom.ratios is None or len(custom.ratios) == 1):
             ratio = custom.ratios[0] if custom.ratios else self.settings.ratio or RATIOS[0]
             counts = self._counts(custom.steps[0], self._share(ratio)) if custom.steps[0] > 0 else []
-        elif len(custom.steps) == len(custom.ratios or ()):
+        elif custom.ratios is not None and len(custom.steps) == len(custom.ratios):
             counts = [self._share(r) for k, r in zip(custom.steps, custom.ratios, strict=True) for _ in range(k)]
         else:
             counts = []
         if not counts or counts[-1] != n or counts[0] != n:
             raise ScheduleError(
-                "RAS begins and ends with a dense step", found=f"steps {custom.steps}, ratios {custom.ratios}",
+                "RAS begins and ends with a dense step",
+                found=f"steps {custom.steps}, ratios {custom.ratios}" if custom else counts,
                 expected="for example --steps 28 --ratios 0.32, or --steps 4,8,1,8,1 --ratios 1,0.3,1,0.3,1",
             )
-        runs = []
+        runs: list[tuple[int, int]] = []
         for m in counts:
             if m == n and runs and runs[-1][0] == n:
                 runs[-1] = (n, runs[-1][1] + 1)
@@ -174,7 +175,7 @@ class RAS(Method[RASState]):
         def spent(counts: Sequence[int]) -> float:
             return stage_cost(number((m, 1) for m in counts), target.cost)
 
-        ratio = self.settings.ratio or float(np.interp(target.speedup, SPEEDUPS, RATIOS))
+        ratio = self.settings.ratio or float(np.interp(target.asked, SPEEDUPS, RATIOS))
         least = self._share(ratio)
         for nfe in range(target.reference_steps, 0, -1):
             if spent(self._counts(nfe, least)) <= budget:
@@ -183,7 +184,7 @@ class RAS(Method[RASState]):
                     middle = (low + high) // 2
                     low, high = (middle, high) if spent(self._counts(nfe, middle)) <= budget else (low, middle)
                 return self._counts(nfe, low)
-        raise too_fast(target.speedup, target.reference_steps)
+        raise too_fast(target.asked, target.reference_steps)
 
     def start(self, draws: Draws, stage: Stage) -> RASState:
         latents = draws.latents
@@ -195,6 +196,7 @@ class RAS(Method[RASState]):
             return replace(state, running=None)
         low = self.settings.running == "low"
         patience = torch.exp((-1 if low else 1) * self.settings.patience * state.waited)
+        assert state.velocity is not None  # the first step is dense
         order = (spread(state.velocity, self.patch) * patience).argsort(dim=1, descending=not low, stable=True)
         return replace(state, running=order[:, : stage.tokens].sort(dim=1).values)
 
@@ -211,6 +213,7 @@ class RAS(Method[RASState]):
         u = velocity.float()
         waited = torch.zeros_like(state.waited)
         if state.running is not None:
+            assert state.velocity is not None  # the first step is dense
             u = scatter_tokens(state.velocity, state.running, u)
             waited = (state.waited + 1).scatter(1, state.running, 0.0)
         return replace(state, y=state.y + (sigma_next - sigma) * u, velocity=u, waited=waited)

@@ -22,8 +22,8 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,92 +31,22 @@ import torch
 from torch import Tensor, nn
 
 from jitexport.errors import InputError, UnsupportedModelError
-from jitexport.grid import TokenGrid
 from jitexport.guidance import Guidance
+from jitexport.models.geometry import ModelGeometry, image_grid
+from jitexport.models.layers import Part
 from jitexport.models.naming import Naming
+from jitexport.models.published import Configs, Published
 from jitexport.models.stages import Act, act_of, check_features, engine_spec
 from jitexport.models.tokens import Cell
-from jitexport.positions import Positions
 from jitexport.prompting import Tokenizer
 from jitexport.quant import check_kind, quantize_linears
 from jitexport.schedule import Stage, StageSchedule, middle_shift
 from jitexport.specs import EngineSpec, TensorSpec
-from jitexport.tiling import Tiling
 
-#: A component's configuration, or that of the pipeline itself, by name.
-Configs = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class TiledDecoder:
-    """A decoder that is run tile by tile: see `jitexport.tiling`.
-
-    Attributes:
-        tiling: of latents.
-        scale: pixels per latent, for each axis of a tile.
-        first_frame_alone: of decoders of video whose first latent is one frame.
-    """
-
-    tiling: Tiling
-    scale: tuple[int, ...]
-    first_frame_alone: bool = False
-
-    def decode(self, latents: Tensor, engine: Callable[[Tensor], Tensor]) -> Tensor:
-        """Latents [B, C, (T,) H, W] -> pictures [B, 3, (F,) H s, W s], by an engine for one tile."""
-        return self.tiling.decode(latents, engine, self.scale, first_frame_alone=self.first_frame_alone)
-
-    def sides(self, latents: tuple[int, ...], frames: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """A tile of latents of this size ((T,) H, W), and the pixels ((F,) h, w) that it becomes."""
-        divided = len(self.tiling.tile)
-        tile = (*latents[: len(latents) - divided], *self.tiling.tile)
-        pixels = tuple(n * scale for n, scale in zip(self.tiling.tile, self.scale, strict=True))
-        if divided < len(latents):
-            return tile, (frames or latents[0], *pixels)
-        if self.first_frame_alone and len(latents) == 3:
-            return tile, (pixels[0] - self.scale[0] + 1, *pixels[1:])
-        return tile, pixels
-
-
-@dataclass(frozen=True)
-class ModelGeometry:
-    """The sizes of one image or video that a runtime needs to know.
-
-    Attributes:
-        grid: the full token grid.
-        latent_shape: (C, H, W) of one image's latents before packing, (C, T, H, W) of a video's.
-        patch: side of a token's patch in latent pixels.
-        height, width: of the image in pixels.
-        positions: what stage engines read about where tokens are.
-        text_tokens: that the transformer sees beside the image's.
-        frames: of a video; None for images.
-        drawn_patch: side of the patches that noise is drawn in, where it is not `patch`: diffusers draws some models'
-            noise in packed form.
-        tiles: how the decoder is run where it cannot take the whole: its engine then takes latents [B, C, (t,) h, w] of
-            a tile, not tokens.
-    """
-
-    grid: TokenGrid
-    latent_shape: tuple[int, ...]
-    patch: int
-    height: int
-    width: int
-    positions: Positions
-    text_tokens: int
-    frames: int | None = None
-    drawn_patch: int | None = None
-    tiles: TiledDecoder | None = None
-
-    @property
-    def channels(self) -> int:
-        """C, channels of a token."""
-        return self.latent_shape[0] * self.patch**2
-
-    @property
-    def drawn(self) -> tuple[tuple[int, ...], int]:
-        """Shape of one image's noise as diffusers draws it, and side of its patches."""
-        patch = self.drawn_patch or self.patch
-        *frames, height, width = self.grid.shape
-        return (self.channels // patch**2, *frames, height * patch, width * patch), patch
+__all__ = [
+    "Configs", "ModelAdapter", "ModelDefaults", "ModelGeometry", "Published", "check_settings", "full_config",
+    "image_grid", "read_json", "refuse_others", "with_settings",
+]
 
 
 @dataclass(frozen=True)
@@ -129,20 +59,6 @@ class ModelDefaults:
     guidance: Guidance
     num_inference_steps: int
     max_sequence_length: int | None = None
-
-
-@dataclass(frozen=True)
-class Published:
-    """A model whose configuration is known without a download.
-
-    Attributes:
-        hub_id: where its weights are.
-        configs, settings: see `ModelAdapter.from_configs`.
-    """
-
-    hub_id: str
-    configs: Configs
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ModelAdapter(ABC):
@@ -176,7 +92,7 @@ class ModelAdapter(ABC):
     naming: ClassVar[Naming]
     published: ClassVar[Mapping[str, Published]] = {}
     timesteps: ClassVar[Mapping[str, Any] | None] = None
-    components: dict[str, nn.Module]
+    components: dict[str, Part]
     configs: dict[str, dict[str, Any]]
     geometry: ModelGeometry
     defaults: ModelDefaults
@@ -393,7 +309,7 @@ class ModelAdapter(ABC):
                 yield f"{component}.{name}", tensor
 
 
-def full_config(module: nn.Module) -> dict[str, Any]:
+def full_config(module: Part) -> dict[str, Any]:
     """A component's configuration with all of its entries, as diffusers or transformers keep it."""
     config = module.config
     return config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -428,19 +344,15 @@ def with_settings(usual: Mapping[str, Any], given: Mapping[str, Any] | None) -> 
     return merged
 
 
-def image_grid(settings: Mapping[str, Any], pixels: int) -> TokenGrid:
-    """The token grid of an image whose tokens are `pixels` wide and high.
+def refuse_others(what: str, config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuse a configuration that has other values than these, where it says something.
 
     Raises:
-        InputError: height or width is not a multiple of that.
+        UnsupportedModelError: naming them.
     """
-    height, width = settings["height"], settings["width"]
-    if height % pixels or width % pixels or height < pixels or width < pixels:
-        raise InputError(
-            "image size does not fit the token grid", found=f"{height} x {width}",
-            expected=f"height and width that are multiples of {pixels}",
-        )
-    return TokenGrid((height // pixels, width // pixels))
+    others = {name: config[name] for name, value in expected.items() if config.get(name, value) != value}
+    if others:
+        raise UnsupportedModelError(what, found=others, expected={name: expected[name] for name in others})
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from jitexport.errors import UnsupportedModelError
 from jitexport.guidance import Guidance
 from jitexport.kernels.attention import attention
-from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
-from jitexport.models.components import AUTOENCODER_16, T5_XXL, clip
+from jitexport.models.autoencoders import PackedDecode
+from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, image_grid
+from jitexport.models.encoders import FluxText
 from jitexport.models.flux_names import NAMING
 from jitexport.models.layers import (
-    PackedDecode,
+    Part,
     TransformerPart,
     gated,
     image_side,
@@ -40,6 +41,7 @@ from jitexport.models.layers import (
     text_side,
     time_embedding,
 )
+from jitexport.models.published import FLUX
 from jitexport.models.schedulers import flow_sigmas, resolution_shift
 from jitexport.models.stages import Evaluation, TransformerStage, doubles_then_singles
 from jitexport.models.tokens import Cell, Memo, flux_cells
@@ -48,22 +50,10 @@ from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, T5EncoderModel
+    pass
 
 PATCH = 2  # FLUX packs 2 x 2 latent pixels into a token
 THETA = 10000.0
-
-
-class FluxText(nn.Module):
-    """Both text encoders: CLIP ids [B, L], T5 ids [B, T] -> T5 states [B, T, E], CLIP pooled [B, P]."""
-
-    def __init__(self, text_encoder: CLIPTextModel, text_encoder_2: T5EncoderModel) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-        self.text_encoder_2 = text_encoder_2
-
-    def forward(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return self.text_encoder_2(t5_ids)[0], self.text_encoder(clip_ids).pooler_output
 
 
 class FluxCondition(TransformerPart):
@@ -91,7 +81,7 @@ class FluxCondition(TransformerPart):
 
 
 def double_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor,
+    block: Part, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor,
     memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own; modulation [B, 12 D]."""
@@ -106,7 +96,7 @@ def double_block(
 
 
 def single_block(
-    block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, memo: Memo | None = None
+    block: Part, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, memo: Memo | None = None
 ) -> Tensor:
     """Attention and MLP side by side on text and image together, x [B, T + m, D]; modulation [B, 3 D]."""
     shift, scale, gate = modulation.chunk(3, dim=-1)
@@ -162,52 +152,6 @@ class FluxStage(TransformerStage):
         return self.act(Evaluation(image, context, depth, half, blocks, output, first_input), kept)
 
 
-# --- the published models --------------------------------------------------------------------------------------------
-
-
-def _published(
-    hub_id: str, transformer: dict[str, Any], scheduler: dict[str, Any], settings: dict[str, Any]
-) -> Published:
-    configs = {
-        "transformer": {
-            "in_channels": 64,
-            "num_layers": 19,
-            "num_single_layers": 38,
-            "attention_head_dim": 128,
-            "num_attention_heads": 24,
-            "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768,
-            "axes_dims_rope": [16, 56, 56],
-        }
-        | transformer,
-        "vae": AUTOENCODER_16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
-        "text_encoder": clip(768, 12, 12),
-        "text_encoder_2": T5_XXL,
-        "scheduler": {
-            "num_train_timesteps": 1000,
-            "base_image_seq_len": 256,
-            "max_image_seq_len": 4096,
-            "base_shift": 0.5,
-            "max_shift": 1.15,
-        }
-        | scheduler,
-    }
-    return Published(hub_id, configs, {"height": 1024, "width": 1024} | settings)
-
-
-#: FLUX.1-dev, and FLUX.1-schnell: 4 steps, no guidance embedding.
-PUBLISHED = {
-    "flux": _published(
-        "black-forest-labs/FLUX.1-dev", {"guidance_embeds": True}, {"shift": 3.0, "use_dynamic_shifting": True},
-        {"max_sequence_length": 512, "guidance_scale": 3.5, "num_inference_steps": 50},
-    ),
-    "flux-schnell": _published(
-        "black-forest-labs/FLUX.1-schnell", {"guidance_embeds": False}, {"shift": 1.0, "use_dynamic_shifting": False},
-        {"max_sequence_length": 256, "guidance_scale": 0.0, "num_inference_steps": 4},
-    ),
-}
-
-
 class FluxAdapter(ModelAdapter):
     """A FLUX.1 pipeline in diffusers' format."""
 
@@ -220,7 +164,7 @@ class FluxAdapter(ModelAdapter):
     }
     tokenizer_folders = ("tokenizer", "tokenizer_2")
     naming = NAMING
-    published = PUBLISHED
+    published = FLUX
 
     @classmethod
     def check(cls, configs: Configs, settings: Mapping[str, Any]) -> None:

@@ -14,22 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jitexport.errors import UnsupportedModelError
-from jitexport.grid import TokenGrid, unpack
 from jitexport.guidance import Guidance
 from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear
-from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
-from jitexport.models.components import AUTOENCODER
+from jitexport.models.autoencoders import KleinDecode
+from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, image_grid
 from jitexport.models.flux_names import ATTENTION, NORMS
 from jitexport.models.language import LanguageText, keep_what_is_read
 from jitexport.models.layers import (
+    Part,
     TransformerPart,
     gated,
     image_side,
@@ -43,15 +43,13 @@ from jitexport.models.layers import (
     time_embedding,
 )
 from jitexport.models.naming import FUSED, TRANSFORMER, Aliases, Naming, Prefix, Target
+from jitexport.models.published import FLUX2_KLEIN
 from jitexport.models.schedulers import flow_sigmas, scheduler_shift
 from jitexport.models.stages import Evaluation, TransformerStage, doubles_then_singles
 from jitexport.models.tokens import Cell, Memo, flux_cells
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 
 PATCH = 2  # a token is 2 x 2 latent pixels
 
@@ -65,7 +63,7 @@ TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</
 PARTS = (6, 6, 3, 2)
 
 
-def detach_modulation(transformer: Flux2Transformer2DModel) -> nn.ModuleDict:
+def detach_modulation(transformer: Part) -> nn.ModuleDict:
     """Take the layers that see the timestep only out of a transformer; `modulation` runs them."""
     once = nn.ModuleDict()
     for name in (
@@ -79,7 +77,7 @@ def detach_modulation(transformer: Flux2Transformer2DModel) -> nn.ModuleDict:
     return once
 
 
-def modulation(once: nn.ModuleDict, sigmas: Tensor) -> Tensor:
+def modulation(once: Part, sigmas: Tensor) -> Tensor:
     """The vectors of `PARTS` at noise levels sigmas [S] -> [S, 17 D], of the layers' dtype."""
     embed = once["time_guidance_embed"]
     time = F.silu(time_embedding(embed.time_proj, embed.timestep_embedder, sigmas))  # [S, D]
@@ -123,13 +121,13 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
-def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
+def feed_forward(ff: Part, x: Tensor) -> Tensor:
     """diffusers' `Flux2FeedForward`, [B, L, D] -> [B, L, D]."""
     return run_linear(ff.linear_out, swiglu(run_linear(ff.linear_in, x)), wide=True)
 
 
 def double_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor,
+    block: Part, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor,
     memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own; modulation [1, 12 D]."""
@@ -144,7 +142,7 @@ def double_block(
 
 
 def single_block(
-    block: nn.Module, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, memo: Memo | None = None
+    block: Part, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, memo: Memo | None = None
 ) -> Tensor:
     """Attention and MLP side by side on text and image together, x [B, T + m, D]; modulation [1, 3 D]."""
     shift, scale, gate = modulation.chunk(3, dim=-1)
@@ -156,8 +154,8 @@ def single_block(
         )
     h = run_linear(attn.to_qkv_mlp_proj, modulate(block.norm, x, shift, scale))
     *heads, mlp = h.split([width, width, width, h.shape[-1] - 3 * width], dim=-1)
-    heads = [part.unflatten(-1, (-1, attn.head_dim)) for part in heads]
-    streams = [Stream(*heads, attn.norm_q.weight, attn.norm_k.weight)]
+    q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in heads)
+    streams = [Stream(q, k, v, attn.norm_q.weight, attn.norm_k.weight)]
     a = attention(streams, cos, sin, eps=attn.norm_q.eps, int8=runs_in_int8(attn.to_out)).flatten(2)
     update = run_linear(attn.to_out, a, swiglu(mlp), wide=True)
     if memo is not None:
@@ -166,11 +164,12 @@ def single_block(
     return gated(x, gate, update)
 
 
-def mlp_alone(attn: nn.Module, h: Tensor, a: Tensor) -> Tensor:
+def mlp_alone(attn: Part, h: Tensor, a: Tensor) -> Tensor:
     """What a single block's last layer makes of h, modulated, and of attention's result a, [B, L, D] each."""
     layer, first = attn.to_qkv_mlp_proj, 3 * attn.inner_dim
-    parts = (layer.weight, layer.bias, getattr(layer, "weight_scale", None))
-    mlp = linear([h], *(None if part is None else part[first:] for part in parts))
+    of_all = (layer.bias, getattr(layer, "weight_scale", None))
+    bias, scale = (None if part is None else part[first:] for part in of_all)
+    mlp = linear([h], layer.weight[first:], bias, scale)
     return run_linear(attn.to_out, a, swiglu(mlp), wide=True)
 
 
@@ -203,22 +202,6 @@ class KleinStage(TransformerStage):
         first_input = partial(modulated, doubles[0].norm1, of_double)
         image, depth = run_linear(model.x_embedder, tokens), half + len(singles)
         return self.act(Evaluation(image, context, depth, half, blocks, output, first_input), kept)
-
-
-class KleinDecode(nn.Module):
-    """Tokens [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32."""
-
-    def __init__(self, vae: AutoencoderKLFlux2, grid: TokenGrid) -> None:
-        super().__init__()
-        self.vae = vae
-        self.grid = grid
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        seen = self.vae.bn
-        deviation = (seen.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
-        latents = unpack(tokens * deviation + seen.running_mean.float(), self.grid, PATCH)
-        picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return (picture.float() / 2 + 0.5).clamp(0, 1)
 
 
 # --- names of the same modules elsewhere -----------------------------------------------------------------------------
@@ -267,59 +250,6 @@ NAMING = Naming(
 )
 
 
-# --- published models ------------------------------------------------------------------------------------------------
-
-#: Of the transformer double blocks, single blocks and heads; of the language model width, inner width, and whether its
-#: head is its embedding.
-_SIZES = {"4b": (5, 20, 24, 2560, 9728, True), "9b": (8, 24, 32, 4096, 12288, False)}
-
-
-def _published(size: str, hub_id: str, *, distilled: bool) -> Published:
-    doubles, singles, heads, hidden, inner, tied = _SIZES[size]
-    configs = {
-        "pipeline": {"is_distilled": distilled},
-        "transformer": {
-            "patch_size": 1,
-            "in_channels": 128,
-            "num_layers": doubles,
-            "num_single_layers": singles,
-            "attention_head_dim": 128,
-            "num_attention_heads": heads,
-            "joint_attention_dim": len(TEXT_LAYERS) * hidden,
-            "mlp_ratio": 3.0,
-            "axes_dims_rope": [32, 32, 32, 32],
-            "rope_theta": 2000,
-            "timestep_guidance_channels": 256,
-            "guidance_embeds": False,
-        },
-        "vae": AUTOENCODER | {"latent_channels": 32, "batch_norm_eps": 1e-4},
-        # Qwen3-4B and Qwen3-8B.
-        "text_encoder": {
-            "vocab_size": 151936,
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-            "tie_word_embeddings": tied,
-        },
-        "scheduler": {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True},
-    }
-    return Published(hub_id, configs)
-
-
-#: The base models, and those that are distilled to four steps without guidance.
-PUBLISHED = {
-    "flux2-klein-4b": _published("4b", "black-forest-labs/FLUX.2-klein-base-4B", distilled=False),
-    "flux2-klein-9b": _published("9b", "black-forest-labs/FLUX.2-klein-base-9B", distilled=False),
-    "flux2-klein-4b-distilled": _published("4b", "black-forest-labs/FLUX.2-klein-4B", distilled=True),
-    "flux2-klein-9b-distilled": _published("9b", "black-forest-labs/FLUX.2-klein-9B", distilled=True),
-}
-
-
 class KleinAdapter(ModelAdapter):
     """A FLUX.2-klein pipeline in diffusers' format, for images from text.
 
@@ -334,7 +264,7 @@ class KleinAdapter(ModelAdapter):
         "text_encoder": "transformers:Qwen3ForCausalLM",
     }
     naming = NAMING
-    published = PUBLISHED
+    published = FLUX2_KLEIN
     timesteps: ClassVar = {"kind": "native"}  # the release of JiT runs this family on its own noise levels
     once: nn.ModuleDict
 
@@ -451,7 +381,7 @@ class KleinAdapter(ModelAdapter):
             module = KleinCondition(parts["transformer"])
         elif name in ("preview", "decode"):
             grid = self.geometry.grid
-            module = KleinDecode(parts["vae"], grid.halved() if name == "preview" else grid)
+            module = KleinDecode(parts["vae"], grid.halved() if name == "preview" else grid, PATCH)
         else:
             module = KleinStage(parts["transformer"], self.act(name))
         return module.eval()

@@ -14,7 +14,7 @@ The modules below run diffusers' own weights under their own names, arranged for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -23,21 +23,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jitexport.errors import InputError, UnsupportedModelError
-from jitexport.grid import TokenGrid, unpack
+from jitexport.grid import TokenGrid
 from jitexport.guidance import Guidance
 from jitexport.kernels.attention import Stream, attention
+from jitexport.models.autoencoders import HunyuanDecode
 from jitexport.models.base import (
     Configs,
     ModelAdapter,
     ModelDefaults,
     ModelGeometry,
-    Published,
-    TiledDecoder,
     image_grid,
+    refuse_others,
 )
-from jitexport.models.components import QWEN2_5_VL_7B
+from jitexport.models.geometry import tiles
+from jitexport.models.hunyuan_names import NAMING
 from jitexport.models.language import LanguageText, keep_what_is_read
 from jitexport.models.layers import (
+    Part,
     TransformerPart,
     image_side,
     joint_block,
@@ -46,14 +48,13 @@ from jitexport.models.layers import (
     text_side,
     time_embedding,
 )
-from jitexport.models.naming import ADDED, FUSED, QKV, TRANSFORMER, Aliases, Naming, Prefix, Target
+from jitexport.models.published import HUNYUAN_SIZES, HUNYUAN_VIDEO15
 from jitexport.models.schedulers import flow_sigmas
 from jitexport.models.stages import Evaluation, TransformerStage, in_turn
 from jitexport.models.tokens import Cell, Memo, joint_cells
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
-from jitexport.tiling import Tiling
 
 #: The language model is asked to describe a video. Its lines are continued with eight blanks, as the model was trained.
 SYSTEM = (" " * 8).join((
@@ -69,9 +70,6 @@ TEMPLATE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{{}}<|im_
 #: Tokens of the template in front of the prompt, whose states are dropped; and the language model's state that is read.
 DROPPED = 108
 STATE = -3
-
-#: Height and width that the ordinary pipeline has for each of a transformer's target sizes, at 16:9.
-SIZES = {640: (480, 848), 960: (720, 1280)}
 
 #: What masks add to the scores of padding: small enough for none to be left, and finite.
 HIDDEN = -1e30
@@ -93,7 +91,7 @@ class HunyuanText(LanguageText):
     given as int64, made as fp32.
     """
 
-    def __init__(self, text_encoder: nn.Module, text_encoder_2: nn.Module) -> None:
+    def __init__(self, text_encoder: Part, text_encoder_2: Part) -> None:
         super().__init__(text_encoder)
         self.text_encoder_2 = text_encoder_2
 
@@ -109,13 +107,13 @@ class HunyuanText(LanguageText):
 
 
 
-def modulation_layers(transformer: nn.Module) -> list[nn.Linear]:
+def modulation_layers(transformer: Part) -> list[Part]:
     """The layers that make scales, shifts and gates, in the order in which a stage takes their outputs."""
     norms = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
     return [norm.linear for norm in (*norms, transformer.norm_out)]
 
 
-def modulation(time_embed: nn.Module, layers: list[nn.Linear], sigmas: Tensor) -> Tensor:
+def modulation(time_embed: Part, layers: list[Part], sigmas: Tensor) -> Tensor:
     """Modulation of noise levels [S], [S, M]: of each block video's and text's (6 D each), of the last norm (2 D)."""
     emb = F.silu(time_embedding(time_embed.time_proj, time_embed.timestep_embedder, sigmas))
     return torch.cat([layer(emb) for layer in layers], dim=-1)
@@ -127,7 +125,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return ((x * counts).sum(dim=1) / counts.sum(dim=1)).to(x.dtype)
 
 
-def refiner_block(block: nn.Module, x: Tensor, emb: Tensor, mask: Tensor) -> Tensor:
+def refiner_block(block: Part, x: Tensor, emb: Tensor, mask: Tensor) -> Tensor:
     """A block of the text's refiner.
 
     x [B, T, D] or, once it has seen the noise level, [S, B, T, D]; emb [S, B, D]; mask [B, T], additive
@@ -169,7 +167,7 @@ class HunyuanCondition(TransformerPart):
 
 
 def double_block(
-    block: nn.Module, video: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
+    block: Part, video: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
     memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of video [B, m, D] and text [B, T, D] with weights of their own; modulation [1, 12 D]."""
@@ -215,213 +213,6 @@ class HunyuanStage(TransformerStage):
         return self.act(Evaluation(video, context, depth, depth // 2, in_turn(block), output, first_input), kept)
 
 
-# --- the autoencoder ---
-
-
-def frame_causal_attention(block: nn.Module, x: Tensor) -> Tensor:
-    """The autoencoder's attention: pixels of a frame see those of all frames up to it. [B, C, T, H, W] -> the same.
-
-    One product for each frame, with keys of 1 to T frames: half of what a mask over all pixels computes, and nothing
-    of the mask's size in memory.
-    """
-    frames = x.shape[2]
-    h = block.norm(x)
-    # [B, C, T, H, W] -> [B, 1, T, H * W, C]
-    q, k, v = (
-        layer(h).flatten(3).permute(0, 2, 3, 1)[:, None].contiguous() for layer in (block.to_q, block.to_k, block.to_v)
-    )
-    seen = [
-        F.scaled_dot_product_attention(q[:, :, t], k[:, :, : t + 1].flatten(2, 3), v[:, :, : t + 1].flatten(2, 3))
-        for t in range(frames)
-    ]
-    a = torch.stack(seen, dim=2)[:, 0].permute(0, 3, 1, 2).reshape(x.shape)
-    return block.proj_out(a) + x
-
-
-class HunyuanDecode(nn.Module):
-    """Tokens [B, T * H * W, C], or latents of a tile [B, C, T, h, w] -> frames [B, 3, 4 T - 3, 16 h, 16 w] in [0, 1].
-
-    fp32. The decoder's layers are diffusers' own but for its attention.
-    """
-
-    def __init__(self, vae: nn.Module, grid: TokenGrid | None = None) -> None:
-        super().__init__()
-        self.vae = vae
-        self.grid = grid
-
-    def forward(self, latents: Tensor) -> Tensor:
-        decoder = self.vae.decoder
-        if self.grid is not None:
-            latents = unpack(latents, self.grid, 1)
-        latents = (latents / self.vae.config.scaling_factor).to(decoder.conv_in.conv.weight.dtype)
-        x = decoder.conv_in(latents) + latents.repeat_interleave(decoder.repeat, dim=1)
-        first, *resnets = decoder.mid_block.resnets
-        x = first(x)
-        for block, resnet in zip(decoder.mid_block.attentions, resnets, strict=True):
-            x = resnet(frame_causal_attention(block, x))
-        for block in decoder.up_blocks:
-            x = block(x)
-        frames = decoder.conv_out(F.silu(decoder.norm_out(x)))
-        return (frames.float() / 2 + 0.5).clamp(0, 1)
-
-
-# --- names ---
-
-PREFIXES = (
-    *TRANSFORMER,
-    Prefix("text_encoder.", "text_encoder"),
-    Prefix("text_encoder_2.", "text_encoder_2"),
-)
-
-#: {name in a block of the authors: names in diffusers' block}
-BLOCK = {
-    "img_attn_q": ("attn.to_q",),
-    "img_attn_k": ("attn.to_k",),
-    "img_attn_v": ("attn.to_v",),
-    "img_attn_q_norm": ("attn.norm_q",),
-    "img_attn_k_norm": ("attn.norm_k",),
-    "img_attn_proj": ("attn.to_out.0",),
-    "txt_attn_q": ("attn.add_q_proj",),
-    "txt_attn_k": ("attn.add_k_proj",),
-    "txt_attn_v": ("attn.add_v_proj",),
-    "txt_attn_q_norm": ("attn.norm_added_q",),
-    "txt_attn_k_norm": ("attn.norm_added_k",),
-    "txt_attn_proj": ("attn.to_add_out",),
-    "img_mlp.fc1": ("ff.net.0.proj",),
-    "img_mlp.fc2": ("ff.net.2",),
-    "txt_mlp.fc1": ("ff_context.net.0.proj",),
-    "txt_mlp.fc2": ("ff_context.net.2",),
-    "img_mod.linear": ("norm1.linear",),
-    "txt_mod.linear": ("norm1_context.linear",),
-}
-
-#: Parts of blocks as ComfyUI has them.
-BLOCK_ADAPTERS = {
-    "img_attn.qkv": QKV,
-    "txt_attn.qkv": ADDED,
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-}
-
-REFINER_BLOCK = {
-    "norm1": ("norm1",),
-    "norm2": ("norm2",),
-    "self_attn_qkv": QKV,
-    "self_attn_proj": ("attn.to_out.0",),
-    "mlp.fc1": ("ff.net.0.proj",),
-    "mlp.fc2": ("ff.net.2",),
-    "adaLN_modulation.1": ("norm_out.linear",),
-}
-
-OUTSIDE = {
-    "img_in.proj": "x_embedder.proj",
-    "cond_type_embedding": "cond_type_embed",
-    "time_in.mlp.0": "time_embed.timestep_embedder.linear_1",
-    "time_in.mlp.2": "time_embed.timestep_embedder.linear_2",
-    "txt_in.input_embedder": "context_embedder.proj_in",
-    "txt_in.t_embedder.mlp.0": "context_embedder.time_text_embed.timestep_embedder.linear_1",
-    "txt_in.t_embedder.mlp.2": "context_embedder.time_text_embed.timestep_embedder.linear_2",
-    "txt_in.c_embedder.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
-    "txt_in.c_embedder.linear_2": "context_embedder.time_text_embed.text_embedder.linear_2",
-    "byt5_in.layernorm": "context_embedder_2.norm",
-    "byt5_in.fc1": "context_embedder_2.linear_1",
-    "byt5_in.fc2": "context_embedder_2.linear_2",
-    "byt5_in.fc3": "context_embedder_2.linear_3",
-    "vision_in.proj.0": "image_embedder.norm_in",
-    "vision_in.proj.1": "image_embedder.linear_1",
-    "vision_in.proj.3": "image_embedder.linear_2",
-    "vision_in.proj.4": "image_embedder.norm_out",
-    "final_layer.linear": "proj_out",
-}
-
-
-def aliases(modules: Iterable[str]) -> dict[str, Target]:
-    """See `jitexport.models.naming.Naming`."""
-    names = Aliases(modules)
-    for block in names.blocks("transformer_blocks"):
-        theirs = block.replace("transformer_blocks", "double_blocks")
-        names.add_all(theirs, block, BLOCK)
-        names.add_all(theirs, block, BLOCK_ADAPTERS, partial=True)
-        names.add_all(block, block, FUSED, partial=True)
-    refiner = "context_embedder.token_refiner.refiner_blocks"
-    for block in names.blocks(refiner):
-        names.add_all(block.replace(refiner, "txt_in.individual_token_refiner.blocks"), block, REFINER_BLOCK)
-    for name, part in OUTSIDE.items():
-        names.add(name, [part])
-    names.add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
-    return names.found
-
-
-NAMING = Naming(
-    PREFIXES,
-    aliases,
-    constant=(
-        "norm1.linear", "norm1_context.linear", "norm_out.linear", "time_embed",
-        "img_mod", "txt_mod", "final_layer.adaLN_modulation", "time_in",
-    ),
-)
-
-
-# --- the published models ---
-
-
-def _published(hub_id: str, target_size: int, shift: float) -> Published:
-    height, width = SIZES[target_size]
-    configs = {
-        "transformer": {
-            "in_channels": 65,
-            "out_channels": 32,
-            "num_attention_heads": 16,
-            "attention_head_dim": 128,
-            "num_layers": 54,
-            "num_refiner_layers": 2,
-            "mlp_ratio": 4.0,
-            "patch_size": 1,
-            "patch_size_t": 1,
-            "qk_norm": "rms_norm",
-            "text_embed_dim": 3584,
-            "text_embed_2_dim": 1472,
-            "image_embed_dim": 1152,
-            "rope_theta": 256.0,
-            "rope_axes_dim": [16, 56, 56],
-            "use_meanflow": False,
-            "target_size": target_size,
-            "task_type": "t2v",
-        },
-        "vae": {
-            "latent_channels": 32,
-            "block_out_channels": [128, 256, 512, 1024, 1024],
-            "layers_per_block": 2,
-            "spatial_compression_ratio": 16,
-            "temporal_compression_ratio": 4,
-            "scaling_factor": 1.03682,
-        },
-        "text_encoder": QWEN2_5_VL_7B,
-        "text_encoder_2": {  # ByT5-small with Glyph-SDXL-v2's colours and fonts
-            "vocab_size": 1510,
-            "d_model": 1472,
-            "d_kv": 64,
-            "d_ff": 3584,
-            "num_layers": 12,
-            "num_heads": 6,
-            "feed_forward_proj": "gated-gelu",
-        },
-        "scheduler": {"num_train_timesteps": 1000, "shift": shift},
-        "guider": {"guidance_scale": 6.0},
-    }
-    return Published(hub_id, configs, {"height": height, "width": width})
-
-
-PUBLISHED = {
-    "hunyuan-video-1.5": _published("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v", 640, 5.0),
-    "hunyuan-video-1.5-720p": _published("hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v", 960, 9.0),
-}
-
-
 class HunyuanVideo15Adapter(ModelAdapter):
     """A text-to-video pipeline of HunyuanVideo-1.5 in diffusers' format.
 
@@ -439,7 +230,7 @@ class HunyuanVideo15Adapter(ModelAdapter):
     tokenizer_folders = ("tokenizer", "tokenizer_2")
     plain_configs: ClassVar = {"guider": "guider_config.json"}
     naming = NAMING
-    published = PUBLISHED
+    published = HUNYUAN_VIDEO15
 
     @classmethod
     def check(cls, configs: Configs, settings: Mapping[str, Any]) -> None:
@@ -457,14 +248,14 @@ class HunyuanVideo15Adapter(ModelAdapter):
             )
         fixed = {"patch_size": 1, "patch_size_t": 1, "qk_norm": "rms_norm"}
         fixed |= {"in_channels": 2 * transformer["out_channels"] + 1}
-        _refuse_others("a transformer that is not HunyuanVideo-1.5's", transformer, fixed)
-        usual = {"guidance_rescale": 0.0, "use_original_formulation": False, "start": 0.0, "stop": 1.0}
+        refuse_others("a transformer that is not HunyuanVideo-1.5's", transformer, fixed)
+        usual: dict[str, Any] = {"guidance_rescale": 0.0, "use_original_formulation": False, "start": 0.0, "stop": 1.0}
         usual |= {"_class_name": "ClassifierFreeGuidance"}
-        _refuse_others("a guider with options that are not supported", guider, usual)
+        refuse_others("a guider with options that are not supported", guider, usual)
 
     @classmethod
     def usual(cls, configs: Configs) -> dict[str, Any]:
-        height, width = SIZES.get(configs["transformer"].get("target_size", 640), SIZES[640])
+        height, width = HUNYUAN_SIZES.get(configs["transformer"].get("target_size", 640), HUNYUAN_SIZES[640])
         guider = configs["guider"]
         return {
             "height": height,
@@ -588,28 +379,3 @@ class HunyuanVideo15Adapter(ModelAdapter):
         else:
             module = HunyuanStage(parts["transformer"], self.act(name))
         return module.eval()
-
-
-def tiles(size: tuple[int, int], tile: int, pixels: int) -> TiledDecoder | None:
-    """How latents of a size (H, W) are decoded in tiles of so many pixels; None where one tile takes them whole.
-
-    Raises:
-        InputError: a tile that is no multiple of a latent's pixels, or of less than two of them.
-    """
-    if tile % pixels or tile < 2 * pixels:
-        raise InputError("no tile of latents", found=tile, expected=f"a multiple of {pixels}, {2 * pixels} or more")
-    side = tile // pixels
-    if max(size) <= side:
-        return None
-    return TiledDecoder(Tiling((side, side), (side // 4, side // 4)).fitted(size), (pixels, pixels))
-
-
-def _refuse_others(what: str, config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuse a configuration that has other values than these, where it says something.
-
-    Raises:
-        UnsupportedModelError: naming them.
-    """
-    others = {name: config[name] for name, value in expected.items() if config.get(name, value) != value}
-    if others:
-        raise UnsupportedModelError(what, found=others, expected={name: expected[name] for name in others})

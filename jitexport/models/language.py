@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jitexport.errors import UnsupportedModelError
+from jitexport.models.layers import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -38,7 +39,7 @@ DECODERS = {
 }
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
+def decoder_of(model: Part) -> Part:
     """The decoder of a language model of transformers.
 
     Raises:
@@ -76,7 +77,7 @@ def numbered(config: PreTrainedConfig, states: Sequence[int]) -> list[int]:
     return [k % (depth + 1) for k in states]
 
 
-def keep_what_is_read(model: nn.Module, states: Sequence[int]) -> nn.Module:
+def keep_what_is_read(model: Part, states: Sequence[int]) -> Part:
     """Take everything that `hidden_states` does not run for these states out of a model, in place.
 
     What goes: later layers, a final norm that is not reached, the head, the part for pictures. The rest keeps its
@@ -103,7 +104,7 @@ def keep_what_is_read(model: nn.Module, states: Sequence[int]) -> nn.Module:
     return model
 
 
-def drop_all_but(module: nn.Module, kept: set[str]) -> None:
+def drop_all_but(module: Part, kept: set[str]) -> None:
     """Take a module's submodules out, in place, but for those of these names."""
     for name, _ in list(module.named_children()):
         if name not in kept:
@@ -111,7 +112,7 @@ def drop_all_but(module: nn.Module, kept: set[str]) -> None:
 
 
 def hidden_states(
-    model: nn.Module,
+    model: Part,
     ids: Tensor,
     mask: Tensor,
     states: Sequence[int],
@@ -151,7 +152,7 @@ def hidden_states(
     return tuple(found[k] for k in numbers)
 
 
-def rotary_tables(decoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_tables(decoder: Part, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines [L, Dh / 2], fp32, of the angles at positions 0 to L - 1."""
     channels = decoder.layers[0].self_attn.head_dim
     theta = decoder.config.rope_parameters["rope_theta"]
@@ -171,14 +172,14 @@ def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(allowed, 0.0, torch.finfo(dtype).min / 2).to(dtype)
 
 
-def decoder_layer(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+def decoder_layer(layer: Part, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
     """One layer, [B, L, D] -> [B, L, D]: attention, then SwiGLU, each on the normed state and added to it."""
     x = x + self_attention(layer.self_attn, rms_norm(layer.input_layernorm, x), cos, sin, bias)
     mlp, h = layer.mlp, rms_norm(layer.post_attention_layernorm, x)
     return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
 
 
-def self_attention(attn: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+def self_attention(attn: Part, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
     """Attention of x [B, L, D] to itself, several heads of queries to one head of keys and values."""
     q, k, v = (
         project(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # [B, L, H Dh] -> [B, H, L, Dh]
@@ -207,7 +208,7 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
 
 
-def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def rms_norm(norm: Part, x: Tensor) -> Tensor:
     """A norm of transformers over the last dimension of x."""
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
@@ -222,9 +223,9 @@ class LanguageText(nn.Module):
     regions = ("decoder_layer",)
     decoder_layer = staticmethod(decoder_layer)
 
-    def __init__(self, text_encoder: nn.Module) -> None:
+    def __init__(self, text_encoder: Part) -> None:
         super().__init__()
-        self.text_encoder = text_encoder
+        self.text_encoder: Part = text_encoder
 
     def states(self, ids: Tensor, mask: Tensor, states: Sequence[int]) -> tuple[Tensor, ...]:
         """See `hidden_states`."""

@@ -7,23 +7,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from jitexport.grid import TokenGrid, unpack
 from jitexport.kernels.attention import Stream, attention
 from jitexport.kernels.linear import linear
 from jitexport.quant import QuantizedLinear
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
     from jitexport.models.tokens import Memo, Refresh
 
 
-def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+#: A module of diffusers or transformers, or a part of one. Their classes declare hardly any attributes, and
+#: `nn.Module` says of each that it is a tensor or a module, which is wrong of `attn.heads` and `norm.eps`.
+Part = Any
+
+
+def modulate(norm: Part, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Normalise x [B, L, D], then scale and shift by vectors [B, D] (adaLN)."""
     return norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
-def modulated(norm: nn.Module, modulation: Tensor, x: Tensor) -> Tensor:
+def modulated(norm: Part, modulation: Tensor, x: Tensor) -> Tensor:
     """What a block's first layer sees of x [B, L, D], by modulation [B or 1, n D] that begins with shift and scale."""
     shift, scale, *_ = modulation.split(x.shape[-1], dim=-1)
     return modulate(norm, x, shift, scale)
@@ -34,28 +37,28 @@ def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     return (x + gate[:, None] * update).to(x.dtype)
 
 
-def stream(x: Tensor, layers: Sequence[nn.Module], norms: Sequence[nn.RMSNorm], head_dim: int) -> Stream:
+def stream(x: Tensor, layers: Sequence[Part], norms: Sequence[Part], head_dim: int) -> Stream:
     """Queries, keys and values of tokens x [B, L, D], by projections and norms in this order."""
     heads = (run_linear(layer, x).unflatten(-1, (-1, head_dim)) for layer in layers)
     return Stream(*heads, *(norm.weight for norm in norms))
 
 
-def runs_in_int8(layer: nn.Module) -> bool:
+def runs_in_int8(layer: Part) -> bool:
     """Whether a block's attention may run in 8 bits as well: where its linear layers do."""
     return isinstance(layer, QuantizedLinear) and layer.kind == "int8"
 
 
-def run_linear(layer: nn.Module, *parts: Tensor, gelu: bool = False, wide: bool = False) -> Tensor:
+def run_linear(layer: Part, *parts: Tensor, gelu: bool = False, wide: bool = False) -> Tensor:
     """A linear layer, quantized or not: see `jitexport.kernels.linear.linear`."""
     return linear(parts, layer.weight, layer.bias, getattr(layer, "weight_scale", None), gelu=gelu, wide=wide)
 
 
-def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
+def feed_forward(ff: Part, x: Tensor) -> Tensor:
     """diffusers' `FeedForward` with its tanh GELU, [B, L, D] -> [B, L, D]."""
     return run_linear(ff.net[2], run_linear(ff.net[0].proj, x, gelu=True), wide=True)
 
 
-def time_embedding(embed: nn.Module, embedder: nn.Module, levels: Tensor) -> Tensor:
+def time_embedding(embed: Part, embedder: Part, levels: Tensor) -> Tensor:
     """Noise levels, or guidance, [S] by a module's sines and an embedder's two layers -> [S, D].
 
     Angles of up to 1000 radians are made in fp32 whatever the model's dtype.
@@ -63,7 +66,7 @@ def time_embedding(embed: nn.Module, embedder: nn.Module, levels: Tensor) -> Ten
     return embedder(embed(levels.float() * 1000).to(embedder.linear_1.weight.dtype))
 
 
-def last_layer(model: nn.Module, x: Tensor, modulation: Tensor) -> Tensor:
+def last_layer(model: Part, x: Tensor, modulation: Tensor) -> Tensor:
     """A transformer's output norm and projection of image tokens x [B, m, D]; modulation [B, 2 D]."""
     scale, shift = modulation.chunk(2, dim=-1)
     return model.proj_out(modulate(model.norm_out.norm, x, shift, scale))
@@ -80,27 +83,27 @@ class Side(NamedTuple):
         mlp: the feed-forward module.
     """
 
-    norm: nn.Module
-    projections: Sequence[nn.Module]
-    qk_norms: Sequence[nn.Module]
-    out: nn.Module
-    mlp_norm: nn.Module
-    mlp: nn.Module
+    norm: Part
+    projections: Sequence[Part]
+    qk_norms: Sequence[Part]
+    out: Part
+    mlp_norm: Part
+    mlp: Part
 
 
-def image_side(attn: nn.Module, norm: nn.Module, mlp_norm: nn.Module, mlp: nn.Module) -> Side:
+def image_side(attn: Part, norm: Part, mlp_norm: Part, mlp: Part) -> Side:
     """The image's or video's, by diffusers' names in a joint attention."""
     return Side(norm, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), attn.to_out[0], mlp_norm, mlp)
 
 
-def text_side(attn: nn.Module, norm: nn.Module, mlp_norm: nn.Module, mlp: nn.Module) -> Side:
+def text_side(attn: Part, norm: Part, mlp_norm: Part, mlp: Part) -> Side:
     """The text's."""
     projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     return Side(norm, projections, (attn.norm_added_q, attn.norm_added_k), attn.to_add_out, mlp_norm, mlp)
 
 
 def joint_block(
-    attn: nn.Module,
+    attn: Part,
     sides: Sequence[Side],
     tokens: Sequence[Tensor],
     modulation: Sequence[Tensor],
@@ -158,22 +161,6 @@ def refreshed_side(
 class TransformerPart(nn.Module):
     """Base of engines that are parts of a transformer, with its weights under their own names."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Part) -> None:
         super().__init__()
-        self.transformer = transformer
-
-
-class PackedDecode(nn.Module):
-    """Packed latents [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32."""
-
-    def __init__(self, vae: AutoencoderKL, grid: TokenGrid, patch: int) -> None:
-        super().__init__()
-        self.vae = vae
-        self.grid = grid
-        self.patch = patch
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        config = self.vae.config
-        latents = unpack(tokens, self.grid, self.patch) / config.scaling_factor + (config.shift_factor or 0.0)
-        picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return (picture.float() / 2 + 0.5).clamp(0, 1)
+        self.transformer: Part = transformer

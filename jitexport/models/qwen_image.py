@@ -13,19 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jitexport.errors import InputError, UnsupportedModelError
-from jitexport.grid import TokenGrid, unpack
 from jitexport.guidance import Guidance
-from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
-from jitexport.models.components import QWEN2_5_VL_7B
+from jitexport.models.autoencoders import QwenImageDecode
+from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, image_grid
 from jitexport.models.language import LanguageText, keep_what_is_read
 from jitexport.models.layers import (
+    Part,
     TransformerPart,
     image_side,
     joint_block,
@@ -34,15 +34,13 @@ from jitexport.models.layers import (
     text_side,
 )
 from jitexport.models.naming import FUSED, TRANSFORMER, Aliases, Naming, Prefix, Target
+from jitexport.models.published import QWEN_IMAGE
 from jitexport.models.schedulers import flow_sigmas, resolution_shift, scheduler_shift
 from jitexport.models.stages import Evaluation, TransformerStage, in_turn
 from jitexport.models.tokens import Cell, Memo, joint_cells
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
 PATCH = 2  # latent pixels on a token's side
 THETA = 10000.0
@@ -77,7 +75,7 @@ class QwenImageModulation(nn.Module):
         transformer: loses the layers that make them.
     """
 
-    def __init__(self, transformer: QwenImageTransformer2DModel) -> None:
+    def __init__(self, transformer: Part) -> None:
         super().__init__()
         self.embed = transformer.time_text_embed
         blocks = transformer.transformer_blocks
@@ -106,7 +104,7 @@ class QwenImageCondition(TransformerPart):
 
 
 def double_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
+    block: Part, image: Tensor, text: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
     memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of text [B, T, D] and image [B, m, D] with weights of their own.
@@ -152,61 +150,6 @@ class QwenImageStage(TransformerStage):
         return self.act(Evaluation(image, context, depth, depth // 2, in_turn(block), output, first_input), kept)
 
 
-class QwenImageDecode(nn.Module):
-    """Packed latents [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32.
-
-    The decoder of `AutoencoderKLQwenImage` for one frame, whose channels are [B, C, H, W] here.
-    """
-
-    def __init__(self, vae: AutoencoderKLQwenImage, grid: TokenGrid) -> None:
-        super().__init__()
-        self.vae = vae
-        self.grid = grid
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        config, decoder = self.vae.config, self.vae.decoder
-        # Channel by channel with plain numbers: a tensor made here would be a weight that no bundle has.
-        channels = zip(unpack(tokens, self.grid, PATCH).unbind(1), config.latents_std, config.latents_mean, strict=True)
-        latents = torch.stack([x * std + mean for x, std, mean in channels], dim=1).to(decoder.conv_in.weight.dtype)
-        x = convolve(decoder.conv_in, convolve(self.vae.post_quant_conv, latents))
-        first, *others = decoder.mid_block.resnets
-        x = residual(first, x)
-        for attn, block in zip(decoder.mid_block.attentions, others, strict=True):
-            x = residual(block, attend(attn, x))
-        for up in decoder.up_blocks:
-            for block in up.resnets:
-                x = residual(block, x)
-            for upsampler in up.upsamplers or ():
-                x = upsampler.resample[1](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        picture = convolve(decoder.conv_out, F.silu(normalise(decoder.norm_out, x)))
-        return (picture.float() / 2 + 0.5).clamp(0, 1)
-
-
-def convolve(layer: nn.Conv3d, x: Tensor) -> Tensor:
-    """A causal convolution of a first frame x [B, C, H, W]: zeros are before it, so only its own slice counts."""
-    weight = layer.weight[:, :, -1]
-    return F.conv2d(x, weight, layer.bias, padding=[size // 2 for size in weight.shape[2:]])
-
-
-def normalise(norm: nn.Module, x: Tensor) -> Tensor:
-    """The autoencoder's RMS norm, over the channels of x [B, C, H, W]."""
-    return F.normalize(x.float(), dim=1).to(x.dtype) * norm.scale * norm.gamma.flatten()[:, None, None]
-
-
-def residual(block: nn.Module, x: Tensor) -> Tensor:
-    """Two convolutions beside a shortcut, [B, C, H, W] -> [B, C', H, W]."""
-    h = convolve(block.conv1, F.silu(normalise(block.norm1, x)))
-    h = convolve(block.conv2, F.silu(normalise(block.norm2, h)))
-    return h + (convolve(block.conv_shortcut, x) if isinstance(block.conv_shortcut, nn.Conv3d) else x)
-
-
-def attend(block: nn.Module, x: Tensor) -> Tensor:
-    """Attention of one head between the pixels of x [B, C, H, W]."""
-    heads = block.to_qkv(normalise(block.norm, x)).flatten(2).transpose(1, 2)[:, None]  # [B, 1, H W, 3 C]
-    a = F.scaled_dot_product_attention(*heads.chunk(3, dim=-1))
-    return x + block.proj(a[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
-
-
 # --- names in adapters and checkpoints -------------------------------------------------------------------------------
 
 
@@ -225,52 +168,6 @@ NAMING = Naming(
 )
 
 
-# --- the published models --------------------------------------------------------------------------------------------
-
-CONFIGS = {
-    "transformer": {
-        "patch_size": PATCH,
-        "in_channels": 64,
-        "out_channels": 16,
-        "num_layers": 60,
-        "attention_head_dim": 128,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 3584,
-        "guidance_embeds": False,
-        "axes_dims_rope": [16, 56, 56],
-    },
-    "vae": {
-        "base_dim": 96,
-        "z_dim": 16,
-        "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "attn_scales": [],
-        "temperal_downsample": [False, True, True],
-        "latents_mean": [
-            -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-        ],
-        "latents_std": [
-            2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-        ],
-    },
-    "text_encoder": {
-        "text_config": QWEN2_5_VL_7B | {"max_position_embeddings": 128000},
-        "vision_config": {"hidden_size": 1280, "out_hidden_size": 3584},
-    },
-    "scheduler": {
-        "num_train_timesteps": 1000,
-        "use_dynamic_shifting": True,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 8192,
-        "base_shift": 0.5,
-        "max_shift": 0.9,
-        "shift_terminal": 0.02,
-    },
-}  # fmt: skip
-
-
 class QwenImageAdapter(ModelAdapter):
     """A Qwen-Image pipeline in diffusers' format. The setting `guidance_scale` is the usual `true_cfg_scale`."""
 
@@ -281,10 +178,7 @@ class QwenImageAdapter(ModelAdapter):
         "text_encoder": "transformers:Qwen2_5_VLForConditionalGeneration",
     }
     naming = NAMING
-    published: ClassVar[Mapping[str, Published]] = {
-        "qwen-image": Published("Qwen/Qwen-Image", CONFIGS),
-        "qwen-image-2512": Published("Qwen/Qwen-Image-2512", CONFIGS),
-    }
+    published = QWEN_IMAGE
 
     @classmethod
     def check(cls, configs: Configs, settings: Mapping[str, Any]) -> None:
@@ -412,7 +306,7 @@ class QwenImageAdapter(ModelAdapter):
             module = QwenImageCondition(parts["transformer"])
         elif name in ("preview", "decode"):
             grid = self.geometry.grid
-            module = QwenImageDecode(parts["vae"], grid.halved() if name == "preview" else grid)
+            module = QwenImageDecode(parts["vae"], grid.halved() if name == "preview" else grid, PATCH)
         else:
             module = QwenImageStage(parts["transformer"], self.act(name))
         return module.eval()

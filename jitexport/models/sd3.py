@@ -7,12 +7,9 @@ As FLUX's, the modulation depends on the prompt and the noise level, and is comp
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +18,11 @@ from torch import Tensor, nn
 from jitexport.errors import InputError, UnsupportedModelError
 from jitexport.guidance import Guidance
 from jitexport.kernels.attention import Stream, attention
-from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, Published, image_grid
-from jitexport.models.components import AUTOENCODER_16, T5_XXL, clip
+from jitexport.models.autoencoders import PackedDecode
+from jitexport.models.base import Configs, ModelAdapter, ModelDefaults, ModelGeometry, image_grid
+from jitexport.models.encoders import SD3Text
 from jitexport.models.layers import (
-    PackedDecode,
+    Part,
     TransformerPart,
     feed_forward,
     gated,
@@ -36,199 +34,25 @@ from jitexport.models.layers import (
     stream,
     time_embedding,
 )
-from jitexport.models.naming import ADDED, FUSED, QKV, TRANSFORMER, Aliases, Naming, Prefix, Target
+from jitexport.models.published import SD3
 from jitexport.models.schedulers import flow_sigmas, resolution_shift, scheduler_shift
+from jitexport.models.sd3_names import NAMING
+from jitexport.models.sincos import SinCos, cropped, published_table, read_table
 from jitexport.models.stages import Evaluation, TransformerStage, in_turn
 from jitexport.models.tokens import Cell, Keep, Memo, Refresh, joint_cells
-from jitexport.positions import Positions, Tables
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 PATCH = 2  # a token is 2 x 2 latent pixels
 EPS = 1e-6  # of the norms of queries and keys
 
-# --- positions -------------------------------------------------------------------------------------------------------
 
-LONGEST = 10000.0  # wavelengths rise from 2 pi to this, times 2 pi
-
-#: A table may be stored in bf16, whose numbers below 1 are this close to each other.
-TABLE_TOLERANCE = 4e-3
-
-
-@cache
-def _frequencies(width: int, device: torch.device | None) -> Tensor:
-    """Of the D / 4 waves of an axis, fp64, fast to slow."""
-    waves = torch.arange(width // 4, dtype=torch.float64, device=device)
-    return LONGEST ** (-4 * waves / width)
-
-
-@dataclass(frozen=True)
-class SinCos(Positions):
-    """Places as vectors that are added to the tokens: an input `positions` [B, m, D], fp32.
-
-    They are sines and cosines of the column, then those of the row.
-
-    The coordinate of place p on an axis is first + step * p.
-
-    Attributes:
-        width: D, channels of the transformer.
-        first: coordinates of the grid's first token, row and column.
-        step: between neighbouring tokens.
-    """
-
-    width: int
-    first: tuple[float, float]
-    step: float
-
-    def specs(self, batch: int, tokens: int, dtype: str) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("positions", (batch, tokens, self.width), "fp32"),)
-
-    def tables(self, places: Tensor) -> Tables:
-        """Coordinates are rounded to fp32 and angles are not, as in diffusers."""
-        first = torch.tensor(self.first, dtype=torch.float64, device=places.device)
-        row, column = (first + self.step * places.double()).float().double().unbind(-1)
-        frequencies = _frequencies(self.width, places.device)
-        angles = [torch.outer(axis, frequencies) for axis in (column, row)]
-        return {"positions": torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=-1).float()}
-
-    def gather(self, tables: Tables, where: Tensor) -> dict[str, Tensor]:
-        table = tables["positions"]
-        return {"positions": table.index_select(0, where.flatten()).unflatten(0, where.shape)}
-
-
-def published_table(width: int, size: int, base: int) -> SinCos:
-    """The table that diffusers makes: `size` rows and columns, coordinates from 0 to `base`."""
-    return SinCos(width, (0.0, 0.0), base / size)
-
-
-def cropped(table: SinCos, size: int, grid: tuple[int, int]) -> SinCos:
-    """The middle of a table of `size` x `size` places, as diffusers crops it for a grid of tokens."""
-    row, column = (first + table.step * ((size - n) // 2) for first, n in zip(table.first, grid, strict=True))
-    return SinCos(table.width, (row, column), table.step)
-
-
-def read_table(values: Tensor, size: int, expected: SinCos) -> SinCos:
-    """What a checkpoint's table [1, size^2, D] is made by: `expected`, or one of other coordinates.
-
-    Raises:
-        UnsupportedModelError: it is not made by sines and cosines of evenly spaced coordinates.
-    """
-    rows = values.detach().reshape(size, size, -1)
-    if _agrees(rows, expected):
-        return expected
-    (column, step), (row, _) = (_line(_coordinates(x)) for x in (rows[0].chunk(2, -1)[0], rows[:, 0].chunk(2, -1)[1]))
-    found = SinCos(expected.width, (row, column), step)
-    simple = SinCos(expected.width, (_simple(row), _simple(column)), _simple(step))  # without what rounding has added
-    for table in (simple, found):
-        if _agrees(rows, table):
-            return table
-    raise UnsupportedModelError(
-        "the transformer's table of positions follows no rule that is known",
-        found=f"pos_embed.pos_embed {list(values.shape)}",
-        expected="sines and cosines of evenly spaced coordinates, from which places between them are computed",
-    )
-
-
-def _agrees(rows: Tensor, table: SinCos) -> bool:
-    """Whether rows [S, S, D] are a table's, up to rounding. Row by row: SD3.5-medium's table has 226 million values."""
-    size = rows.shape[0]
-    line = torch.arange(size, device=rows.device)
-    return all(
-        (row.float() - table.tables(torch.stack([torch.full_like(line, i), line], -1))["positions"]).abs().max()
-        <= TABLE_TOLERANCE
-        for i, row in enumerate(rows)
-    )
-
-
-def _coordinates(vectors: Tensor) -> Tensor:
-    """The coordinates whose sines and cosines are vectors [n, D / 2]: [n], fp64.
-
-    From the slow waves, which are unambiguous, to the fast ones, which are exact.
-    """
-    sine, cosine = vectors.double().chunk(2, dim=-1)
-    angles, frequencies = torch.atan2(sine, cosine), _frequencies(2 * vectors.shape[-1], vectors.device)
-    x = torch.zeros_like(angles[:, 0])
-    for angle, frequency in zip(angles.T.flip(0), frequencies.flip(0), strict=True):
-        x = x + (torch.remainder(angle - x * frequency + math.pi, 2 * math.pi) - math.pi) / frequency
-    return x
-
-
-def _line(x: Tensor) -> tuple[float, float]:
-    """Start and step of the even spacing that is closest to x [n]."""
-    n = torch.arange(len(x), dtype=x.dtype, device=x.device)
-    n = n - n.mean()
-    step = float((n * x).sum() / (n * n).sum())
-    return float(x.mean()) + step * float(n[0]), step
-
-
-def _simple(x: float) -> float:
-    """A fraction of small numbers close to x."""
-    return float(Fraction(x).limit_denominator(64))
-
-
-# --- modules ---------------------------------------------------------------------------------------------------------
-
-
-class SD3Text(nn.Module):
-    """The text encoders: ids of both CLIPs [B, L] and, where it is there, of T5 [B, T] -> states, pooled states.
-
-    States [B, L + T, E]: those of both CLIPs side by side, widened with zeros, then T5's, zeros without it. Pooled
-    states [B, P], CLIP's side by side.
-    """
-
-    def __init__(
-        self,
-        text_encoder: CLIPTextModelWithProjection,
-        text_encoder_2: CLIPTextModelWithProjection,
-        text_encoder_3: T5EncoderModel | None,
-        *,
-        tokens: int,
-        width: int,
-    ) -> None:
-        """`tokens` T of T5, `width` E of the states that the transformer takes."""
-        super().__init__()
-        self.text_encoder = text_encoder
-        self.text_encoder_2 = text_encoder_2
-        if text_encoder_3 is not None:
-            self.text_encoder_3 = text_encoder_3
-        self.tokens, self.width = tokens, width
-
-    def forward(self, *ids: Tensor) -> tuple[Tensor, Tensor]:
-        encoders = (self.text_encoder, self.text_encoder_2)
-        states, pooled = zip(*(clip_states(e, i) for e, i in zip(encoders, ids[:2], strict=True)), strict=True)
-        clip = torch.cat(states, dim=-1)
-        clip = F.pad(clip, (0, self.width - clip.shape[-1]))
-        if hasattr(self, "text_encoder_3"):
-            t5 = self.text_encoder_3(ids[2])[0]
-        else:
-            t5 = clip.new_zeros(clip.shape[0], self.tokens, self.width)
-        return torch.cat([clip, t5], dim=1), torch.cat(pooled, dim=-1)
-
-
-def clip_states(encoder: CLIPTextModelWithProjection, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """A CLIP text encoder's states before its last layer [B, L, E], and its projected state of the prompt's end."""
-    model = encoder.text_model
-    x = model.embeddings(input_ids=ids)
-    length = ids.shape[1]
-    later = torch.full((length, length), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device).triu(1)
-    states = x
-    for layer in model.encoder.layers:
-        states, x = x, layer(x, later[None, None])
-    # Older configurations say 2 whatever the token is; the end is then the token with the highest number.
-    marks = ids if model.eos_token_id == 2 else (ids == model.eos_token_id)
-    end = x[torch.arange(len(x), device=x.device), marks.int().argmax(dim=-1)]
-    return states, encoder.text_projection(model.final_layer_norm(end))
-
-
-def context_width(block: nn.Module) -> int:
+def context_width(block: Part) -> int:
     """Modulation vectors of a block's text; the last block needs its text for attention only."""
     return 2 if block.context_pre_only else 6
 
 
-def image_width(block: nn.Module) -> int:
+def image_width(block: Part) -> int:
     """Modulation vectors of a block's image."""
     return 9 if block.use_dual_attention else 6
 
@@ -252,25 +76,25 @@ class SD3Condition(TransformerPart):
         return torch.cat([layer(emb) for layer in layers], dim=-1), model.context_embedder(prompt_embeds)
 
 
-def image_stream(attn: nn.Module, x: Tensor) -> Stream:
+def image_stream(attn: Part, x: Tensor) -> Stream:
     """Queries, keys and values of the image x [B, m, D]."""
     norms = [norm for norm in (attn.norm_q, attn.norm_k) if norm is not None]
     return stream(x, (attn.to_q, attn.to_k, attn.to_v), norms, attn.inner_dim // attn.heads)
 
 
-def text_stream(attn: nn.Module, c: Tensor) -> Stream:
+def text_stream(attn: Part, c: Tensor) -> Stream:
     """Those of the text c [B, T, D]."""
     norms = [norm for norm in (attn.norm_added_q, attn.norm_added_k) if norm is not None]
     return stream(c, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), norms, attn.inner_dim // attn.heads)
 
 
-def attend(attn: nn.Module, streams: Sequence[Stream]) -> Tensor:
+def attend(attn: Part, streams: Sequence[Stream]) -> Tensor:
     """Attention over all streams, [B, L, D]."""
     return attention(streams, eps=EPS, int8=runs_in_int8(attn.to_q)).flatten(2)
 
 
 def image_update(
-    block: nn.Module, image: Tensor, c: Tensor, modulation: Tensor, memo: Keep | None = None
+    block: Part, image: Tensor, c: Tensor, modulation: Tensor, memo: Keep | None = None
 ) -> tuple[Tensor, Tensor]:
     """The image [B, m, D] after a block, and what attention makes of the text, which comes modulated: c [B, T, D]."""
     vectors = modulation.chunk(image_width(block), dim=-1)
@@ -295,7 +119,7 @@ def image_update(
     return gated(y, gate_ff, update), c
 
 
-def refreshed_image(block: nn.Module, image: Tensor, modulation: Tensor, memo: Refresh) -> Tensor:
+def refreshed_image(block: Part, image: Tensor, modulation: Tensor, memo: Refresh) -> Tensor:
     """The image [B, m, D] after a block whose attentions are cached, and of whose MLP a part is."""
     _, _, gate, shift_ff, scale_ff, gate_ff, *further = modulation.chunk(image_width(block), dim=-1)
     for its_gate in (gate, *further[2:]):
@@ -306,7 +130,7 @@ def refreshed_image(block: nn.Module, image: Tensor, modulation: Tensor, memo: R
 
 
 def joint_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, memo: Memo | None = None
+    block: Part, image: Tensor, text: Tensor, modulation: Tensor, memo: Memo | None = None
 ) -> tuple[Tensor, Tensor]:
     """Joint attention of image [B, m, D] and text [B, T, D] with weights of their own; modulation [B, 12 or 15 D]."""
     d = image.shape[-1]
@@ -329,7 +153,7 @@ def joint_block(
 
 
 def last_block(
-    block: nn.Module, image: Tensor, text: Tensor, modulation: Tensor, memo: Memo | None = None
+    block: Part, image: Tensor, text: Tensor, modulation: Tensor, memo: Memo | None = None
 ) -> Tensor:
     """The same without what would become of the text; modulation [B, 8 or 11 D]."""
     d = image.shape[-1]
@@ -376,119 +200,6 @@ class SD3Stage(TransformerStage):
         return self.act(Evaluation(image, context, depth, depth // 2, in_turn(block), output, first_input), kept)
 
 
-# --- names of the same modules elsewhere -----------------------------------------------------------------------------
-
-PREFIXES = (
-    *TRANSFORMER,
-    Prefix("text_encoder.", "text_encoder"),
-    Prefix("text_encoder_2.", "text_encoder_2"),
-    Prefix("text_encoder_3.", "text_encoder_3"),
-    Prefix("text_encoders.clip_l.transformer.", "text_encoder"),
-    Prefix("text_encoders.clip_g.transformer.", "text_encoder_2"),
-    Prefix("text_encoders.t5xxl.transformer.", "text_encoder_3"),
-    Prefix("lora_te1_", "text_encoder", flat=True),
-    Prefix("lora_te2_", "text_encoder_2", flat=True),
-    Prefix("lora_te3_", "text_encoder_3", flat=True),
-)
-
-AGAIN = ("attn2.to_q", "attn2.to_k", "attn2.to_v")  # of SD3.5-medium's second attention
-
-#: {name in a block of the authors: names in diffusers' block}
-BLOCK = {
-    "x_block.attn.qkv": QKV,
-    "x_block.attn.proj": ("attn.to_out.0",),
-    "x_block.attn.ln_q": ("attn.norm_q",),
-    "x_block.attn.ln_k": ("attn.norm_k",),
-    "x_block.attn2.qkv": AGAIN,
-    "x_block.attn2.proj": ("attn2.to_out.0",),
-    "x_block.attn2.ln_q": ("attn2.norm_q",),
-    "x_block.attn2.ln_k": ("attn2.norm_k",),
-    "x_block.mlp.fc1": ("ff.net.0.proj",),
-    "x_block.mlp.fc2": ("ff.net.2",),
-    "x_block.adaLN_modulation.1": ("norm1.linear",),
-    "context_block.attn.qkv": ADDED,
-    "context_block.attn.proj": ("attn.to_add_out",),
-    "context_block.attn.ln_q": ("attn.norm_added_q",),
-    "context_block.attn.ln_k": ("attn.norm_added_k",),
-    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
-    "context_block.mlp.fc2": ("ff_context.net.2",),
-    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
-}
-OUTSIDE = {
-    "x_embedder.proj": "pos_embed.proj",
-    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
-    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
-    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
-    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-}
-
-
-def aliases(modules: Iterable[str]) -> dict[str, Target]:
-    """See `jitexport.models.naming.Naming`."""
-    names = Aliases(modules)
-    blocks = names.blocks("transformer_blocks")
-    for block in blocks:
-        names.add_all(block.replace("transformer_blocks", "joint_blocks"), block, BLOCK)
-        names.add_all(block, block, FUSED | {"attn2.to_qkv": AGAIN}, partial=True)
-    for name, part in OUTSIDE.items():
-        names.add(name, [part])
-    # The last block's text has scale and shift alone, as the output's norm.
-    for block in blocks[-1:]:
-        theirs = block.replace("transformer_blocks", "joint_blocks")
-        names.add(f"{theirs}.context_block.adaLN_modulation.1", [f"{block}.norm1_context.linear"], swapped=True)
-    names.add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
-    return names.found
-
-
-NAMING = Naming(PREFIXES, aliases)
-
-# --- the published models --------------------------------------------------------------------------------------------
-
-
-def _published(hub_id: str, blocks: int, heads: int, transformer: dict[str, Any], **settings: Any) -> Published:
-    configs = {
-        "transformer": {
-            "sample_size": 128,
-            "patch_size": PATCH,
-            "in_channels": 16,
-            "out_channels": 16,
-            "num_layers": blocks,
-            "attention_head_dim": 64,
-            "num_attention_heads": heads,
-            "joint_attention_dim": 4096,
-            "caption_projection_dim": 64 * heads,
-            "pooled_projection_dim": 2048,
-            "pos_embed_max_size": 192,
-            "dual_attention_layers": [],
-            "qk_norm": "rms_norm",
-        }
-        | transformer,
-        "vae": AUTOENCODER_16 | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
-        "text_encoder": clip(768, 12, 12, hidden_act="quick_gelu", eos_token_id=2),
-        "text_encoder_2": clip(1280, 32, 20, hidden_act="gelu", eos_token_id=2),
-        "text_encoder_3": T5_XXL,
-        "scheduler": {"num_train_timesteps": 1000, "shift": 3.0},
-    }
-    return Published(hub_id, configs, settings)
-
-
-PUBLISHED = {
-    "sd3": _published("stabilityai/stable-diffusion-3-medium-diffusers", 24, 24, {"qk_norm": None}),
-    "sd3.5-medium": _published(
-        "stabilityai/stable-diffusion-3.5-medium", 24, 24,
-        {"pos_embed_max_size": 384, "dual_attention_layers": list(range(13))},
-    ),
-    "sd3.5-large": _published("stabilityai/stable-diffusion-3.5-large", 38, 38, {}),
-    "sd3.5-large-turbo": _published(
-        "stabilityai/stable-diffusion-3.5-large-turbo", 38, 38, {}, guidance_scale=0.0, num_inference_steps=4
-    ),
-}
-
-
-# --- the adapter -----------------------------------------------------------------------------------------------------
-
-
 class SD3Adapter(ModelAdapter):
     """A Stable Diffusion 3 or 3.5 pipeline in diffusers' format, with or without its T5.
 
@@ -507,7 +218,7 @@ class SD3Adapter(ModelAdapter):
     optional = ("text_encoder_3",)
     tokenizer_folders = ("tokenizer", "tokenizer_2", "tokenizer_3")
     naming = NAMING
-    published = PUBLISHED
+    published = SD3
 
     def __init__(
         self,
@@ -516,7 +227,8 @@ class SD3Adapter(ModelAdapter):
         tokenizers: Sequence[Tokenizer],
         settings: Mapping[str, Any],
     ) -> None:
-        config, values = components["transformer"].config, components["transformer"].pos_embed.pos_embed
+        transformer: Part = components["transformer"]
+        config, values = transformer.config, transformer.pos_embed.pos_embed
         if config.pos_embed_max_size and not values.is_meta:
             expected = table_of({"transformer": dict(config)})
             found = read_table(values, config.pos_embed_max_size, expected)
@@ -592,8 +304,8 @@ class SD3Adapter(ModelAdapter):
     def cells(cls, configs: Configs) -> tuple[Cell, ...]:
         config = configs["transformer"]
         first, twice = config["num_layers"] - 1, config.get("dual_attention_layers") or ()
-        image, text = (joint_cells(first + 1, stream) for stream in ("image", "text"))
-        image = [cell._replace(attentions=1 + (i in twice)) for i, cell in enumerate(image)]
+        text, once = joint_cells(first + 1, "text"), joint_cells(first + 1, "image")
+        image = [cell._replace(attentions=1 + (i in twice)) for i, cell in enumerate(once)]
         return (*(cell for pair in zip(image[:first], text[:first], strict=True) for cell in pair), image[first])
 
     @classmethod

@@ -52,7 +52,8 @@ def published(name: str) -> ModelSource:
     pipeline_class = registry.family_of(name)
     model = _require(lambda: registry.family(pipeline_class)).published[name]
     return ModelSource(
-        name, hub_id=model.hub_id, pipeline_class=pipeline_class, configs=dict(model.configs),
+        name, hub_id=model.hub_id, pipeline_class=pipeline_class,
+        configs={part: dict(config) for part, config in model.configs.items()},
         settings=dict(model.settings),
     )
 
@@ -154,7 +155,7 @@ def download(source: ModelSource) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.constants import HF_HUB_CACHE
     try:
-        return Path(snapshot_download(source.hub_id, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(source.hub_id or source.name, allow_patterns=HUB_FILES))
     except Exception as error:  # network, authorisation, cache: one answer for all, with the library's words in it
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelNotFoundError(

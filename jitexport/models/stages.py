@@ -180,12 +180,12 @@ ACTS: dict[str | None, dict[str, Act]] = {
     TOKENS: {COMPUTED: whole_with_tokens, REFRESH: RefreshTokens((), 1)},
 }
 #: {action: the tensors that its engine takes beside a stage's own inputs}
-TAKES = {
+TAKES: dict[str, tuple[str, ...]] = {
     "skip": ("residual",), "front": ("rear_delta",), "rear": ("front_delta",),
     REFRESH: ("attention", "updates", "scores"),
 }
 #: {kind of features: {action: the tensors that its engine gives beside the velocity}}
-GIVES = {
+GIVES: dict[str | None, dict[str, tuple[str, ...]]] = {
     "residual": {COMPUTED: ("residual",)},
     "deltas": {COMPUTED: ("front_delta", "rear_delta")},
     TOKENS: {COMPUTED: ("attention", "updates", "scores"), REFRESH: ("refreshed", "fresh")},
@@ -299,6 +299,8 @@ class TransformerStage(TransformerPart):
     Args:
         act: what this engine does.
     """
+
+    regions: Sequence[str]
 
     def __init__(self, transformer: nn.Module, act: Act = whole) -> None:
         super().__init__(transformer)

@@ -69,7 +69,7 @@ def joint_cells(depth: int, *streams: Literal["image", "text"]) -> tuple[Cell, .
 class Keep:
     """Collects what blocks add while they are computed, cell by cell."""
 
-    attends = True
+    attends: Literal[True] = True
 
     def __init__(self) -> None:
         self._scores: list[Tensor] = []
@@ -105,7 +105,7 @@ class Refresh:
         share: of all tokens that are refreshed.
     """
 
-    attends = False
+    attends: Literal[False] = False
 
     def __init__(
         self, attention: Tensor, updates: Tensor, scores: Tensor, *, cells: Sequence[Cell], share: float

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,7 +63,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.25)
     rates = []
     for m, k, n in MATMUL_SHAPES[device.type]:
         x, w = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
-        rates.append(2 * m * k * n / shortest(lambda x=x, w=w: F.linear(x, w), device, seconds))
+        rates.append(2 * m * k * n / shortest(partial(F.linear, x, w), device, seconds))
     return max(rates)
 
 

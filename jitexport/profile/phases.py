@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -168,7 +168,8 @@ class Recorder:
         self.passes = 1 if guided is None or pipe.passes == 2 else 2
         encoded = now(self.device)
         draws = pipe.draw([torch.Generator().manual_seed(seed + i) for i in range(batch)])
-        draws = type(draws)(*(None if t is None else t.to(self.device) for t in draws.__dict__.values()))
+        moved: dict[str, Any] = {k: None if t is None else t.to(self.device) for k, t in vars(draws).items()}
+        draws = type(draws)(**moved)
         drawn = now(self.device)
         latents = pipe.denoise(condition, draws, self._on_step, guided=guided)
         denoised = now(self.device)
@@ -212,7 +213,7 @@ class Recorder:
         return spans
 
 
-class _Recorded:
+class _Recorded(Engine):
     """An engine that leaves a span at every run."""
 
     def __init__(self, engine: Engine, recorder: Recorder) -> None:
@@ -264,7 +265,7 @@ def chrome_trace(pipe: Pipeline, prompt: str, path: Path) -> None:
     """
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    class Named:
+    class Named(Engine):
         def __init__(self, engine: Engine) -> None:
             self.engine = engine
             self.spec = engine.spec

@@ -107,7 +107,7 @@ def _steps(axis: Any, profile: Profile) -> None:
         e = engines[stage]
         inside = [s.step for s in run]
         label = f"{e.tokens} tokens\n{e.run.median * 1e3:.1f} ms"
-        if e.flops is not None and e.ceiling_share is not None:
+        if e.flops_per_second is not None and e.ceiling_share is not None:
             floor = e.run.median * e.ceiling_share * 1e3
             axis.hlines(floor, inside[0] - 0.45, inside[-1] + 0.45, color="#cb181d", linestyle="--", linewidth=1.5)
             label += f"\n{e.flops_per_second / 1e9:.0f} GFLOP/s\n{e.ceiling_share:.0%} of ceiling"
@@ -119,7 +119,7 @@ def _steps(axis: Any, profile: Profile) -> None:
     axis.set_ylabel("ms a step")
     _plain(axis)
     title = "Steps: engine, and in orange the loop around it"
-    if any(e.ceiling_share is not None for e in profile.engines):
+    if profile.ceiling is not None and any(e.ceiling_share is not None for e in profile.engines):
         title += f"; dashed: the engine at the ceiling, {profile.ceiling / 1e9:.0f} GFLOP/s"
     axis.set_title(title, loc="left", fontsize=11)
 

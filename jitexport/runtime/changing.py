@@ -13,9 +13,10 @@ from jitexport.ambient import plain
 from jitexport.arguments import check_number, check_path, require_finite
 from jitexport.errors import BackendError, InputError
 from jitexport.forks import survives_fork
+from jitexport.kernels.linear import quantize
 from jitexport.lora import Change, read_lora
 from jitexport.models.naming import Naming
-from jitexport.quant import kind_of, quantize
+from jitexport.quant import kind_of
 from jitexport.weights import SharedWeights
 
 #: (path, base folder or None) -> all tensors of a checkpoint, by full name.
@@ -145,11 +146,12 @@ class ChangingWeights:
         Raises:
             InputError: the sum is not finite.
         """
-        scales, target = f"{name}_scale", self.weights.tensors[name]
-        quantized = scales in self.weights.tensors
-        base = self.weights.original(name).float()
+        weights = self._changeable()
+        scales, target = f"{name}_scale", weights.tensors[name]
+        quantized = scales in weights.tensors
+        base = weights.original(name).float()
         if quantized:
-            base = base * self.weights.original(scales)[:, None]
+            base = base * weights.original(scales)[:, None]
         merged = base
         for changes, scale in adapters:
             if name in changes:

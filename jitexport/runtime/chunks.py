@@ -33,7 +33,9 @@ class Chunk:
     @classmethod
     def of(cls, pipe: Phases, request: Request, draws: Sequence[Tensor | None], rows: Sequence[int]) -> Chunk:
         """Those rows of a call."""
-        drawn = Draws(*(None if t is None else t[rows].to(pipe.device) for t in draws))
+        latents, *others = (None if t is None else t[rows].to(pipe.device) for t in draws)
+        assert latents is not None  # there is always initial noise
+        drawn = Draws(latents, *others)
         embeddings = request.texts.embeddings(pipe, rows)
         return cls(embeddings, pipe.condition(embeddings, request.distilled), drawn, pipe.guided(request, rows))
 
@@ -123,6 +125,6 @@ def _is_open(stream: object) -> bool:
 def _is_terminal(stream: object) -> bool:
     """Whether a progress bar makes sense there: services have stderr closed, gone, or replaced by something small."""
     try:
-        return bool(stream.isatty())
+        return bool(stream.isatty())  # type: ignore[attr-defined]  # see what is caught
     except (AttributeError, ValueError, OSError):
         return False

@@ -57,7 +57,7 @@ class Guided:
 def by_name(condition: Condition, draws: Draws, guided: Guided | None) -> dict[str, Tensor]:
     """Everything that the loop reads."""
     named = {f"draws {name}": value for name, value in vars(draws).items() if value is not None}
-    for kind, one in {"condition": condition, "negative": guided and guided.negative}.items():
+    for kind, one in {"condition": condition, "negative": None if guided is None else guided.negative}.items():
         if one is not None:
             named |= {f"{kind} step {name}": value for name, value in one.per_step.items()}
             named |= {f"{kind} all {name}": value for name, value in one.static.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from jitexport.schedule import StageSchedule
 class Drawing:
     """What is drawn for images of a method, a schedule and a size."""
 
-    method: Method
+    method: Method[Any]
     schedule: StageSchedule
     geometry: ModelGeometry
 
@@ -53,7 +54,8 @@ class Drawing:
         return (
             drawn.latents if latents is None else self._packed("latents", latents, n),
             drawn.noise if noise is None else self._packed("noise", noise, n, fields),
-            drawn.anchors if anchors is None else self._anchors(anchors, n, drawn.anchors.shape[1]),
+            drawn.anchors if anchors is None or drawn.anchors is None
+            else self._anchors(anchors, n, drawn.anchors.shape[1]),
         )
 
     def _packed(self, name: str, value: Tensor, n: int, fields: int = 1) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,14 +26,17 @@ from jitexport.errors import (
 )
 from jitexport.files import imports_that_ask_for_a_temporary_folder
 from jitexport.forks import survives_fork
+from jitexport.methods.base import Method
 from jitexport.models.base import ModelAdapter
+from jitexport.prompting import Reader
 from jitexport.runtime.pipeline import Pipeline
 from jitexport.specs import DTYPES
 from jitexport.weights import CONSTANTS, SharedWeights
 
 if TYPE_CHECKING:  # a pipeline can be made of engines alone; bundles are read in `load`
     from jitexport.bundle import EngineBundle
-    from jitexport.bundle.manifest import EngineEntry
+    from jitexport.bundle.entries import EngineEntry
+    from jitexport.bundle.manifest import Manifest
     from jitexport.bundle.reading import Verify
 
 logger = logging.getLogger(__name__)
@@ -83,24 +86,14 @@ def load(
     bundle = EngineBundle.open(path, verify, model)
     manifest = bundle.manifest
     engines = EngineOpener(bundle, device)
-    geometry = manifest.model_geometry
-    with _declared("acceleration method"):
-        method = registry.method(manifest.method.name)(geometry.grid, manifest.method.options, geometry.patch)
-    if method.previews and not any(entry.name == "preview" for entry in manifest.engines):
-        raise ManifestError(
-            "the bundle lacks an engine", found=f"no preview, which the method {method.name} needs",
-            remedy="build the bundle again",
-        )
-    with _declared("tokenizers"):
-        texts = [(bundle.path / entry.path).read_text(encoding="utf-8") for entry in manifest.tokenizers]
-        readers = [e.tokenizer(text).reader() for e, text in zip(manifest.tokenizers, texts, strict=True)]
+    method, readers = _method(manifest), _readers(bundle)
     with machine.threads(threads or machine.default_threads()):  # some backends' engines keep the number
         opened = {entry.name: engines.open(entry) for entry in manifest.engines}
     pipeline = Pipeline(
         engines=opened,
         method=method,
         schedule=manifest.schedule.schedule(),
-        geometry=geometry,
+        geometry=manifest.model_geometry,
         defaults=manifest.defaults,
         readers=readers,
         batch_size=manifest.batch,
@@ -118,6 +111,27 @@ def load(
     )
     bundle.check_unchanged()
     return pipeline
+
+
+def _method(manifest: Manifest) -> Method[Any]:
+    """The acceleration method, which has all the engines that it needs."""
+    geometry = manifest.model_geometry
+    with _declared("acceleration method"):
+        method = registry.method(manifest.method.name)(geometry.grid, manifest.method.options, geometry.patch)
+    if method.previews and not any(entry.name == "preview" for entry in manifest.engines):
+        raise ManifestError(
+            "the bundle lacks an engine", found=f"no preview, which the method {method.name} needs",
+            remedy="build the bundle again",
+        )
+    return method
+
+
+def _readers(bundle: EngineBundle) -> list[Reader]:
+    """What reads prompts, one for each tokenizer."""
+    entries = bundle.manifest.tokenizers
+    with _declared("tokenizers"):
+        texts = [(bundle.path / entry.path).read_text(encoding="utf-8") for entry in entries]
+        return [entry.tokenizer(text).reader() for entry, text in zip(entries, texts, strict=True)]
 
 
 class EngineOpener:

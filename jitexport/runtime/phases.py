@@ -57,7 +57,7 @@ class Phases(ChangingWeights):
         self,
         *,
         engines: dict[str, Engine],
-        method: Method,
+        method: Method[Any],
         schedule: StageSchedule,
         geometry: ModelGeometry,
         defaults: ModelDefaults,
@@ -93,12 +93,12 @@ class Phases(ChangingWeights):
         self.graph = self.loop_graph(CUDARecorder(device)) if cuda_graphs and device.type == "cuda" else None
 
     @property
-    def method(self) -> Method:
+    def method(self) -> Method[Any]:
         """What chooses the tokens of every step; another one may be put in its place."""
         return self._method
 
     @method.setter
-    def method(self, method: Method) -> None:
+    def method(self, method: Method[Any]) -> None:
         self._method = method
         self._tables = self.geometry.positions.tables(method.places(self.device))
 
@@ -168,7 +168,7 @@ class Phases(ChangingWeights):
         """
         if self.passes == 2:
             condition, where = condition.beside(negative or condition), where.repeat(2, 1)
-        fixed = self.geometry.positions.gather(self._tables, where) | condition.static
+        fixed = {**self.geometry.positions.gather(self._tables, where), **condition.static}
 
         def inputs(spec: EngineSpec, tokens: Tensor, step: int, *beside: Tensor) -> list[Tensor]:
             tokens = tokens.to(self.dtype)
@@ -197,7 +197,7 @@ class Phases(ChangingWeights):
                 finite.
             guided: classifier-free guidance.
         """
-        if on_step is None and self.at_once(guided):
+        if self.graph is not None and on_step is None and self.at_once(guided):
             return self.graph(by_name(condition, draws, guided))
 
         def begin_stage(stage: Stage, where: Tensor) -> Run:
@@ -207,16 +207,18 @@ class Phases(ChangingWeights):
 
             def run(action: str, tokens: Tensor, step: int, *beside: Tensor) -> Sequence[Tensor]:
                 engine = self.engines[stage.engine(action)]
-                twice = guided is not None and step in guided.steps
-                if second is not None and twice:
+                scale = guided.scale if guided is not None and step in guided.steps else None
+                v: Tensor | None = None
+                if second is not None and scale is not None:
                     first_rows, second_rows = zip(*(t.chunk(2) for t in beside), strict=True) if beside else ((), ())
                     u, *kept = engine(*inputs(engine.spec, tokens, step, *first_rows))
                     v, *others = engine(*second(engine.spec, tokens, step, *second_rows))
                     kept = [torch.cat(pair) for pair in zip(kept, others, strict=True)]
                 else:
                     u, *kept = engine(*inputs(engine.spec, tokens, step, *beside))
-                    u, v = u.chunk(2) if self.passes == 2 else (u, None)
-                u = self.defaults.guidance.combine(u, v, guided.scale) if twice else u
+                    if self.passes == 2:
+                        u, v = u.chunk(2)
+                u = u if v is None or scale is None else self.defaults.guidance.combine(u, v, scale)
                 if healthy is not None:
                     healthy[step] = u.isfinite().all()
                 return [u, *kept]
@@ -240,7 +242,7 @@ class Phases(ChangingWeights):
 
         def loop(inputs: Mapping[str, Tensor], stages: Mapping[str, Engine]) -> Tensor:
             pipe = copy.copy(plain)
-            pipe.engines = plain.engines | stages
+            pipe.engines = {**plain.engines, **stages}
             condition, draws, guided = from_names(inputs, self.schedule.nfe)
             return pipe.denoise(condition, draws, guided=guided)
 

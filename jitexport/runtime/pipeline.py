@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from jitexport.runtime.chunks import make
 from jitexport.runtime.phases import Phases
 
 OutputType = Literal["pil", "np", "pt", "latent"]
+
+#: One or several.
+Prompts = str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,66 @@ class Pipeline(Phases):
         """Switch the progress bar on stderr off or on; it is on by default on a terminal."""
         self._show_progress = not disable
 
+    @overload
+    def __call__(
+        self,
+        prompt: Prompts | None = ...,
+        *,
+        prompt_2: Prompts | None = ...,
+        prompt_3: Prompts | None = ...,
+        negative_prompt: Prompts | None = ...,
+        negative_prompt_2: Prompts | None = ...,
+        negative_prompt_3: Prompts | None = ...,
+        num_images_per_prompt: int = ...,
+        guidance_scale: float | None = ...,
+        true_cfg_scale: float | None = ...,
+        guidance_interval: tuple[float, float] = ...,
+        generator: torch.Generator | Sequence[torch.Generator] | None = ...,
+        latents: Tensor | None = ...,
+        noise: Tensor | None = ...,
+        anchors: Tensor | None = ...,
+        output_type: OutputType = ...,
+        return_dict: Literal[True] = ...,
+        callback_on_step_end: Callback | None = ...,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ...,
+        **further: Any,
+    ) -> PipelineOutput: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: Prompts | None = ...,
+        *,
+        prompt_2: Prompts | None = ...,
+        prompt_3: Prompts | None = ...,
+        negative_prompt: Prompts | None = ...,
+        negative_prompt_2: Prompts | None = ...,
+        negative_prompt_3: Prompts | None = ...,
+        num_images_per_prompt: int = ...,
+        guidance_scale: float | None = ...,
+        true_cfg_scale: float | None = ...,
+        guidance_interval: tuple[float, float] = ...,
+        generator: torch.Generator | Sequence[torch.Generator] | None = ...,
+        latents: Tensor | None = ...,
+        noise: Tensor | None = ...,
+        anchors: Tensor | None = ...,
+        output_type: OutputType = ...,
+        return_dict: Literal[False],
+        callback_on_step_end: Callback | None = ...,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ...,
+        **further: Any,
+    ) -> tuple[Any]: ...
+
     @survives_fork
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: Prompts | None = None,
         *,
-        prompt_2: str | Sequence[str] | None = None,
-        prompt_3: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
-        negative_prompt_2: str | Sequence[str] | None = None,
-        negative_prompt_3: str | Sequence[str] | None = None,
+        prompt_2: Prompts | None = None,
+        prompt_3: Prompts | None = None,
+        negative_prompt: Prompts | None = None,
+        negative_prompt_2: Prompts | None = None,
+        negative_prompt_3: Prompts | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         true_cfg_scale: float | None = None,

@@ -113,13 +113,10 @@ class Terms:
     def _scales(self, guidance_scale: float | None, true_cfg_scale: float | None) -> tuple[float | None, float]:
         """The distilled guidance, and the scale of the second pass."""
         guidance = self.guidance
-        given = {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
-        given = {name: check_number(name, v, least=0) for name, v in given.items() if v is not None}
+        both = {"guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}
+        given = {name: check_number(name, v, least=0) for name, v in both.items() if v is not None}
         distilled = given.pop("guidance_scale", guidance.distilled) if guidance.distilled is not None else None
-        if guidance.true is None:
-            scale = 1.0
-        else:
-            scale = given.pop(guidance.argument, guidance.true)
+        scale = 1.0 if guidance.true is None else given.pop(guidance.argument, guidance.true)
         for name, value in given.items():
             # What says nothing: no guidance of a distilled model, and for a second pass a scale of up to 1.
             nothing = 1 if name in (guidance.argument, "true_cfg_scale") else 0

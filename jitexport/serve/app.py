@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from importlib import resources
 from typing import Protocol
@@ -43,7 +43,7 @@ _GONE = 499  # as nginx counts them; nobody reads the answer
 class Maker(Protocol):
     """What makes images: the engine in this process, or one elsewhere."""
 
-    def events(self, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Event]]:
+    def events(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Event], None]:
         """See `Engine.events`."""
 
     async def is_ready(self) -> bool:
@@ -67,8 +67,8 @@ def create_app(
     app = FastAPI(title="jitexport", version=__version__, docs_url=None, redoc_url=None)
     Images(maker, catalog, limits, metrics, public_url).add_to(app)
     _add_status(app, maker, catalog, metrics)
-    app.add_exception_handler(ApiError, _answer)
-    app.add_exception_handler(HTTPException, _answer_of_routes)
+    app.exception_handler(ApiError)(_answer)
+    app.exception_handler(HTTPException)(_answer_of_routes)
     app.add_exception_handler(ClientGone, lambda request, error: Response(status_code=_GONE))
     app.add_exception_handler(Exception, lambda request, error: _answer(request, of_failure(error)))
     app.add_middleware(Guard, tokens=tuple(tokens), metrics=metrics)
@@ -136,7 +136,7 @@ class Images:
     async def generate(self, request: Request) -> Response:
         """Make images."""
         begun, entry = time.monotonic(), None
-        status = 500
+        status: int | None = 500
         try:
             asked = schema.parse(await read_body(request, self.limits))
             entry = schema.choose(asked, self.catalog)
@@ -179,6 +179,7 @@ class Images:
         events = self.maker.events(jobs)
         async with aclosing(events), aclosing(attended(request, events)) as told:
             async for item in told:
+                assert item is not None  # without a limit of time there is always one
                 i, event = item
                 if isinstance(event, Failed):
                     raise event.error
@@ -196,7 +197,7 @@ class Images:
         return StreamingResponse(body, media_type="text/event-stream", headers=headers)
 
     async def _told(
-        self, request: Request, entry: Entry, jobs: Sequence[Job], events: AsyncIterator[tuple[int, Event]],
+        self, request: Request, entry: Entry, jobs: Sequence[Job], events: AsyncGenerator[tuple[int, Event], None],
         begun: float,
     ) -> AsyncIterator[bytes]:
         status = _GONE
@@ -209,7 +210,8 @@ class Images:
                     i, event = item
                     if isinstance(event, Failed):
                         raise event.error
-                    yield answers.event(jobs[i], i, entry, event)
+                    if not isinstance(event, Accepted):  # which came before
+                        yield answers.event(jobs[i], i, entry, event)
             status = 200
         except ClientGone:
             return

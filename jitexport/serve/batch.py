@@ -74,7 +74,7 @@ class Batch:
         watched = self.pipe.graph is None or any(j.steps or j.partial_images for j in jobs)
         images = self.pipe(
             [j.prompt for j in jobs],
-            negative_prompt=None if first.negative_prompt is None else [j.negative_prompt for j in jobs],
+            negative_prompt=None if first.negative_prompt is None else [j.negative_prompt or "" for j in jobs],
             guidance_scale=first.guidance_scale,
             true_cfg_scale=first.true_cfg_scale,
             generator=[torch.Generator().manual_seed(j.seed) for j in jobs],
@@ -106,8 +106,10 @@ class Batch:
             digits = pictures.detail(tensors["places"], grid)
             for waiting, detail in zip(self.members, digits, strict=False):
                 if waiting.job.steps:
+                    rows, columns = grid.shape
                     tokens, action = tensors["places"].shape[1], pipe.schedule.action(step)
-                    waiting.emit(Step(step + 1, pipe.schedule.nfe, action, tokens, grid.tokens, grid.shape, detail))
+                    shape = (rows, columns)
+                    waiting.emit(Step(step + 1, pipe.schedule.nfe, action, tokens, grid.tokens, shape, detail))
         wanting = [i for i, w in enumerate(self.members) if not w.gone and step in self._previews[i]]
         if not wanting:
             return

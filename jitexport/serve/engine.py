@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -91,7 +91,7 @@ class Engine:
                 waiting.gone = True
             self._changed.notify_all()
 
-    async def events(self, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Event], None]:
         """Make images: first `Accepted`, then what happens to each, by its number, until all have ended.
 
         Closing the iterator gives up what has not ended, between two steps.

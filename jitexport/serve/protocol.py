@@ -19,7 +19,7 @@ def timed_protocol(limits: Limits) -> type[H11Protocol]:
         _headers: asyncio.TimerHandle | None = None
         _writing: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
             super().connection_made(transport)
             self._headers = self.loop.call_later(limits.reading, self._too_slow)
 
@@ -27,20 +27,25 @@ def timed_protocol(limits: Limits) -> type[H11Protocol]:
             super().data_received(data)
             waits = self.conn.their_state is h11.IDLE and self.cycle is not None and self.cycle.response_complete
             if self.conn.their_state is not h11.IDLE:
-                self._headers = _stop(self._headers)
+                _stop(self._headers)
+                self._headers = None
             elif waits and self._headers is None:  # the beginning of a further request
                 self._headers = self.loop.call_later(limits.reading, self._too_slow)
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._writing = _stop(self._writing) or self.loop.call_later(limits.sending, self._too_slow)
+            _stop(self._writing)
+            self._writing = self.loop.call_later(limits.sending, self._too_slow)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._writing = _stop(self._writing)
+            _stop(self._writing)
+            self._writing = None
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._headers, self._writing = _stop(self._headers), _stop(self._writing)
+            _stop(self._headers)
+            _stop(self._writing)
+            self._headers = self._writing = None
             super().connection_lost(exc)
 
         def _too_slow(self) -> None:

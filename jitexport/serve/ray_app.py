@@ -9,7 +9,7 @@ batches, and what a replica that dies had not finished is asked of another one, 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -141,17 +141,22 @@ class Engines:
         setup, metrics = self._setup, RayMetrics()
         store = Store(catalog, metrics, budget=setup.memory, device=setup.device, threads=setup.threads)
         # Ray's queue is the bounded one: of what it gives a replica, nothing is refused.
-        limits = Limits(**setup.limits | {"queue": _UNBOUNDED})
+        limits = Limits.of(setup.limits | {"queue": _UNBOUNDED})
         engine = Engine(catalog, store, limits, metrics)
         loop, done = asyncio.get_running_loop(), asyncio.Event()
-        engine.start(lambda: loop.call_soon_threadsafe(done.set))
+
+        def started() -> None:
+            loop.call_soon_threadsafe(done.set)
+
+        engine.start(started)
         await done.wait()
         if engine.failure is not None:
             raise engine.failure
         self._engine = engine
 
-    async def events(self, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Event], None]:
         """See `Engine.events`; a refusal is an event too."""
+        assert self._engine is not None  # Ray asks for nothing before `reconfigure`
         try:
             async for item in self._engine.events(jobs):
                 yield item
@@ -161,6 +166,7 @@ class Engines:
     async def status(self) -> list[tuple[str, str, str, bool]]:
         """Of each bundle: name, folder, manifest, and whether it is loaded."""
         engine = self._engine
+        assert engine is not None  # Ray asks for nothing before `reconfigure`
         return [
             (e.name, str(e.path), e.manifest.to_json(), engine.store.is_loaded(e.name)) for e in engine.catalog
         ]
@@ -182,7 +188,7 @@ class Engines:
 class RayMaker:
     """The replicas of `Engines`, as the application sees them."""
 
-    def __init__(self, engines: DeploymentHandle, catalog: Catalog, limits: Limits) -> None:
+    def __init__(self, engines: DeploymentHandle[Any], catalog: Catalog, limits: Limits) -> None:
         self._engines = engines
         self._catalog = catalog
         self._limits = limits
@@ -212,7 +218,7 @@ class RayMaker:
         """Whether a replica, the last one that was asked, has a bundle in memory."""
         return name in self._loaded
 
-    async def events(self, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Event], None]:
         """See `Engine.events`. Where a replica dies, another one makes what is left.
 
         Raises:
@@ -222,7 +228,7 @@ class RayMaker:
         until = asyncio.get_running_loop().time() + self._limits.request
         for attempt in range(ATTEMPTS):
             numbers = list(left)
-            stream = self._engines.options(stream=True).events.remote([left[i] for i in numbers])
+            stream: Any = self._engines.options(stream=True).events.remote([left[i] for i in numbers])
             try:
                 while left:
                     wait = until - asyncio.get_running_loop().time()
@@ -276,11 +282,12 @@ def _entry(name: str, path: str, manifest: str) -> Entry:
 class Api:
     """A replica that speaks HTTP."""
 
-    async def __init__(self, engines: DeploymentHandle, setup: Mapping[str, Any]) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, engines: DeploymentHandle[Any], setup: Mapping[str, Any]) -> None:
         self._setup = Setup(**setup)
         entries = [_entry(*told[:3]) for told in await engines.status.remote()]  # when the first of them is ready
-        self._catalog = Catalog(entries, self._setup.loras and Path(self._setup.loras))
-        self._limits = Limits(**self._setup.limits)
+        self._catalog = Catalog(entries, Path(self._setup.loras) if self._setup.loras else None)
+        self._limits = Limits.of(self._setup.limits)
         self._maker = RayMaker(engines, self._catalog, self._limits)
         self._following: asyncio.Task[None] | None = None
 
@@ -300,16 +307,18 @@ def build(arguments: Arguments) -> serve.Application:
     old one goes, which takes the resources of one more; where new ones fail, the old ones stay. In a configuration
     file, another `user_config` of `Engines` has replicas load new bundles beside the old ones, in place.
     """
-    catalog, limits = arguments.catalog(), Limits(**arguments.limits)  # what is wrong with them is said here
+    catalog, limits = arguments.catalog(), Limits.of(arguments.limits)  # what is wrong with them is said here
     batch = max(entry.manifest.batch for entry in catalog)
     setup = arguments.model_dump(include=set(Setup.model_fields))
-    engines = serve.deployment(Engines, name="Engines").options(
+    # `deployment` makes a decorator where it is given no class: its annotation says so of all calls.
+    deployment: Any = serve.deployment
+    engines = deployment(Engines, name="Engines").options(
         max_ongoing_requests=2 * batch,  # one batch runs, the next one gathers
         max_queued_requests=int(limits.queue), health_check_period_s=5, graceful_shutdown_timeout_s=limits.drain,
         user_config={"bundles": arguments.bundles}, max_surge_percent=1, max_constructor_retry_count=_RETRIES,
         ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus}, **arguments.scaling(batch),
     )  # fmt: skip
-    api = serve.deployment(Api, name="Api").options(
+    api = deployment(Api, name="Api").options(
         max_ongoing_requests=int(limits.connections), graceful_shutdown_timeout_s=limits.drain,
         max_surge_percent=100, ray_actor_options={"num_cpus": 0},
     )  # fmt: skip

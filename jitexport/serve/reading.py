@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -54,7 +54,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 async def attended(
     request: Request, events: AsyncIterator[Item], every: float | None = None
-) -> AsyncIterator[Item | None]:
+) -> AsyncGenerator[Item | None, None]:
     """The items, as long as the client is there; None where none has come for `every` seconds.
 
     Raises:
@@ -65,7 +65,8 @@ async def attended(
     try:
         while True:
             following = following or asyncio.ensure_future(anext(events))
-            await asyncio.wait({following, gone}, timeout=every, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {following, gone}
+            await asyncio.wait(both, timeout=every, return_when=asyncio.FIRST_COMPLETED)
             if following.done():
                 try:
                     item = following.result()

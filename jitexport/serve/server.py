@@ -8,7 +8,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -34,7 +34,7 @@ class LocalMaker:
         self._engine = engine
         self._stopping = stopping
 
-    def events(self, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Event]]:
+    def events(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Event], None]:
         """See `Engine.events`."""
         return self._engine.events(jobs)
 
@@ -121,7 +121,7 @@ def serve(
     store = Store(catalog, metrics, budget=memory, device=device, threads=threads)
     engine = Engine(catalog, store, limits, metrics)
     server: _Server | None = None
-    maker = LocalMaker(engine, lambda: server.should_exit)
+    maker = LocalMaker(engine, lambda: server is not None and server.should_exit)
     app = create_app(maker, catalog, limits, metrics, tokens=tokens, public_url=public_url)
     config = uvicorn.Config(
         app, http=timed_protocol(limits), ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jitexport.errors import InputError
 
@@ -48,6 +49,11 @@ class Limits:
     batch_wait: float = 0.005
     url_seconds: float = 3600.0
     url_bytes: int = 256 * 1024 * 1024
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Limits:
+        """From values by name, as they come from a configuration file."""
+        return cls(**values)
 
     def __post_init__(self) -> None:
         if wrong := [name for name, value in vars(self).items() if value < (0 if name == "batch_wait" else 1)]:

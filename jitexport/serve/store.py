@@ -51,7 +51,7 @@ class Store:
         self.catalog = catalog
         self.metrics = metrics
         self._budget = budget
-        self._options = {"device": device, "threads": threads}
+        self._device, self._threads = device, threads
         self._loaded: dict[str, Loaded] = {}  # least used first
         self._lock = threading.Lock()
         for entry in catalog:
@@ -105,7 +105,7 @@ class Store:
     def _load(self, entry: Entry) -> Loaded:
         logger.info("loading bundle %s from %s", entry.name, entry.path)
         try:
-            pipe = load(entry.path, verify="full", **self._options)
+            pipe = load(entry.path, verify="full", device=self._device, threads=self._threads)
         except Exception:
             self.metrics.loads.labels(entry.name, "failed").inc()
             raise
@@ -123,7 +123,7 @@ class Store:
         path = None if name is None else self.catalog.loras().get(name)
         if name is not None and path is None:
             raise InputError("the adapter is not there any more", found=name, remedy="GET /v1/models lists them")
-        wanted = None if path is None else (name, scale, _version(path))
+        wanted = None if path is None or name is None else (name, scale, _version(path))
         if loaded.lora == wanted:
             return
         if loaded.lora is not None:

@@ -14,7 +14,7 @@ from jitexport.backends import aoti
 from jitexport.backends.base import assign_weights
 from jitexport.building.comparing import compare
 from jitexport.errors import BackendError, CompileError
-from jitexport.regions import Program, Step
+from jitexport.programs import Program, Step
 from jitexport.specs import EngineSpec, TensorSpec
 from tests.backends.conftest import CPU, Case
 

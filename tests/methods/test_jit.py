@@ -12,19 +12,15 @@ from scipy.integrate import solve_ivp
 
 from jitexport.errors import InputError
 from jitexport.grid import TokenGrid, gather_tokens
+from jitexport.lifting import blur_matrix, mean_matrix, nearest_anchor, reflect, separable
 from jitexport.methods.base import Draws
 from jitexport.methods.jit import (
     JiT,
     activate,
-    blur_matrix,
     first_anchors,
     importance,
-    mean_matrix,
     microflow,
     microflow_target,
-    nearest_anchor,
-    reflect,
-    separable,
     structural_mask,
 )
 from jitexport.schedule import Stage, StageSchedule, make_stages, number, uniform_sigmas

@@ -8,24 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jitexport.edges import beside, strongest_cells
 from jitexport.errors import InputError, ScheduleError
 from jitexport.flops import preview_cost, step_cost
 from jitexport.grid import TokenGrid, gather_tokens
-from jitexport.methods.base import Draws
-from jitexport.methods.ralu import (
+from jitexport.matching import (
     LEAST_C,
     MOST_C,
-    PUBLISHED,
-    RALU,
-    beside,
     divergence,
     match_timesteps,
     matched_sigmas,
     renoising,
     restart,
     shifted_cdf,
-    strongest_cells,
 )
+from jitexport.methods.base import Draws
+from jitexport.methods.ralu import PUBLISHED, RALU
 from jitexport.models.sources import config_adapter, published
 from jitexport.plan import plan
 from jitexport.sampler import draw, sample
@@ -339,15 +337,15 @@ def test_the_cells_with_the_strongest_edges_are_enlarged(region):
     before, after, _ = middle(method)
     strength = method.edges(before.clean, picture)
     for b in range(2):
-        chosen, rest = strength[b, after.early[b]], strength[b, after.kept[b]]
+        chosen, rest = strength[b, after.cells[0][b]], strength[b, after.cells[1][b]]
         assert chosen.min() >= rest.max()
-        assert sorted([*after.early[b].tolist(), *after.kept[b].tolist()]) == list(range(24))
+        assert sorted([*after.cells[0][b].tolist(), *after.cells[1][b].tolist()]) == list(range(24))
 
 
 def test_only_canny_needs_pictures():
     assert ralu().previews and not ralu("gradient").previews
     middle_state = middle(ralu("gradient"))[1]
-    assert middle_state.early.shape == (2, 4)
+    assert middle_state.cells[0].shape == (2, 4)
 
 
 # --- sampling ---
@@ -383,12 +381,12 @@ def test_mean_and_covariance_after_an_enlargement(unit, kernel, change):
     state = type(state)(e * clean + (1 - e) * eps, noise, sigma=1 - e, clean=clean.expand(samples, -1, -1))
     state = method.transition(state, mixed, second[0].sigma)
     up = method.resampler.up(clean)
-    fine, kept = method.fine(state.early[:1]), state.kept[:1]
+    fine, kept = method.fine(state.cells[0][:1]), state.cells[1][:1]
     mean = torch.cat([gather_tokens(clean, kept), gather_tokens(up, fine)], dim=1)
     if change == 2:  # from a state at the end of the middle stage, with white noise again
         e, s = 1 - schedule.ends[1], 1 - third[0].sigma
         x = e * mean + (1 - e) * torch.randn(samples, mean.shape[1], 4, generator=seeded(3))
-        state = method.transition(type(state)(x, noise, 1 - e, state.early, state.kept), schedule.stages[2], 1 - s)
+        state = method.transition(type(state)(x, noise, 1 - e, state.cells), schedule.stages[2], 1 - s)
         whole = torch.zeros(1, 32, 4).scatter(1, fine[..., None].expand(-1, -1, 4), mean[:, kept.shape[1] :])
         lows = method.resampler.down(whole).scatter(1, kept[..., None].expand(-1, -1, 4), mean[:, : kept.shape[1]])
         others = method.fine(kept)
@@ -407,7 +405,7 @@ def test_mean_and_covariance_after_an_enlargement(unit, kernel, change):
 def test_released_noise_of_kept_tokens_is_larger():
     """The released code adds N(0, I) to them, which leaves more noise than their time has: 1 + c of its variance."""
     matched, released = (middle(ralu("paper", region="gradient", kept=kept))[1] for kept in ("matched", "unit"))
-    rest = matched.kept.shape[1]
+    rest = matched.cells[1].shape[1]
     assert torch.equal(matched.x[:, rest:], released.x[:, rest:])
     assert not torch.equal(matched.x[:, :rest], released.x[:, :rest])
 
@@ -420,12 +418,12 @@ def test_positions():
         expected = method.coarse.coordinates() * cells + offset
         assert torch.equal(method.places()[method.where(before)], expected.expand(2, -1, -1))
         places = method.places()[method.where(after)]
-        rest = after.kept.shape[1]
+        rest = after.cells[1].shape[1]
         for b in range(2):
-            assert torch.equal(places[b, :rest], expected[after.kept[b]])
+            assert torch.equal(places[b, :rest], expected[after.cells[1][b]])
             four = places[b, rest : rest + 4] - places[b, rest]
             assert torch.equal(four, torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]) * halves)
-            first = method.coarse.coordinates()[after.early[b, 0]] * (2 * halves)
+            first = method.coarse.coordinates()[after.cells[0][b, 0]] * (2 * halves)
             assert torch.equal(places[b, rest], first)
         last = method.transition(after, schedule.stages[2], schedule.sigmas[9])
         assert torch.equal(method.places()[method.where(last)], GRID.coordinates().expand(2, -1, -1))

@@ -13,7 +13,8 @@ from jitexport.models.flux import FluxAdapter
 from jitexport.models.folders import read_tokenizer
 from jitexport.models.sources import config_adapter, published
 from jitexport.prompting import Tokenizer as PromptTokenizer
-from jitexport.schedule import PAPER_PRESETS, StageSchedule, beta_sigmas, make_stages, split_steps, uniform_sigmas
+from jitexport.schedule import StageSchedule, beta_sigmas, make_stages, split_steps, uniform_sigmas
+from jitexport.solving import PAPER_PRESETS
 from jitexport.specs import DTYPES
 from tests import tiny
 from tests.parity import assert_same

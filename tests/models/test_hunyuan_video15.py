@@ -16,7 +16,9 @@ from jitexport.errors import InputError, JitExportError, ModelNotFoundError, Uns
 from jitexport.evaluate.sources import bundle_source
 from jitexport.flops import count_flops, step_cost
 from jitexport.grid import TokenGrid
-from jitexport.models.hunyuan_video15 import PUBLISHED, SIZES, HunyuanDecode, HunyuanVideo15Adapter
+from jitexport.models.autoencoders import HunyuanDecode
+from jitexport.models.hunyuan_video15 import HunyuanVideo15Adapter
+from jitexport.models.published import HUNYUAN_SIZES, HUNYUAN_VIDEO15
 from jitexport.plan import CustomSchedule
 from jitexport.schedule import StageSchedule, make_stages, split_steps, uniform_sigmas
 from jitexport.specs import DTYPES
@@ -404,10 +406,10 @@ def test_another_checkpoint_brings_its_own_constants(loaded, folder, make_bundle
 # --- noise levels and sizes ---
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", HUNYUAN_VIDEO15)
 @pytest.mark.parametrize("n", [1, 4, 18, 50])
 def test_native_sigmas_are_the_pipelines(small, name, n, monkeypatch):
-    config = PUBLISHED[name].configs["scheduler"]
+    config = HUNYUAN_VIDEO15[name].configs["scheduler"]
     monkeypatch.setitem(small.configs, "scheduler", config)
     scheduler = FlowMatchEulerDiscreteScheduler(**config)
     scheduler.set_timesteps(sigmas=torch.linspace(1.0, 0.0, n + 1, dtype=torch.float64)[:-1].numpy())
@@ -422,7 +424,7 @@ def test_native_sigmas_are_those_that_a_call_used(adapter, pipe, dtype):
 
 def test_usual_sizes_are_the_pipelines():
     processor = HunyuanVideo15ImageProcessor(vae_scale_factor=16)
-    for target, size in SIZES.items():
+    for target, size in HUNYUAN_SIZES.items():
         assert processor.calculate_default_height_width(9, 16, target) == size
 
 
@@ -633,7 +635,7 @@ def test_a_transformer_in_its_authors_file(folder, small, tmp_path):
 
 def published(name, **changes):
     """A published model, with changes of its transformer, and a language model of 3 of its 28 layers."""
-    model = PUBLISHED[name]
+    model = HUNYUAN_VIDEO15[name]
     configs = model.configs | {"transformer": model.configs["transformer"] | changes}
     configs |= {"text_encoder": configs["text_encoder"] | {"num_hidden_layers": 3}}
     settings = HunyuanVideo15Adapter.usual(configs) | model.settings
@@ -662,7 +664,7 @@ def test_published_size():
 )
 def test_published_flops(name, grid, tflop, ratio):
     """A pass, and what the 4x schedule of 18 steps saves of 50: attention makes it more than 4."""
-    model = PUBLISHED[name]
+    model = HUNYUAN_VIDEO15[name]
     settings = HunyuanVideo15Adapter.usual(model.configs) | model.settings
     assert HunyuanVideo15Adapter.geometry_of(model.configs, settings).grid.shape == grid
     tokens = TokenGrid(grid).tokens

@@ -14,10 +14,12 @@ from jitexport.bundle.reading import read_manifest
 from jitexport.errors import InputError, ScheduleError, UnsupportedModelError
 from jitexport.flops import count_flops
 from jitexport.models.naming import Resolver
-from jitexport.models.qwen_image import CONFIGS, DROPPED, NAMING, TEMPLATE, QwenImageAdapter
+from jitexport.models.published import QWEN_IMAGE_CONFIGS
+from jitexport.models.qwen_image import DROPPED, NAMING, TEMPLATE, QwenImageAdapter
 from jitexport.models.sources import config_adapter, find_source, load_adapter
 from jitexport.plan import CustomSchedule, plan
-from jitexport.schedule import PAPER_PRESETS, StageSchedule, beta_sigmas, make_stages, split_steps, uniform_sigmas
+from jitexport.schedule import StageSchedule, beta_sigmas, make_stages, split_steps, uniform_sigmas
+from jitexport.solving import PAPER_PRESETS
 from jitexport.specs import DTYPES
 from jitexport.verify import verify
 from tests import tiny_qwen_image as tiny
@@ -197,7 +199,7 @@ def test_quantized_blocks(folder, small):
 # --- noise levels ---
 
 SHIFTING = {
-    "qwen-image": CONFIGS["scheduler"],
+    "qwen-image": QWEN_IMAGE_CONFIGS["scheduler"],
     "lightning": {
         "use_dynamic_shifting": True, "base_shift": math.log(3), "max_shift": math.log(3), "shift_terminal": None,
     },

@@ -15,20 +15,12 @@ from jitexport.build import build
 from jitexport.errors import InputError, UnsupportedModelError
 from jitexport.flops import count_flops, step_cost
 from jitexport.grid import TokenGrid, pack, unpack
+from jitexport.models.encoders import SD3Text
 from jitexport.models.naming import Resolver
-from jitexport.models.sd3 import (
-    NAMING,
-    PATCH,
-    PUBLISHED,
-    SD3Adapter,
-    SD3Condition,
-    SD3Stage,
-    SD3Text,
-    SinCos,
-    cropped,
-    published_table,
-    read_table,
-)
+from jitexport.models.published import SD3
+from jitexport.models.sd3 import PATCH, SD3Adapter, SD3Condition, SD3Stage
+from jitexport.models.sd3_names import NAMING
+from jitexport.models.sincos import SinCos, cropped, published_table, read_table
 from jitexport.models.single_file import read_single_file
 from jitexport.models.sources import config_adapter, find_source, load_adapter, published
 from jitexport.plan import CustomSchedule
@@ -315,7 +307,7 @@ def test_native_sigmas_are_the_pipelines(tmp_path, shifting, n):
 
 @pytest.mark.parametrize(("shifting", "shift"), [({"shift": 3.0}, 3.0), ({"use_dynamic_shifting": True}, 1.8776)])
 def test_shift_is_the_curves_and_not_the_last_steps(shifting, shift):
-    source = PUBLISHED["sd3"]
+    source = SD3["sd3"]
     configs = {**source.configs, "scheduler": dict(FlowMatchEulerDiscreteScheduler(**shifting).config)}
     adapter = SD3Adapter.from_configs(configs, SD3Adapter.usual(configs) | {"height": 256}, torch.float32)
     sigmas = adapter.native_sigmas(1000)

@@ -108,7 +108,8 @@ class Cache(ABC, Generic[History]):
         except TypeError:
             known = [f.name for f in fields(self.settings_class)]
             raise InputError(
-                f"unknown option of the cache {self.name}", found=", ".join(sorted({*options} - {*known})) or options,
+                f"unknown option of the cache {self.name}",
+                found=", ".join(sorted({*(options or {})} - {*known})) or options,
                 expected=f"some of: {', '.join(known)}",
             ) from None
 
@@ -203,9 +204,20 @@ class Forecast(Cache[Past]):
         most_amplified: largest sum of the weights' magnitudes, by which an error of the past values may grow.
     """
 
-    computed_kept: int
-    recent_kept: int = 0
-    most_amplified: float = 6.0
+    @property
+    @abstractmethod
+    def computed_kept(self) -> int:
+        """See above; a plain attribute will do."""
+
+    @property
+    def recent_kept(self) -> int:
+        """See above."""
+        return 0
+
+    @property
+    def most_amplified(self) -> float:
+        """See above."""
+        return 6.0
 
     @abstractmethod
     def weights(self, past: Sequence[Step], step: Step) -> list[float]:

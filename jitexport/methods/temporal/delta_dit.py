@@ -47,5 +47,6 @@ class DeltaDiT(Cache[Deltas]):
         if step.action == COMPUTED:
             u, of_front, of_rear = run(COMPUTED, tokens, step.index)
             return u, (of_front.float(), of_rear.float())
+        assert history is not None  # a stage's first step is computed
         of_front, of_rear = history
         return run(step.action, tokens, step.index, of_rear if step.action == "front" else of_front)[0], history

@@ -126,7 +126,7 @@ class DecidingTeaCache(Cache[Watch]):
             change = history.change + self.rescaled(float(relative))
         computed = history is None or step.sigma_next == 0 or change >= self.threshold
         self.decided(step.index, computed)
-        if not computed:
+        if history is not None and not computed:
             u = run("skip", tokens, step.index, history.residual)[0]
             return u, Watch(seen, change, history.residual)
         u, residual = run(COMPUTED, tokens, step.index)

@@ -82,6 +82,7 @@ class ToCa(Cache[Kept]):
         if step.action == COMPUTED:
             u, attention, updates, scores = run(COMPUTED, tokens, step.index)
             return u, Kept(attention, updates, scores, torch.zeros_like(scores))
+        assert history is not None  # a stage's first step is computed
         attention, updates, scores, ages = history
         due = scores + ages * (self.settings.staleness / (self.settings.every or USUAL_INTERVAL))
         u, updates, fresh = run(step.action, tokens, step.index, attention, updates, due)

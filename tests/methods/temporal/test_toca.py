@@ -14,6 +14,7 @@ from jitexport.errors import InputError, UnsupportedModelError
 from jitexport.flops import meta_adapter, step_cost
 from jitexport.methods.temporal.toca import Kept, ToCa
 from jitexport.models import flux, flux2_klein, layers, sd3
+from jitexport.models.published import FLUX
 from jitexport.models.sources import find_source, load_adapter
 from jitexport.models.stages import check_features, exchanged
 from jitexport.models.tokens import Cell, Refresh
@@ -279,7 +280,7 @@ def test_guided_images_are_the_same_in_one_run_or_two(folders, family):
 
 
 def test_the_state_of_flux_is_3_2_gigabytes():
-    configs = flux.PUBLISHED["flux"].configs
+    configs = FLUX["flux"].configs
     cells = flux.FluxAdapter.cells(configs)
     specs = exchanged("tokens:0.1", cells, rows=1, tokens=4096, words=512, width=3072, dtype="bf16")
     sizes = {name: math.prod(s.shape) * DTYPES[s.dtype].itemsize for name, s in specs.items()}
@@ -290,7 +291,7 @@ def test_the_state_of_flux_is_3_2_gigabytes():
 
 def test_shares_are_the_published_ones():
     """The release's rule for FLUX.1: 0.1 (1.5 - layer / 27), times 0.4 in double blocks and 1.6 in single ones."""
-    cells = flux.FluxAdapter.cells(flux.PUBLISHED["flux"].configs)
+    cells = flux.FluxAdapter.cells(FLUX["flux"].configs)
     lengths = [cell.length(4096, 512) for cell in cells]
     counts = [cell.fresh(0.1, n) for cell, n in zip(cells, lengths, strict=True)]
     doubles = [int(0.1 * (1.5 - i / 27) * 0.4 * n) for i in range(19) for n in (512, 4096)]
