@@ -16,7 +16,10 @@ LATENCY = f"python scripts/bench/latency.py --again --out {SCRATCH}/latency --re
 IMAGES = f"--folder {SCRATCH}/images"
 
 DEMO_MODEL = "jitexport/assets/demo"
-_METHODS = ("jitexport/methods", "jitexport/models", "jitexport/sampler.py", "jitexport/schedule.py")
+_METHODS = (
+    "jitexport/methods", "jitexport/models", "jitexport/sampler.py", "jitexport/schedule.py", "jitexport/solving.py",
+    "jitexport/lifting.py", "jitexport/matching.py", "jitexport/resample.py", "jitexport/edges.py",
+)  # fmt: skip
 _ENGINES = ("jitexport/backends", "jitexport/kernels", "jitexport/quant.py", "jitexport/runtime")
 _SPEED = (*_METHODS, *_ENGINES, "jitexport/profile")
 _QUALITY = (*_METHODS, "jitexport/evaluate", DEMO_MODEL)
