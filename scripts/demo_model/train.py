@@ -26,7 +26,9 @@ subsets, 1.4 whole ones. A pilot with one object in one place needed 49,500 coar
 backgrounds; here there are a hundred, in any place, on fifty kinds of background, so five times as many are planned:
 12 hours coarse, 5.5 for subsets, 4.5 for grids, 3 for guidance. Scenes are made and encoded as the run goes, each used
 a few times with other noise and another caption, which costs about a tenth of the time. On two cores of a Xeon with AMX
-(2026-11-26), in bfloat16: 9 coarse pictures a second, and with `--compile` 18 after two minutes of compiling.
+(2026-11-27), in bfloat16 and with `--compile`: 20 to 25 coarse pictures a second, after a minute and a half of
+compiling; on one of them (OMP_NUM_THREADS=1) 12 to 15. A process beside it that wants the same cores takes nine tenths
+of that away, since threads wait for each other: give each its own cores.
 
 A line of `WORK/losses.jsonl` for every evaluation holds the averaged weights' loss on scenes that are never trained
 on, at fixed noise levels and with fixed noise. The running loss says little: it depends on the levels drawn.
