@@ -7,6 +7,9 @@ DEMO = "jitexport build --model demo --force"
 BUNDLES = {
     "engines/demo-4x": f"{DEMO} --speedup 4 --output engines/demo-4x",
     "engines/demo-7x": f"{DEMO} --speedup 7 --output engines/demo-7x",
+    "engines/demo-5x": f"{DEMO} --speedup 5 --output engines/demo-5x",
+    "engines/demo-10x": f"{DEMO} --speedup 10 --output engines/demo-10x",
+    "engines/demo-10x-taylor": f"{DEMO} --speedup 10 --cache taylor --output engines/demo-10x-taylor",
     "engines/demo-4x-int8": f"{DEMO} --speedup 4 --quant int8 --output engines/demo-4x-int8",
     "engines/demo-7x-int8": f"{DEMO} --speedup 7 --quant int8 --output engines/demo-7x-int8",
 }
@@ -87,8 +90,20 @@ def _quality(name: str, shows: str, options: str, code: tuple[str, ...] = (*_QUA
 RESULTS = (
     Result(
         "in-turns", ("results/in-turns.txt",), "how many times faster than diffusers the four demo bundles are",
-        _SPEED, (f"jitexport profile {' '.join(BUNDLES)} --against diffusers,eager --repeats 7",),
+        _SPEED,
+        (
+            "jitexport profile engines/demo-4x engines/demo-7x engines/demo-4x-int8 engines/demo-7x-int8 "
+            "--against diffusers,eager --repeats 7",
+        ),
         stdout="results/in-turns.txt",
+    ),
+    Result(
+        "speedups", ("results/speedups.txt",), "the same for speed-ups from 4 to 10, and 10 with forecasts", _SPEED,
+        (
+            "jitexport profile engines/demo-4x engines/demo-5x engines/demo-7x engines/demo-10x "
+            "engines/demo-10x-taylor --against diffusers,eager --repeats 5",
+        ),
+        stdout="results/speedups.txt",
     ),
     Result(
         "in-turns-avx2", ("results/in-turns-avx2.txt",), "the same on a CPU without AVX-512", _SPEED,
@@ -147,6 +162,10 @@ RESULTS = (
     ),
     _quality("50-steps", "diffusers with 50 steps", "--diffusers 50 --dtype bfloat16 --batch 4", (DEMO_MODEL,)),
     _quality("jit", "the 4x and the 7x bundle", "--bundle engines/demo-4x --bundle engines/demo-7x"),
+    _quality(
+        "10x", "7x and 10x, and 10x with forecasts, of 96",
+        "--bundle engines/demo-7x --bundle engines/demo-10x --bundle engines/demo-10x-taylor --prompts 96",
+    ),
     _quality("int8", "the same in int8", "--bundle engines/demo-4x-int8 --bundle engines/demo-7x-int8"),
     Result(
         "gpu", ("results/gpu.md",), "FLUX.1-dev's ceilings and diffusers' loop on an H200, and what failed there",

@@ -38,7 +38,7 @@ def pytest_unconfigure() -> None:
 QUICK = frozenset([
     "bundle/test_manifest.py", "bundle/test_tensors.py", "cli/test_options.py", "lora/test_formats.py",
     "methods/temporal/test_forecasts.py", "methods/temporal/test_placing.py", "methods/test_dense.py",
-    "methods/test_jit.py", "models/test_flux.py", "models/test_stages.py", "serve/test_protocol.py",
+    "methods/test_jit.py", "models/test_stages.py", "serve/test_protocol.py",
     "serve/test_schema.py", "test_choice.py", "test_docs.py", "test_edges.py", "test_errors.py", "test_grid.py",
     "test_positions.py", "test_public_names.py", "test_registry.py", "test_resample.py", "test_sampler.py",
     "test_schedule.py", "test_tiling.py", "test_weights.py",
