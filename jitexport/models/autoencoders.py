@@ -5,8 +5,6 @@ They run diffusers' own weights under their own names. A family takes the one of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,60 +12,54 @@ from torch import Tensor, nn
 from jitexport.grid import TokenGrid, unpack
 from jitexport.models.layers import Part
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
+
+def in_unit_range(picture: Tensor) -> Tensor:
+    """What decoders make, from -1 to 1 -> [0, 1], fp32."""
+    return (picture.float() / 2 + 0.5).clamp(0, 1)
 
 
-class PackedDecode(nn.Module):
-    """Packed latents [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32."""
+class Decode(nn.Module):
+    """An autoencoder, and the grid of tokens that it takes, of `patch` x `patch` latent pixels each."""
 
-    def __init__(self, vae: AutoencoderKL, grid: TokenGrid, patch: int) -> None:
+    def __init__(self, vae: Part, grid: TokenGrid, patch: int) -> None:
         super().__init__()
         self.vae: Part = vae
         self.grid = grid
         self.patch = patch
+
+
+class PackedDecode(Decode):
+    """Packed latents [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         config = self.vae.config
         latents = unpack(tokens, self.grid, self.patch) / config.scaling_factor + (config.shift_factor or 0.0)
         picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return (picture.float() / 2 + 0.5).clamp(0, 1)
+        return in_unit_range(picture)
 
 
 # --- FLUX.2 ----------------------------------------------------------------------------------------------------------
 
 
-class KleinDecode(nn.Module):
+class KleinDecode(Decode):
     """Tokens [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32."""
-
-    def __init__(self, vae: AutoencoderKLFlux2, grid: TokenGrid, patch: int) -> None:
-        super().__init__()
-        self.vae: Part = vae
-        self.grid = grid
-        self.patch = patch
 
     def forward(self, tokens: Tensor) -> Tensor:
         seen = self.vae.bn
         deviation = (seen.running_var.float() + self.vae.config.batch_norm_eps).sqrt()
         latents = unpack(tokens * deviation + seen.running_mean.float(), self.grid, self.patch)
         picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return (picture.float() / 2 + 0.5).clamp(0, 1)
+        return in_unit_range(picture)
 
 
 # --- Qwen-Image ------------------------------------------------------------------------------------------------------
 
 
-class QwenImageDecode(nn.Module):
+class QwenImageDecode(Decode):
     """Packed latents [B, N, C], fp32 -> pictures [B, 3, H, W] in [0, 1], fp32.
 
     The decoder of `AutoencoderKLQwenImage` for one frame, whose channels are [B, C, H, W] here.
     """
-
-    def __init__(self, vae: AutoencoderKLQwenImage, grid: TokenGrid, patch: int) -> None:
-        super().__init__()
-        self.vae: Part = vae
-        self.grid = grid
-        self.patch = patch
 
     def forward(self, tokens: Tensor) -> Tensor:
         config, decoder = self.vae.config, self.vae.decoder
@@ -86,7 +78,7 @@ class QwenImageDecode(nn.Module):
             for upsampler in up.upsamplers or ():
                 x = upsampler.resample[1](F.interpolate(x, scale_factor=2.0, mode="nearest"))
         picture = convolve(decoder.conv_out, F.silu(normalise(decoder.norm_out, x)))
-        return (picture.float() / 2 + 0.5).clamp(0, 1)
+        return in_unit_range(picture)
 
 
 def convolve(layer: Part, x: Tensor) -> Tensor:
@@ -160,5 +152,4 @@ class HunyuanDecode(nn.Module):
             x = resnet(frame_causal_attention(block, x))
         for block in decoder.up_blocks:
             x = block(x)
-        frames = decoder.conv_out(F.silu(decoder.norm_out(x)))
-        return (frames.float() / 2 + 0.5).clamp(0, 1)
+        return in_unit_range(decoder.conv_out(F.silu(decoder.norm_out(x))))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +48,6 @@ from jitexport.models.tokens import Cell, Memo, flux_cells
 from jitexport.positions import Rotary
 from jitexport.prompting import Tokenizer
 from jitexport.specs import EngineSpec, TensorSpec
-
-if TYPE_CHECKING:
-    pass
 
 PATCH = 2  # FLUX packs 2 x 2 latent pixels into a token
 THETA = 10000.0

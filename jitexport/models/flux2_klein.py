@@ -234,9 +234,7 @@ def aliases(modules: Iterable[str]) -> dict[str, Target]:
         names.add_all(block, block, FUSED, partial=True)
     for block in names.blocks("single_transformer_blocks"):
         names.add_all(block.replace("single_transformer_blocks", "single_blocks"), block, SINGLE)
-    for name, part in OUTSIDE.items():
-        names.add(name, [part])
-    names.add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
+    names.add_outside(OUTSIDE)
     names.add_scales()
     return names.found
 

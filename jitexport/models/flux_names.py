@@ -82,9 +82,7 @@ def aliases(modules: Iterable[str]) -> dict[str, Target]:
             names.add_all(their_block, block, table)
             names.add_all(their_block, block, adapters, partial=True)
             names.add_all(block, block, FUSED, partial=True)
-    for name, part in OUTSIDE.items():
-        names.add(name, [part])
-    names.add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
+    names.add_outside(OUTSIDE)
     names.add_scales()
     return names.found | _text_encoders(names.known)
 

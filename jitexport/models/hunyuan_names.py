@@ -89,9 +89,7 @@ def aliases(modules: Iterable[str]) -> dict[str, Target]:
     refiner = "context_embedder.token_refiner.refiner_blocks"
     for block in names.blocks(refiner):
         names.add_all(block.replace(refiner, "txt_in.individual_token_refiner.blocks"), block, REFINER_BLOCK)
-    for name, part in OUTSIDE.items():
-        names.add(name, [part])
-    names.add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
+    names.add_outside(OUTSIDE)
     return names.found
 
 

@@ -12,9 +12,7 @@ from jitexport.kernels.linear import linear
 from jitexport.quant import QuantizedLinear
 
 if TYPE_CHECKING:
-
     from jitexport.models.tokens import Memo, Refresh
-
 
 #: A module of diffusers or transformers, or a part of one. Their classes declare hardly any attributes, and
 #: `nn.Module` says of each that it is a tensor or a module, which is wrong of `attn.heads` and `norm.eps`.

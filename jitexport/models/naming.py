@@ -76,6 +76,12 @@ class Aliases:
         for name, parts in table.items():
             self.add(f"{theirs}.{name}", [f"{ours}.{part}" for part in parts], partial=partial)
 
+    def add_outside(self, table: Mapping[str, str]) -> None:
+        """The names of what is in no block, {theirs: ours}, and of the last modulation, whose halves are swapped."""
+        for name, part in table.items():
+            self.add(name, [part])
+        self.add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
+
     def blocks(self, group: str) -> list[str]:
         """The blocks of a group, "<group>.<number>", in order."""
         start = f"transformer.{group}."

@@ -59,13 +59,11 @@ def aliases(modules: Iterable[str]) -> dict[str, Target]:
     for block in blocks:
         names.add_all(block.replace("transformer_blocks", "joint_blocks"), block, BLOCK)
         names.add_all(block, block, FUSED | {"attn2.to_qkv": AGAIN}, partial=True)
-    for name, part in OUTSIDE.items():
-        names.add(name, [part])
+    names.add_outside(OUTSIDE)
     # The last block's text has scale and shift alone, as the output's norm.
     for block in blocks[-1:]:
         theirs = block.replace("transformer_blocks", "joint_blocks")
         names.add(f"{theirs}.context_block.adaLN_modulation.1", [f"{block}.norm1_context.linear"], swapped=True)
-    names.add("final_layer.adaLN_modulation.1", ["norm_out.linear"], swapped=True)
     return names.found
 
 

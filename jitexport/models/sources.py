@@ -154,8 +154,9 @@ def download(source: ModelSource) -> Path:
     with needed("downloading needs huggingface_hub", "build"):
         from huggingface_hub import snapshot_download
         from huggingface_hub.constants import HF_HUB_CACHE
+    assert source.hub_id is not None  # what comes from nowhere has a folder
     try:
-        return Path(snapshot_download(source.hub_id or source.name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(source.hub_id, allow_patterns=HUB_FILES))
     except Exception as error:  # network, authorisation, cache: one answer for all, with the library's words in it
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelNotFoundError(
