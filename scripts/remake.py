@@ -30,6 +30,7 @@ from results import BUNDLES, RESULTS, SCRATCH, Result
 
 from jitexport import machine
 from jitexport.console import err, out
+from jitexport.files import write_file
 from jitexport.profile.measure import conditions
 
 ROOT = Path(__file__).parents[1]
@@ -188,7 +189,7 @@ def remake(result: Result, root: Path = ROOT) -> None:
     if result.stdout is not None:
         facts = "" if "commit " in printed else said(conditions()) + "\n"
         target = root / "docs" / result.stdout
-        target.write_text(f"$ {result.commands[-1]}\n{printed.rstrip()}\n{facts}", encoding="utf-8")
+        write_file(target, f"$ {result.commands[-1]}\n{printed.rstrip()}\n{facts}".encode())
 
 
 def remake_all(chosen: Sequence[Result], root: Path = ROOT) -> list[str]:
@@ -246,7 +247,7 @@ def write_list(root: Path = ROOT) -> None:
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{page} has no place for the list: it stands between {BEGIN} and {END}")
     before, rest = text.split(BEGIN, 1)
-    page.write_text(f"{before}{BEGIN}\n{listed(root)}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    write_file(page, f"{before}{BEGIN}\n{listed(root)}\n{END}{rest.split(END, 1)[1]}".encode())
 
 
 def rows(results: Iterable[Result], root: Path = ROOT) -> list[dict[str, Any]]:

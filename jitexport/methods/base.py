@@ -39,6 +39,11 @@ class Draws:
     noise: Tensor | None = None
     anchors: Tensor | None = None
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Draws:
+        """The same with every tensor changed."""
+        noise, anchors = (None if t is None else change(t) for t in (self.noise, self.anchors))
+        return Draws(change(self.latents), noise, anchors)
+
 
 class Method(ABC, Generic[State]):
     """A way of spending the transformer on a changing set of tokens.

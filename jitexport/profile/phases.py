@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -168,8 +168,7 @@ class Recorder:
         self.passes = 1 if guided is None or pipe.passes == 2 else 2
         encoded = now(self.device)
         draws = pipe.draw([torch.Generator().manual_seed(seed + i) for i in range(batch)])
-        moved: dict[str, Any] = {k: None if t is None else t.to(self.device) for k, t in vars(draws).items()}
-        draws = type(draws)(**moved)
+        draws = draws.each(lambda t: t.to(self.device))
         drawn = now(self.device)
         latents = pipe.denoise(condition, draws, self._on_step, guided=guided)
         denoised = now(self.device)

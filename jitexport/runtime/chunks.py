@@ -31,17 +31,15 @@ class Chunk:
     guided: Guided | None
 
     @classmethod
-    def of(cls, pipe: Phases, request: Request, draws: Sequence[Tensor | None], rows: Sequence[int]) -> Chunk:
+    def of(cls, pipe: Phases, request: Request, draws: Draws, rows: Sequence[int]) -> Chunk:
         """Those rows of a call."""
-        latents, *others = (None if t is None else t[rows].to(pipe.device) for t in draws)
-        assert latents is not None  # there is always initial noise
-        drawn = Draws(latents, *others)
+        drawn = draws.each(lambda t: t[rows].to(pipe.device))
         embeddings = request.texts.embeddings(pipe, rows)
         return cls(embeddings, pipe.condition(embeddings, request.distilled), drawn, pipe.guided(request, rows))
 
 
 def make(
-    pipe: Phases, call: Call, request: Request, draws: Sequence[Tensor | None], watcher: Watcher | None, *,
+    pipe: Phases, call: Call, request: Request, draws: Draws, watcher: Watcher | None, *,
     latents_only: bool, show_progress: bool | None,
 ) -> list[Tensor]:
     """The images of a call, or its latents, `batch_size` at a time; the last chunk repeats its last image.

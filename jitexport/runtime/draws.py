@@ -38,8 +38,8 @@ class Drawing:
         latents: Tensor | None,
         noise: Tensor | None,
         anchors: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        """Random tensors of n images, in the order of `Draws`, the caller's own where given.
+    ) -> Draws:
+        """Random tensors of n images, the caller's own where given.
 
         Raises:
             InputError: tensors that do not fit, or that this method does not draw.
@@ -51,7 +51,7 @@ class Drawing:
             if given is not None and used is None:
                 raise InputError(f"this bundle's method and schedule draw no {name}", remedy=f"leave {name} out")
         fields = self.method.noise_fields(self.schedule)
-        return (
+        return Draws(
             drawn.latents if latents is None else self._packed("latents", latents, n),
             drawn.noise if noise is None else self._packed("noise", noise, n, fields),
             drawn.anchors if anchors is None or drawn.anchors is None

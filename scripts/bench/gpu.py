@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench.harness import repeated
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -22,10 +23,9 @@ from jitexport.backends.eager import as_engine
 from jitexport.building.comparing import compare
 from jitexport.console import err
 from jitexport.graphs import CUDARecorder
-from jitexport.methods.base import Draws
 from jitexport.models.sources import ModelSource, config_adapter, find_source
 from jitexport.plan import Plan, plan
-from jitexport.profile.measure import Timing, copy_rate, matmul_rate, now, shortest
+from jitexport.profile.measure import PeakMemory, copy_rate, matmul_rate, now, shortest
 from jitexport.quant import quantize_linears
 from jitexport.runtime import Condition, Pipeline
 from jitexport.specs import DTYPES, EngineSpec
@@ -119,17 +119,9 @@ class Bench:
     def timed(self, run: Callable[[], object], repeats: int) -> dict[str, float]:
         """Seconds of a run, after one that is not counted, and the most memory that the GPU held meanwhile."""
         run()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = []
-        for _ in range(repeats):
-            start = now(self.device)
-            run()
-            seconds.append(now(self.device) - start)
-        found = dataclasses.asdict(Timing.of(seconds)) | {"repeats": repeats}
-        if self.device.type == "cuda":
-            found["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-        return found
+        memory = PeakMemory(self.device)
+        found = dataclasses.asdict(repeated(run, repeats, self.device)) | {"repeats": repeats}
+        return found if (peak := memory.gpu()) is None else found | {"peak_gb": peak / 1e9}
 
     # --- parts ---
 
@@ -214,8 +206,7 @@ class Bench:
         pipe = self.pipeline(made, graphs)
         with torch.inference_mode():
             condition = self.condition(pipe)
-            draws = pipe.draw([torch.Generator().manual_seed(0)])
-            draws = Draws(*(None if t is None else t.to(self.device) for t in vars(draws).values()))
+            draws = pipe.draw([torch.Generator().manual_seed(0)]).each(lambda t: t.to(self.device))
             found: dict[str, Any] = self.timed(lambda: pipe.denoise(condition, draws), self.repeats)
             engines = 0.0
             for stage in made.schedule.stages:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from jitexport.console import PlainConsole, Table, err
+from jitexport.files import write_file
 from jitexport.profile.measure import Timing, conditions, in_turns, matmul_rate, now
 from jitexport.specs import DTYPE_NAMES
 
@@ -59,6 +60,11 @@ def said(known: Facts) -> str:
 def timed(run: Callable[[], object], repeats: int, device: torch.device = CPU) -> Timing:
     """Seconds of a run over repeats, after one that is not counted."""
     run()
+    return repeated(run, repeats, device)
+
+
+def repeated(run: Callable[[], object], repeats: int, device: torch.device = CPU) -> Timing:
+    """Seconds of a run over repeats, all of which count."""
     seconds = []
     for _ in range(repeats):
         start = now(device)
@@ -124,9 +130,7 @@ def write(folder: Path, name: str, report: Facts, page: str | None = None) -> No
     folder.mkdir(parents=True, exist_ok=True)
     files = {"json": json.dumps(report, indent=1) + "\n"} | ({} if page is None else {"md": page})
     for suffix, text in files.items():
-        part = folder / f"{name}.{suffix}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / f"{name}.{suffix}")
+        write_file(folder / f"{name}.{suffix}", text.encode())
 
 
 class Pieces:

@@ -52,10 +52,7 @@ class Results:
         return json.loads(path.read_text()) if path.is_file() else {"seconds": {}, "rates": [], "error": None}
 
     def write(self, name: str, result: dict[str, Any]) -> None:
-        target = self.out / f"{name}.json"
-        partial_file = target.with_suffix(".part")
-        partial_file.write_text(json.dumps(result, indent=1) + "\n")
-        partial_file.replace(target)
+        write(self.out, name, result)
 
     def picture(self, name: str, prompt: DemoPrompt) -> Path:
         return self.out / name / f"{prompt.text.replace(' ', '-')}.png"
