@@ -201,8 +201,9 @@ def _write_parts(
     references: tuple[ReferenceEntry, ...] = ()
     referenced: Set[str] = frozenset()
     source = request.source.folder
+    assert source is not None  # see `_read_model`
     outside = {} if request.backend.holds_weights else tensors
-    if weights == "reference" and source is not None:
+    if weights == "reference":
         references, referenced = find_references(source, outside)
     stored, tied = write_weights(writer, outside, referenced)
     constants = [
@@ -212,7 +213,7 @@ def _write_parts(
     tokenizers = [
         TokenizerEntry.of(t, writer.write_text(f"tokenizers/{t.name}.json", t.json)) for t in adapter.tokenizers()
     ]
-    folder = str(source.resolve()) if source is not None and references else None
+    folder = str(source.resolve()) if references else None
     return {
         "tokenizers": tuple(tokenizers), "weights": (*stored, *constants), "tied": tied, "references": references,
         "reference_folder": folder,

@@ -14,7 +14,7 @@ from jitexport.flops import StepCost, meta_adapter, preview_cost, step_costs
 from jitexport.methods.base import Method
 from jitexport.methods.temporal.base import Cache, parse_cache
 from jitexport.models.base import ModelAdapter
-from jitexport.schedule import COMPUTED, CustomSchedule, StageSchedule, Target, check_speedup, too_fast
+from jitexport.schedule import COMPUTED, CustomSchedule, StageSchedule, Target, check_speedup, given_speedup, too_fast
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +146,7 @@ def plan(
     if custom is not None:
         speedup = None
     else:
-        if speedup is None:
-            raise ScheduleError("neither a speed-up nor a schedule by hand", found=speedup, expected="one of both")
+        speedup = given_speedup(speedup)
         check_speedup(speedup)
         if speedup == 1:
             method, preset = "dense", None

@@ -233,9 +233,7 @@ class Target:
         Raises:
             ScheduleError: neither.
         """
-        if self.speedup is None:
-            raise ScheduleError("neither a speed-up nor a schedule by hand", found=self.speedup, expected="one of both")
-        return self.speedup
+        return given_speedup(self.speedup)
 
     def own_shift(self, n: int) -> float:
         """The shift of the model's noise levels of n steps."""
@@ -338,6 +336,17 @@ def make_stages(grid_tokens: int, steps: Sequence[int], ratios: Sequence[float])
 
 
 MAX_SPEEDUP = 20.0
+
+
+def given_speedup(speedup: float | None) -> float:
+    """A speed-up that must be there, because there is no schedule by hand.
+
+    Raises:
+        ScheduleError: it is not.
+    """
+    if speedup is None:
+        raise ScheduleError("neither a speed-up nor a schedule by hand", found=speedup, expected="one of both")
+    return speedup
 
 
 def check_speedup(speedup: float) -> None:

@@ -84,7 +84,7 @@ def _profile(bundle: str) -> Result:
 def _quality(name: str, shows: str, options: str, code: tuple[str, ...] = (*_QUALITY, *_ENGINES)) -> Result:
     file = f"results/quality-{name}.json"
     command = f"python scripts/demo_model/quality.py {options} --json docs/{file}"
-    return Result(f"quality-{name}", (file,), f"counts of right pictures of 200: {shows}", code, (command,))
+    return Result(f"quality-{name}", (file,), f"counts of right pictures: {shows}", code, (command,))
 
 
 RESULTS = (
@@ -160,13 +160,13 @@ RESULTS = (
             "--json docs/results/presets.json",
         ),
     ),
-    _quality("50-steps", "diffusers with 50 steps", "--diffusers 50 --dtype bfloat16 --batch 4", (DEMO_MODEL,)),
-    _quality("jit", "the 4x and the 7x bundle", "--bundle engines/demo-4x --bundle engines/demo-7x"),
+    _quality("50-steps", "diffusers with 50 steps, of 200", "--diffusers 50 --dtype bfloat16 --batch 4", (DEMO_MODEL,)),
+    _quality("jit", "the 4x and the 7x bundle, of 200", "--bundle engines/demo-4x --bundle engines/demo-7x"),
     _quality(
         "10x", "7x and 10x, and 10x with forecasts, of 96",
         "--bundle engines/demo-7x --bundle engines/demo-10x --bundle engines/demo-10x-taylor --prompts 96",
     ),
-    _quality("int8", "the same in int8", "--bundle engines/demo-4x-int8 --bundle engines/demo-7x-int8"),
+    _quality("int8", "the same in int8, of 200", "--bundle engines/demo-4x-int8 --bundle engines/demo-7x-int8"),
     Result(
         "gpu", ("results/gpu.md",), "FLUX.1-dev's ceilings and diffusers' loop on an H200, and what failed there",
         (*_SPEED, "jitexport/graphs.py"), by_hand="written by hand from `python scripts/gpu_report.py` on a GPU",

@@ -92,7 +92,8 @@ def _print_prediction(made: Plan) -> None:
 
     if made.cache is not None:
         computed = ", ".join(map(str, made.schedule.computed))
-        out.print(f"computed steps, in brackets: {computed}; the others: {_others(made)}", soft_wrap=True)
+        others = f"{made.cache.name}: {_others(made)}"
+        out.print(f"computed steps, in brackets: {computed}; the others: {others}", soft_wrap=True)
     distilled = f", {made.over(50):.1f}x over 50" if made.reference_steps <= DISTILLED_STEPS else ""
     out.print(
         f"predicted speed-up {made.predicted_speedup:.2f}x over {made.reference_steps} full steps "
@@ -109,7 +110,7 @@ def _others(made: Plan) -> str:
         f"{count} {action}, {tera(made.costs[action](made.grid_tokens) / 1e12)} TFLOP each at all tokens"
         for action, count in Counter(made.schedule.actions).items() if action != COMPUTED
     ]
-    return f"{made.cache.name if made.cache else 'no cache'}: {'; '.join(said) or 'none'}"
+    return "; ".join(said) or "none"
 
 
 def calibrate(

@@ -100,14 +100,14 @@ def _serve_on_ray(
     bundles: list[str], server: Server, limits: Limits, tokens: tuple[str, ...], listening: Callable[[str], None]
 ) -> None:
     """On a cluster."""
-    replicas = server.ray or ""
-    check_replicas(replicas)
+    assert server.ray is not None  # else it is not asked for
+    check_replicas(server.ray)
     with needed("serving on Ray needs a library that is not installed", "ray"):
         from jitexport.serve import ray_app, ray_local
     arguments = ray_app.Arguments(
         bundles=bundles if server.trust else [_absolute(bundle) for bundle in bundles],  # replicas run elsewhere
         loras=str(server.loras.absolute()) if server.loras else None, trust=server.trust, limits=asdict(limits),
-        tokens=list(tokens), public_url=server.public_url, memory=server.budget, replicas=replicas,
+        tokens=list(tokens), public_url=server.public_url, memory=server.budget, replicas=server.ray,
         device=server.device, gpus=float(server.device is not None and server.device.startswith("cuda")),
         threads=server.threads, cpus=server.threads or 1,
     )  # fmt: skip

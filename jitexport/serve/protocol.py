@@ -27,25 +27,20 @@ def timed_protocol(limits: Limits) -> type[H11Protocol]:
             super().data_received(data)
             waits = self.conn.their_state is h11.IDLE and self.cycle is not None and self.cycle.response_complete
             if self.conn.their_state is not h11.IDLE:
-                _stop(self._headers)
-                self._headers = None
+                self._headers = _stop(self._headers)
             elif waits and self._headers is None:  # the beginning of a further request
                 self._headers = self.loop.call_later(limits.reading, self._too_slow)
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            _stop(self._writing)
-            self._writing = self.loop.call_later(limits.sending, self._too_slow)
+            self._writing = _stop(self._writing) or self.loop.call_later(limits.sending, self._too_slow)
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            _stop(self._writing)
-            self._writing = None
+            self._writing = _stop(self._writing)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            _stop(self._headers)
-            _stop(self._writing)
-            self._headers = self._writing = None
+            self._headers, self._writing = _stop(self._headers), _stop(self._writing)
             super().connection_lost(exc)
 
         def _too_slow(self) -> None:
@@ -55,6 +50,8 @@ def timed_protocol(limits: Limits) -> type[H11Protocol]:
     return TimedProtocol
 
 
-def _stop(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """What there is then: none."""
     if timer is not None:
         timer.cancel()
+    return None
