@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def profile(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles of one model, size and batch.")],
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE", help="Bundles of one model, size and batch.")],
     against: Annotated[
         str, typer.Option(help="Also measure these, comma-separated: diffusers, compile, few-step, eager.")
     ] = "",
@@ -136,7 +136,7 @@ def _steps(one: Profile) -> Table:
 
 
 def evaluate(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Bundles of one model.")],
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE", help="Bundles of one model.")],
     prompts: Annotated[
         Path | None,
         typer.Option(help="One prompt a line, or GenEval's .jsonl; captions of the demo model, or a few of ours."),

@@ -63,7 +63,7 @@ class Server:
 
 
 def serve(
-    bundles: Annotated[list[str], typer.Argument(metavar="BUNDLE...", help="FOLDER or NAME=FOLDER each.")],
+    bundles: Annotated[list[str], typer.Argument(metavar="BUNDLE", help="FOLDER or NAME=FOLDER each.")],
     server: Server = Server(),
     as_json: Json = False,
 ) -> None:
