@@ -6,7 +6,8 @@
 
 Starts the server itself, at this machine's own address only. Every image is compared with the one that the same prompt
 and seed gave alone; one that differs, or a request that is neither answered nor refused, is an error (exit code 1).
-`Pipeline` in a loop at the bundle's batch is measured first, for comparison, in a process of its own.
+First, in turns with the server at twice as many clients as a batch has images, `Pipeline` in a loop at that batch, in a
+process of its own (--turns): what a full server keeps of it is the median over rounds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +30,8 @@ from pathlib import Path
 
 import httpx
 from harness import facts, parser, said
+
+from jitexport.bundle.reading import read_manifest
 
 PROMPTS = ("red apple on a blue background", "owl on a yellow background", "frog on a pink background", "a cat")
 SEEDS = range(4)
@@ -186,7 +190,24 @@ def loop_throughput(bundle: Path, seconds: float) -> float:
     return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
-async def measure(url: str, arguments: argparse.Namespace, show: list[Run]) -> None:
+@dataclass
+class Turns:
+    """Rounds of `Pipeline` in a loop and the full server, each in turn: images a second."""
+
+    loop: list[float] = field(default_factory=list)
+    server: list[float] = field(default_factory=list)
+
+    def said(self) -> str:
+        """The medians, and the server's share of the loop by round."""
+        kept = [server / loop for server, loop in zip(self.server, self.loop, strict=True)]
+        loop, server = statistics.median(self.loop), statistics.median(self.server)
+        return (
+            f"`Pipeline` in a loop at the bundle's batch: {loop:.2f} images a second; the full server: {server:.2f}, "
+            f"{statistics.median(kept):.0%} of it ({min(kept):.0%} to {max(kept):.0%} in {len(kept)} rounds)"
+        )
+
+
+async def measure(url: str, arguments: argparse.Namespace, show: list[Run], turns: Turns) -> None:
     """All loads, shown as they are done."""
     client = Client(url)
     while (await client.http.get("/ready")).status_code != 200:
@@ -199,7 +220,17 @@ async def measure(url: str, arguments: argparse.Namespace, show: list[Run]) -> N
             print(run.row(), flush=True)
         return run
 
-    best = 0.0
+    clients = 2 * read_manifest(arguments.bundle).batch
+    rounds: list[Run] = []
+    for _ in range(arguments.turns):
+        turns.loop.append(await asyncio.to_thread(loop_throughput, arguments.bundle, arguments.seconds))
+        rounds.append(await client.closed(clients, arguments.seconds))
+        turns.server.append(rounds[-1].throughput)
+    if not arguments.json:
+        print(*([turns.said(), ""] if rounds else []), HEADER, sep="\n", flush=True)
+    for run in rounds:
+        done(run)
+    best = max(turns.server, default=0.0)
     for clients in arguments.clients:
         best = max(best, done(await client.closed(clients, arguments.seconds)).throughput)
     for share in arguments.rates:
@@ -218,6 +249,7 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("bundle", type=Path)
     options.add_argument("--seconds", type=float, default=30, help="of each load")
+    options.add_argument("--turns", type=int, default=3, help="rounds of `Pipeline` in a loop and the full server")
     options.add_argument("--clients", type=numbers(int), default=[1, 2, 4, 8, 16], help="of closed loops")
     options.add_argument("--rates", type=numbers(float), default=[0.5, 0.8, 0.9, 1.0, 1.5], help="shares of the best")
     options.add_argument("--hold", type=float, default=0, help="seconds at --share of the best, at the end")
@@ -225,23 +257,21 @@ def main() -> int:
     options.add_argument("--queue", type=int, default=16)
     options.add_argument("--json", action="store_true")
     arguments = options.parse_args()
-    loop = loop_throughput(arguments.bundle, arguments.seconds)
-    if not arguments.json:
-        print(f"Pipeline in a loop at the bundle's batch: {loop:.2f} images a second\n\n{HEADER}", flush=True)
     command = [sys.executable, "-m", "jitexport", "serve", str(arguments.bundle), "--port", "0", "--json"]
     runs: list[Run] = []
+    turns = Turns()
     with subprocess.Popen(
         [*command, "--queue", str(arguments.queue)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env=os.environ,
     ) as server:  # fmt: skip
         try:
-            asyncio.run(measure(json.loads(server.stdout.readline())["url"], arguments, runs))
+            asyncio.run(measure(json.loads(server.stdout.readline())["url"], arguments, runs, turns))
         finally:
             server.send_signal(signal.SIGTERM)
     wrong = sum(run.wrong + run.lost + sum(n for s, n in run.statuses.items() if s not in (200, 503)) for run in runs)
     if arguments.json:
         rows = [asdict(r) | {"throughput": r.throughput} for r in runs]
-        print(json.dumps({"conditions": facts(), "loop": loop, "runs": rows}))
+        print(json.dumps({"conditions": facts(), "turns": asdict(turns), "runs": rows}))
     else:
         print(f"\n{said(facts())}")
     return int(wrong > 0 or server.returncode != 0)
