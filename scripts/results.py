@@ -126,6 +126,11 @@ RESULTS = (
         (f"python scripts/bench/peers.py --prompts 6 --out {SCRATCH}/peers --report docs/results",),
     ),
     Result(
+        "peers-amx", ("results/peers-amx.json", "results/peers-amx.md", "results/peers-amx.png"),
+        "the same on a CPU with AMX, temporal methods among them, with what is closest at equal latency", _SPEED,
+        (f"python scripts/bench/peers.py --prompts 6 --out {SCRATCH}/peers --report docs/results --name peers-amx",),
+    ),
+    Result(
         "kernels", ("results/kernels.txt",), "the C++ kernels beside PyTorch's own ways", ("jitexport/kernels",),
         ("python scripts/bench/kernels.py",), stdout="results/kernels.txt",
     ),

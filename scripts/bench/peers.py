@@ -232,17 +232,18 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def report(chosen: list[Contender], prompts: list[DemoPrompt], results: Results, folder: Path) -> None:
+def report(chosen: list[Contender], prompts: list[DemoPrompt], results: Results, stem: Path) -> None:
+    """The rows as JSON, a page and a picture: files that begin with `stem`."""
     judge = Judge.of(DemoData())
     rows = [summarise(c, results.read(c.name), prompts, results, judge) for c in chosen]
     known = facts("diffusers", "transformers", "cache-dit", "openvino", "onnxruntime")
-    write(folder, "peers", {"conditions": known, "rows": rows}, markdown(rows, known))
-    picture(rows, folder / "peers.png")
+    write(stem.parent, stem.name, {"conditions": known, "rows": rows}, markdown(rows, known))
+    picture(rows, stem.with_suffix(".png"))
     table = Table("", "median s", "p90 s", "PSNR dB", "pair")
     for r in sorted((r for r in rows if not r["error"]), key=lambda r: -r["median"]):
         table.add_row(r["what"], f"{r['median']:.3f}", f"{r['p90']:.3f}", f"{r['psnr']:.1f}", str(r["pair_right"]))
     out.print(table)
-    err.print(f"wrote {folder}/peers.json, peers.md and peers.png")
+    err.print(f"wrote {stem}.json, .md and .png")
 
 
 def main() -> None:
@@ -253,6 +254,7 @@ def main() -> None:
     arguments.add_argument("--bundle", type=Path, action="append", default=[], help="measure this one too; repeatable")
     arguments.add_argument("--out", type=Path, default=Path("out/peers"), help="pieces and pictures")
     arguments.add_argument("--report", type=Path, help="folder of the report; the pieces' by default")
+    arguments.add_argument("--name", default="peers", help="what the report's files are called")
     arguments.add_argument("--list", action="store_true", help="print the contenders' names and stop")
     args = arguments.parse_args()
     if not (2 <= args.prompts <= 200 and args.prompts % 2 == 0):
@@ -277,7 +279,7 @@ def main() -> None:
         left.pop(0)
     if left:
         pieces.stop("contenders", [contender.name for contender in left])
-    report(chosen, prompts, results, args.report or args.out)
+    report(chosen, prompts, results, (args.report or args.out) / args.name)
 
 
 if __name__ == "__main__":
