@@ -217,7 +217,7 @@ class Forecast(Cache[Past]):
     @property
     def most_amplified(self) -> float:
         """See above."""
-        return 6.0
+        return 4.0
 
     @abstractmethod
     def weights(self, past: Sequence[Step], step: Step) -> list[float]:
