@@ -146,7 +146,7 @@ def test_report_compares_with_the_reference(bench, tmp_path):
     chosen = [contender(peers.REFERENCE, (200, 0, 0), []), contender("ours-red", (190, 0, 0), [])]
     chosen.append(contender("ours-broken", "red", [], fails_at=0))
     assert all(measure(c) for c in chosen)
-    peers.report(chosen, prompts, peers.Results(tmp_path), tmp_path / "peers")
+    peers.report(chosen, prompts, peers.Results(tmp_path), tmp_path, "peers")
     rows = {r["name"]: r for r in json.loads((tmp_path / "peers.json").read_text())["rows"]}
     expected = 10 * np.log10(255**2 / (10**2 / 3))
     assert rows["ours-red"]["psnr"] == pytest.approx(expected, abs=0.01)

@@ -232,18 +232,18 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def report(chosen: list[Contender], prompts: list[DemoPrompt], results: Results, stem: Path) -> None:
-    """The rows as JSON, a page and a picture: files that begin with `stem`."""
+def report(chosen: list[Contender], prompts: list[DemoPrompt], results: Results, folder: Path, name: str) -> None:
+    """NAME.json, NAME.md and NAME.png in a folder."""
     judge = Judge.of(DemoData())
     rows = [summarise(c, results.read(c.name), prompts, results, judge) for c in chosen]
     known = facts("diffusers", "transformers", "cache-dit", "openvino", "onnxruntime")
-    write(stem.parent, stem.name, {"conditions": known, "rows": rows}, markdown(rows, known))
-    picture(rows, stem.with_suffix(".png"))
+    write(folder, name, {"conditions": known, "rows": rows}, markdown(rows, known))
+    picture(rows, folder / f"{name}.png")
     table = Table("", "median s", "p90 s", "PSNR dB", "pair")
     for r in sorted((r for r in rows if not r["error"]), key=lambda r: -r["median"]):
         table.add_row(r["what"], f"{r['median']:.3f}", f"{r['p90']:.3f}", f"{r['psnr']:.1f}", str(r["pair_right"]))
     out.print(table)
-    err.print(f"wrote {stem}.json, .md and .png")
+    err.print(f"wrote {folder}/{name}.json, {name}.md and {name}.png")
 
 
 def main() -> None:
@@ -279,7 +279,7 @@ def main() -> None:
         left.pop(0)
     if left:
         pieces.stop("contenders", [contender.name for contender in left])
-    report(chosen, prompts, results, (args.report or args.out) / args.name)
+    report(chosen, prompts, results, args.report or args.out, args.name)
 
 
 if __name__ == "__main__":

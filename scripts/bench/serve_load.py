@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -192,18 +192,19 @@ def loop_throughput(bundle: Path, seconds: float) -> float:
 
 @dataclass
 class Turns:
-    """Rounds of `Pipeline` in a loop and the full server, each in turn: images a second."""
+    """Rounds of `Pipeline` in a loop, in images a second, and of the full server, each in turn."""
 
     loop: list[float] = field(default_factory=list)
-    server: list[float] = field(default_factory=list)
+    server: list[Run] = field(default_factory=list)
 
     def said(self) -> str:
         """The medians, and the server's share of the loop by round."""
-        kept = [server / loop for server, loop in zip(self.server, self.loop, strict=True)]
-        loop, server = statistics.median(self.loop), statistics.median(self.server)
+        made = [run.throughput for run in self.server]
+        kept = [full / loop for full, loop in zip(made, self.loop, strict=True)]
         return (
-            f"`Pipeline` in a loop at the bundle's batch: {loop:.2f} images a second; the full server: {server:.2f}, "
-            f"{statistics.median(kept):.0%} of it ({min(kept):.0%} to {max(kept):.0%} in {len(kept)} rounds)"
+            f"`Pipeline` in a loop at the bundle's batch: {statistics.median(self.loop):.2f} images a second; "
+            f"the full server: {statistics.median(made):.2f}, {statistics.median(kept):.0%} of it "
+            f"({min(kept):.0%} to {max(kept):.0%} in {len(kept)} rounds)"
         )
 
 
@@ -220,17 +221,11 @@ async def measure(url: str, arguments: argparse.Namespace, show: list[Run], turn
             print(run.row(), flush=True)
         return run
 
-    clients = 2 * read_manifest(arguments.bundle).batch
-    rounds: list[Run] = []
+    full = 2 * read_manifest(arguments.bundle).batch
     for _ in range(arguments.turns):
         turns.loop.append(await asyncio.to_thread(loop_throughput, arguments.bundle, arguments.seconds))
-        rounds.append(await client.closed(clients, arguments.seconds))
-        turns.server.append(rounds[-1].throughput)
-    if not arguments.json:
-        print(*([turns.said(), ""] if rounds else []), HEADER, sep="\n", flush=True)
-    for run in rounds:
-        done(run)
-    best = max(turns.server, default=0.0)
+        turns.server.append(done(await client.closed(full, arguments.seconds)))
+    best = max((run.throughput for run in turns.server), default=0.0)
     for clients in arguments.clients:
         best = max(best, done(await client.closed(clients, arguments.seconds)).throughput)
     for share in arguments.rates:
@@ -260,6 +255,8 @@ def main() -> int:
     command = [sys.executable, "-m", "jitexport", "serve", str(arguments.bundle), "--port", "0", "--json"]
     runs: list[Run] = []
     turns = Turns()
+    if not arguments.json:
+        print(HEADER, flush=True)
     with subprocess.Popen(
         [*command, "--queue", str(arguments.queue)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env=os.environ,
@@ -270,10 +267,10 @@ def main() -> int:
             server.send_signal(signal.SIGTERM)
     wrong = sum(run.wrong + run.lost + sum(n for s, n in run.statuses.items() if s not in (200, 503)) for run in runs)
     if arguments.json:
-        rows = [asdict(r) | {"throughput": r.throughput} for r in runs]
-        print(json.dumps({"conditions": facts(), "turns": asdict(turns), "runs": rows}))
+        rows = [vars(run) | {"throughput": run.throughput} for run in runs]  # `asdict` counts a Counter's items
+        print(json.dumps({"conditions": facts(), "loop": turns.loop, "runs": rows}))
     else:
-        print(f"\n{said(facts())}")
+        print("", *([turns.said()] if turns.loop else []), said(facts()), sep="\n")
     return int(wrong > 0 or server.returncode != 0)
 
 
