@@ -12,8 +12,8 @@ from jitexport.building.reference import eager_pipeline
 from jitexport.bundle.reading import read_manifest
 from jitexport.errors import InputError
 from jitexport.grid import gather_tokens
-from jitexport.methods.temporal.teacache import COEFFICIENTS, DecidingTeaCache
 from jitexport.methods.temporal.taylor import Taylor
+from jitexport.methods.temporal.teacache import COEFFICIENTS, DecidingTeaCache
 from jitexport.models.sources import find_source, load_adapter
 from jitexport.plan import CustomSchedule, make_cache, plan
 from jitexport.verify import verify
