@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from jitexport import registry
-from jitexport.backends.base import Engine
-from jitexport.building.comparing import compare, tolerance, verify_engine
-from jitexport.building.reference import eager_pipeline, probe_inputs
+from jitexport.building.comparing import compare, tolerance
+from jitexport.building.reference import eager_pipeline
 from jitexport.kernels import native
 from jitexport.plan import CustomSchedule, plan
 from tests import tiny_hunyuan_video15
+from tests.compiled import compiled_engines
 from tests.tiny_families import FAMILIES
 
 CPU = torch.device("cpu")
@@ -46,6 +46,13 @@ def image(pipe):
     return pipe(SHORT, negative_prompt="the snow", generator=generator, output_type="pt").images
 
 
+def chosen(backend, family, engine):
+    """Whether an engine of a family is tested on a backend."""
+    if backend == "aoti":
+        return (family, engine) in COMPILED
+    return (family, engine) != ("Flux2KleinPipeline", "text")
+
+
 @pytest.mark.parametrize("name", ["onnx", "aoti"])
 def test_engines_make_the_eager_image(eager, name, tmp_path, monkeypatch):
     adapter, pipe = eager
@@ -54,19 +61,9 @@ def test_engines_make_the_eager_image(eager, name, tmp_path, monkeypatch):
         pytest.skip(reason)
     with torch.no_grad():
         expected = image(pipe)
-        weights = dict(adapter.tensors())
-        for spec, inputs in list(probe_inputs(pipe)):
-            if (name == "aoti" and (adapter.family, spec.name) not in COMPILED) or (adapter.family, spec.name) == (
-                "Flux2KleinPipeline", "text"
-            ):
-                continue
-            directory = tmp_path / spec.name
-            directory.mkdir()
-            backend.build(spec, adapter.module(spec.name), inputs, directory)
-            raw = backend.load(spec, directory, weights, partial(adapter.module, spec.name), CPU)
-            engine = Engine(spec, raw, CPU)
-            verify_engine(spec, engine, pipe.engines[spec.name], inputs, tolerance("fp32", None))
-            monkeypatch.setitem(pipe.engines, spec.name, engine)
+        engines = compiled_engines(name, pipe, adapter, tmp_path, partial(chosen, name, adapter.family))
+        for engine in engines.items():
+            monkeypatch.setitem(pipe.engines, *engine)
         found = image(pipe)
     assert expected.std() > 0.01 and not torch.equal(found, expected)
     assert (found - expected).norm() <= tolerance("fp32", None) * expected.norm()

@@ -17,6 +17,7 @@ from jitexport.methods.temporal.teacache import COEFFICIENTS, DecidingTeaCache
 from jitexport.models.sources import find_source, load_adapter
 from jitexport.plan import CustomSchedule, make_cache, plan
 from jitexport.verify import verify
+from tests.compiled import compiled_engines
 from tests.parity import seeded
 
 CPU = torch.device("cpu")
@@ -27,6 +28,11 @@ NATIVE = CustomSchedule((10,), (1.0,))
 
 def pipeline(folder, cache, custom=NATIVE, method="dense", batch=1, passes=1, **options):
     """The eager pipeline of a tiny model with a cache."""
+    return adapter_and_pipeline(folder, cache, custom, method, batch, passes, **options)[1]
+
+
+def adapter_and_pipeline(folder, cache, custom, method, batch=1, passes=1, **options):
+    """The same, and the adapter that it is made from."""
     features = {"features": None if cache is None else make_cache(cache).features}
     adapter = load_adapter(find_source(str(folder)), torch.float32, features)
     made = plan(adapter, custom=custom, method=method, cache=cache)
@@ -35,7 +41,7 @@ def pipeline(folder, cache, custom=NATIVE, method="dense", batch=1, passes=1, **
         passes=passes, **options,
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return adapter, pipe
 
 
 def latents(pipe, seed=0, **call):
@@ -312,14 +318,15 @@ def test_bundles_of_every_combination(make_bundle, cache, method, custom):
     assert verify(path).passed
 
 
+@pytest.mark.parametrize("cache", ["taylorseer:every=2,warmup=1", "delta-dit:every=2", "taylor:every=2"])
 @pytest.mark.parametrize("backend", ["aoti", "onnx"])
-def test_compiled_bundles_make_the_eager_ones_images(make_bundle, backend):
-    options = {"method": "jit", "custom": CustomSchedule((2, 4), (0.4, 1.0))}
-    for cache in ("taylorseer:every=2,warmup=1", "delta-dit:every=2", "taylor:every=2"):
-        expected, found = (
-            jitexport.load(make_bundle(backend=b, cache=cache, **options))(
-                PROMPT, generator=seeded(0), output_type="latent"
-            ).images
-            for b in ("eager", backend)
-        )
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+def test_compiled_engines_make_the_eager_ones_images(tiny_flux, backend, cache, tmp_path):
+    """Engines of all actions in both stages; whole compiled bundles with a cache are built for ToCa."""
+    adapter, pipe = adapter_and_pipeline(tiny_flux, cache, CustomSchedule((2, 4), (0.4, 1.0)), "jit")
+    actions = {stage.engine(action) for action, stage in pipe.schedule.runs}
+    expected = latents(pipe)
+    with torch.no_grad():
+        pipe.engines |= compiled_engines(backend, pipe, adapter, tmp_path, actions.__contains__)
+    found = latents(pipe)
+    assert actions <= pipe.engines.keys() and not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
