@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from jitexport import registry
 from jitexport.backends.base import Engine
 from jitexport.building.comparing import tolerance, verify_engine
@@ -14,6 +16,7 @@ from jitexport.models.base import ModelAdapter
 from jitexport.runtime.pipeline import Pipeline
 
 
+@torch.no_grad()
 def compiled_engines(
     name: str, pipe: Pipeline, adapter: ModelAdapter, folder: Path, chosen: Callable[[str], bool]
 ) -> dict[str, Engine]:
@@ -29,4 +32,3 @@ def compiled_engines(
         engines[spec.name] = Engine(spec, raw, pipe.device)
         verify_engine(spec, engines[spec.name], pipe.engines[spec.name], inputs, tolerance("fp32", None))
     return engines
-

@@ -26,13 +26,8 @@ CACHES = [name for name in registry.CACHES if name != "teacache"]
 NATIVE = CustomSchedule((10,), (1.0,))
 
 
-def pipeline(folder, cache, custom=NATIVE, method="dense", batch=1, passes=1, **options):
-    """The eager pipeline of a tiny model with a cache."""
-    return adapter_and_pipeline(folder, cache, custom, method, batch, passes, **options)[1]
-
-
-def adapter_and_pipeline(folder, cache, custom, method, batch=1, passes=1, **options):
-    """The same, and the adapter that it is made from."""
+def adapter_and_pipeline(folder, cache, custom=NATIVE, method="dense", batch=1, passes=1, **options):
+    """The adapter of a tiny model, and its eager pipeline with a cache."""
     features = {"features": None if cache is None else make_cache(cache).features}
     adapter = load_adapter(find_source(str(folder)), torch.float32, features)
     made = plan(adapter, custom=custom, method=method, cache=cache)
@@ -42,6 +37,11 @@ def adapter_and_pipeline(folder, cache, custom, method, batch=1, passes=1, **opt
     )
     pipe.set_progress_bar_config(disable=True)
     return adapter, pipe
+
+
+def pipeline(*model, **options):
+    """The pipeline alone."""
+    return adapter_and_pipeline(*model, **options)[1]
 
 
 def latents(pipe, seed=0, **call):
@@ -325,8 +325,7 @@ def test_compiled_engines_make_the_eager_ones_images(tiny_flux, backend, cache, 
     adapter, pipe = adapter_and_pipeline(tiny_flux, cache, CustomSchedule((2, 4), (0.4, 1.0)), "jit")
     actions = {stage.engine(action) for action, stage in pipe.schedule.runs}
     expected = latents(pipe)
-    with torch.no_grad():
-        pipe.engines |= compiled_engines(backend, pipe, adapter, tmp_path, actions.__contains__)
+    pipe.engines |= compiled_engines(backend, pipe, adapter, tmp_path, actions.__contains__)
     found = latents(pipe)
     assert actions <= pipe.engines.keys() and not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
