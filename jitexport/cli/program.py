@@ -25,7 +25,7 @@ from jitexport.files import DISK_ERRORS
 
 app = typer.Typer(
     name="jitexport",
-    help="Training-free spatial acceleration of diffusion transformers, compiled into prebuilt engines.",
+    help="Training-free acceleration of diffusion transformers, compiled into prebuilt engines.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

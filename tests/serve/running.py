@@ -93,6 +93,14 @@ class Server:
             self.http.close()
 
 
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
 def events(answer: httpx.Response) -> list[dict[str, Any]]:
     """The events of a stream, and that each has the name of its type."""
     found = []
