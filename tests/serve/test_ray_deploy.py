@@ -203,8 +203,7 @@ def test_replicas_follow_the_load(cluster, folder, expected):
         "downscale_delay_s": 3, "metrics_interval_s": 0.5, "look_back_period_s": 2,
     }  # fmt: skip
     cluster.deploy(f"tiny={folder / 'v1'}", autoscaling_config=scaling)
-    cluster.wait_until(lambda: answers(f"{cluster.url}/ready") and cluster.ask(4) == expected["v1"])
-    assert len(cluster.replicas()) == 1
+    cluster.wait_until(lambda: cluster.ask(4) == expected["v1"] and len(cluster.replicas()) == 1)
     with Load(cluster, 6) as load:
         cluster.wait_until(lambda: len(cluster.replicas()) == 2)
         cluster.wait_until(lambda: len(load.images) == 1)
