@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import jitexport
 from jitexport.plan import CustomSchedule
 from jitexport.png import encode_png
 from jitexport.runtime import Pipeline
-from tests.serve.running import Server
+from tests.serve.running import VERSIONS_PROMPT, Server
 
 THREE_STAGES = CustomSchedule((2, 2, 2), (0.35, 0.62, 1.0))
 #: An image of some seconds, so that something can happen while it is made.
@@ -38,6 +39,31 @@ def single(make_bundle: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def long(make_bundle: Callable[..., Path]) -> Path:
     return make_bundle(custom=LONG)
+
+
+@pytest.fixture(scope="session")
+def versions(tmp_path_factory: pytest.TempPathFactory, make_bundle: Callable[..., Path]) -> Path:
+    """Bundles of one name in three folders: v1, v2, and that one damaged."""
+    root = tmp_path_factory.mktemp("shared")
+    first = make_bundle(batch=2, custom=CustomSchedule((20, 20), (0.5, 1.0)))
+    other = make_bundle(batch=2, custom=CustomSchedule((3, 3), (0.5, 1.0)))
+    for name, bundle in [("v1", first), ("v2", other), ("damaged", other)]:
+        shutil.copytree(bundle, root / name)
+    weights = sorted((root / "damaged" / "weights").iterdir())[-1]
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    return root
+
+
+@pytest.fixture(scope="session")
+def expected(versions: Path) -> dict[tuple[str, int], bytes]:
+    """PNGs of seeds by version, made in this process on one thread, as the replicas' are."""
+    made = {}
+    for version in ("v1", "v2"):
+        pipe = jitexport.load(versions / version, threads=1)
+        for seed in range(6):
+            image = pipe(VERSIONS_PROMPT, generator=torch.Generator().manual_seed(seed)).images[0]
+            made[version, seed] = encode_png(image)
+    return made
 
 
 @pytest.fixture(scope="session")

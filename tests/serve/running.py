@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ import httpx
 import openai
 
 START_SECONDS = 120
+#: Of the images of the fixture `expected`.
+VERSIONS_PROMPT = "a red fox"
 
 
 class Server:
@@ -91,6 +95,57 @@ class Server:
             self.process.kill()
             self.process.stdout.close()
             self.http.close()
+
+
+class Load:
+    """Clients that ask one after the other until the block ends; what they were answered."""
+
+    def __init__(self, ask: Callable[[], Any], clients: int) -> None:
+        self.answers: list[Any] = []
+        self._ask, self._stop = ask, threading.Event()
+        self._clients = [threading.Thread(target=self._run) for _ in range(clients)]
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.answers.append(self._ask())
+            except Exception as failure:  # told by the test
+                self.answers.append((failure, None))
+
+    def __enter__(self) -> Load:
+        for client in self._clients:
+            client.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for client in self._clients:
+            client.join()
+
+
+def ask(url: str, prompt: str, seed: int, **further: Any) -> tuple[int, Any]:
+    """A request for one image: status, and the image where it was made, else the answer."""
+    body = {"prompt": prompt, "seed": seed, **further}
+    answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=100, trust_env=False)
+    made = answer.status_code == 200
+    return answer.status_code, base64.b64decode(answer.json()["data"][0]["b64_json"]) if made else answer
+
+
+#: In the environment of a cluster of Ray, to tell its processes from those of a cluster that another test runs.
+CLUSTER = "JITEXPORT_TEST_CLUSTER"
+
+
+def ray_replicas(cluster: str) -> list[int]:
+    """Process ids of a cluster's replicas that make images."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            is_replica = (path / "cmdline").read_bytes().startswith(b"ray::ServeReplica:jitexport:Engines")
+            if is_replica and f"{CLUSTER}={cluster}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return sorted(found)
 
 
 def free_port() -> int:

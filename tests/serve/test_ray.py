@@ -2,24 +2,21 @@
 
 import base64
 import os
-import shutil
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 
-import httpx
 import pytest
 
-from jitexport.plan import CustomSchedule
 from jitexport.serve.settings import Limits
-from tests.serve.running import Server, events
+from tests.serve import running
+from tests.serve.running import CLUSTER, Load, Server, events, ray_replicas
+from tests.serve.running import VERSIONS_PROMPT as PROMPT
 
 ray = pytest.importorskip("ray", reason="needs the extra: pip install 'jitexport[ray]'")
 
-PROMPT = "a red fox"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`"),  # Ray's own
@@ -27,65 +24,21 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, make_bundle):
-    """Bundles of one name in three folders: the first, another one, and that one damaged."""
-    root = tmp_path_factory.mktemp("shared")
-    first = make_bundle(batch=2, custom=CustomSchedule((20, 20), (0.5, 1.0)))
-    other = make_bundle(batch=2, custom=CustomSchedule((3, 3), (0.5, 1.0)))
-    for name, bundle in [("v1", first), ("v2", other), ("damaged", other)]:
-        shutil.copytree(bundle, root / name)
-    weights = sorted((root / "damaged" / "weights").iterdir())[-1]
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    return root
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, folder):
-    environment = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+def server(tmp_path_factory, versions):
+    environment = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", CLUSTER: "local"}
     log = tmp_path_factory.mktemp("ray") / "log"
-    running = Server(log, f"tiny={folder / 'v1'}", "--ray", "2", "--queue", "12", environment=environment)
-    yield running
-    assert running.stop() == 0, log.read_text()
+    started = Server(log, f"tiny={versions / 'v1'}", "--ray", "2", "--queue", "12", environment=environment)
+    yield started
+    assert started.stop() == 0, log.read_text()
     assert not replicas()
 
 
-def replicas() -> list[int]:
-    """Process ids of the replicas that make images."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes().startswith(b"ray::ServeReplica:jitexport:Engines"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return sorted(found)
+def replicas():
+    return ray_replicas("local")
 
 
 def ask(server, seed, **further):
-    answer = httpx.post(
-        f"{server.url}/v1/images/generations", json={"prompt": PROMPT, "seed": seed, **further}, timeout=100,
-        trust_env=False,
-    )
-    if answer.status_code == 200:
-        return 200, base64.b64decode(answer.json()["data"][0]["b64_json"])
-    return answer.status_code, answer
-
-
-@pytest.fixture(scope="module")
-def expected(folder):
-    """PNGs of seeds by version, made in this process on one thread, as the replicas' are."""
-    import torch
-
-    import jitexport
-    from jitexport.png import encode_png
-
-    made = {}
-    for version in ("v1", "v2"):
-        pipe = jitexport.load(folder / version, threads=1)
-        for seed in range(6):
-            image = pipe(PROMPT, generator=torch.Generator().manual_seed(seed)).images[0]
-            made[version, seed] = encode_png(image)
-    return made
+    return running.ask(server.url, PROMPT, seed, **further)
 
 
 def test_images_and_streams(server, expected):
@@ -138,40 +91,29 @@ def test_what_no_replica_has_room_for_is_refused(server, expected):
             assert answer.json()["error"]["code"] == "overloaded" and answer.headers["retry-after"]
 
 
-def test_updates_without_a_failed_request_and_not_to_a_damaged_bundle(server, folder, expected):
+def test_updates_without_a_failed_request_and_not_to_a_damaged_bundle(server, versions, expected):
     from ray import serve
 
     from jitexport.serve.ray_app import Arguments, build
 
-    seen, stop = [], threading.Event()
-
-    def load():
-        while not stop.is_set():
-            seen.append(ask(server, 4))
-
     def deploy(version):
-        bundles = [f"tiny={folder / version}"]
+        bundles = [f"tiny={versions / version}"]
         arguments = Arguments(bundles=bundles, replicas="2", limits=asdict(Limits(queue=12)))
         serve.run(build(arguments), name="jitexport", route_prefix="/")
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(address="auto", log_to_driver=False)
-    clients = [threading.Thread(target=load) for _ in range(3)]
     try:
-        for client in clients:
-            client.start()
-        with pytest.raises(RuntimeError, match="failed"):
-            deploy("damaged")
-        assert [ask(server, 4) for _ in range(4)] == [(200, expected["v1", 4])] * 4
-        deploy("v2")
-        server.wait_until(lambda: [ask(server, 4) for _ in range(6)] == [(200, expected["v2", 4])] * 6)
+        with Load(lambda: ask(server, 4), 3) as load:
+            with pytest.raises(RuntimeError, match="failed"):
+                deploy("damaged")
+            assert [ask(server, 4) for _ in range(4)] == [(200, expected["v1", 4])] * 4
+            deploy("v2")
+            server.wait_until(lambda: [ask(server, 4) for _ in range(6)] == [(200, expected["v2", 4])] * 6)
     finally:
-        stop.set()
-        for client in clients:
-            client.join()
         ray.shutdown()
-    assert {status for status, _ in seen} == {200}
-    assert {image for _, image in seen} == {expected["v1", 4], expected["v2", 4]}
+    assert {status for status, _ in load.answers} == {200}
+    assert {image for _, image in load.answers} == {expected["v1", 4], expected["v2", 4]}
     steps = lambda: server.http.get("/v1/models").json()["data"][0]["jitexport"]["steps"]  # noqa: E731
     server.wait_until(lambda: steps() == 6)
 
@@ -191,15 +133,15 @@ def test_arguments_as_ray_hands_them_over():
             Arguments.model_validate(wrong)
 
 
-def test_a_number_of_replicas_that_is_none(capsys, folder):
+def test_a_number_of_replicas_that_is_none(capsys, versions):
     from jitexport.cli import main
 
     with pytest.raises(SystemExit) as stopped:
-        main(["serve", str(folder / "v1"), "--ray", "many"])
+        main(["serve", str(versions / "v1"), "--ray", "many"])
     assert stopped.value.code == 2 and "2, or 1-8" in capsys.readouterr().err
 
 
-def test_without_the_extra(capsys, folder, monkeypatch):
+def test_without_the_extra(capsys, versions, monkeypatch):
     import sys
 
     from jitexport.cli import main
@@ -208,5 +150,5 @@ def test_without_the_extra(capsys, folder, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit) as stopped:
-        main(["serve", str(folder / "v1"), "--ray", "1"])
+        main(["serve", str(versions / "v1"), "--ray", "1"])
     assert stopped.value.code == 3 and "jitexport[ray]" in capsys.readouterr().err
