@@ -14,8 +14,10 @@ from jitexport.bundle.reading import read_manifest
 from jitexport.errors import JitExportError
 from jitexport.evaluate import metrics, pretrained, scoring, statistics
 from jitexport.evaluate.demo import DemoData, Judge
+from jitexport.evaluate.evaluation import demo_prompts
 from jitexport.evaluate.metrics import MEASURES, available
 from jitexport.evaluate.prompts import prompt_set
+from jitexport.evaluate.scenes import parse
 from jitexport.evaluate.scoring import Subject
 from jitexport.plan import CustomSchedule
 
@@ -221,3 +223,33 @@ def test_captions_are_read_back():
         assert data.parse(prompt.text) == (prompt.name, prompt.colour)
     assert data.parse("a photo of an owl") is None and data.parse("dragon king on a red background") is None
     assert sum(p.held_out for p in data.prompts(20)) == 10
+
+
+def demo_subject(*prompts: str) -> Subject:
+    manifest = SimpleNamespace(model=SimpleNamespace(name="demo"))
+    return Subject(None, manifest, prompt_set("test", list(prompts)))
+
+
+def test_a_demo_model_of_scenes_has_the_scores_of_scenes(monkeypatch):
+    scorers = [metrics.DemoScorer, metrics.SceneScorer]
+    asked = "owl on a yellow background"
+    [found], _, missing = available(demo_subject(asked), scorers, [])
+    assert isinstance(found, metrics.DemoScorer) and not missing
+    monkeypatch.setattr(DemoData, "scenes", True)
+    [found], _, missing = available(demo_subject(asked), scorers, [])
+    assert isinstance(found, metrics.SceneScorer) and not missing
+    owl = DemoData().pictures["owl", "yellow"].resize((256, 256))
+    right = found(scoring.Picture(owl), scoring.Picture(owl), asked)
+    assert right == dict.fromkeys(metrics.SceneScorer.names, 1.0)
+    wrong = found(scoring.Picture(owl), scoring.Picture(owl), "two foxes on a red background")
+    assert wrong == dict.fromkeys(metrics.SceneScorer.names, 0.0)
+    found, _, missing = available(demo_subject(asked, "a dragon"), scorers, [])
+    assert not found and set(missing) == set(metrics.SceneScorer.names)
+    assert all("no caption of a scene" in reason for reason in missing.values())
+
+
+def test_a_demo_model_of_scenes_is_asked_for_scenes(monkeypatch):
+    monkeypatch.setattr(DemoData, "scenes", True)
+    prompts = demo_prompts(12, seeds=2).prompts
+    assert prompts == demo_prompts(12, seeds=2).prompts and all(parse(prompt.text) for prompt in prompts)
+    assert len({seed for prompt in prompts for seed in prompt.seeds}) == 24

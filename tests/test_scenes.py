@@ -9,7 +9,7 @@ from PIL import Image
 from jitexport.evaluate.demo import DemoData
 from jitexport.evaluate.scene_words import COLOURS, KINDS, OBJECTS, TEXTURES
 from jitexport.evaluate.scenes import (
-    MARGIN,
+    QUARTER,
     SIZE,
     Background,
     Request,
@@ -25,6 +25,7 @@ from jitexport.evaluate.scenes import (
     parse,
     render,
     render_background,
+    scene_prompts,
     write_caption,
 )
 
@@ -65,7 +66,7 @@ def test_captions_fit_the_models_text_and_vocabulary():
         said = drawn(seed)[2].replace(",", "").split()
         assert set(said) <= words
         longest = max(longest, len(said))
-    hardest = Request(("four leaf clover", "lady beetle", "ringed planet"), "purple", "confetti")
+    hardest = Request(("birthday cake", "cat face", "red apple"), "purple", "confetti")
     assert max(longest, len(write_caption(hardest).split())) <= 14  # of 16 tokens two begin and end the text
 
 
@@ -78,7 +79,7 @@ def test_captions_fit_the_models_text_and_vocabulary():
         ("something to eat", Request(("food",))),
         ("a picture of an owl with confetti", Request(("owl",), None, "confetti")),
         ("three foxes on an orange background with confetti", Request(("fox",) * 3, "orange", "confetti")),
-        ("fox, two maple leaves", Request(("fox", "maple leaf", "maple leaf"))),
+        ("fox, two strawberries", Request(("fox", "strawberry", "strawberry"))),
         ("something with a plain background", Request(("thing",), None, "plain")),
     ],
 )
@@ -99,8 +100,8 @@ def test_a_request_accepts_what_it_says_and_nothing_else():
         return Scene(tuple(Thing(name, 0, 0, 100, False) for name in names), Background(colour, texture, 0))
 
     request = parse("fox and a fruit on a red background")
-    assert request.accepts(scene("fox", "lemon")) and request.accepts(scene("peach", "fox", texture="dots"))
-    for wrong in (scene("fox"), scene("fox", "owl"), scene("lemon", "peach"), scene("fox", "lemon", "lemon")):
+    assert request.accepts(scene("fox", "lemon")) and request.accepts(scene("banana", "fox", texture="dots"))
+    for wrong in (scene("fox"), scene("fox", "owl"), scene("lemon", "banana"), scene("fox", "lemon", "lemon")):
         assert not request.accepts(wrong)
     assert not request.accepts(scene("fox", "lemon", colour="blue"))
     # A wide term must not take the object that a narrow one needs, whatever their order.
@@ -122,24 +123,25 @@ def test_a_tenth_of_the_pairs_is_held_out():
     assert not any(pair_held_out(name, name) for name in OBJECTS)
     colours = held_out_colours()
     assert list(colours) == list(OBJECTS)
-    assert all(list(colours.values()).count(colour) == 10 for colour in COLOURS)
+    assert {list(colours.values()).count(colour) for colour in COLOURS} == {2, 3}
 
 
-def test_the_bundled_model_holds_out_the_same_colours():
+def test_the_bundled_model_has_pictures_of_all_objects():
     captions = DemoData().captions
-    assert dict(captions["held_out"]) == held_out_colours()
-    assert tuple(captions["names"]) == OBJECTS
+    assert set(OBJECTS) <= set(captions["names"])
     assert {name: tuple(rgb) for name, rgb in captions["colours"].items()} == COLOURS
 
 
-def test_objects_lie_in_the_picture_and_not_over_each_other():
+def test_one_object_fills_the_picture_and_several_have_a_quarter_each():
+    places: dict[int, set[tuple]] = {1: set(), 2: set(), 3: set()}
     for seed in SEEDS:
         things = drawn(seed)[0].things
-        boxes = [(t.left + MARGIN * t.side, t.top + MARGIN * t.side, (1 - 2 * MARGIN) * t.side) for t in things]
-        assert all(left > -1e-6 and top > -1e-6 for left, top, _ in boxes)
-        assert all(left + side < SIZE + 1e-6 and top + side < SIZE + 1e-6 for left, top, side in boxes)
-        for a, b in combinations(boxes, 2):
-            assert a[0] + a[2] <= b[0] or b[0] + b[2] <= a[0] or a[1] + a[2] <= b[1] or b[1] + b[2] <= a[1]
+        places[len(things)].add(tuple((thing.left, thing.top, thing.side) for thing in things))
+    assert places[1] == {((0, 0, SIZE),)}
+    quarters = {(left, top, QUARTER) for left in (0, QUARTER) for top in (0, QUARTER)}
+    for count in (2, 3):
+        assert all(set(several) < quarters and len(set(several)) == count for several in places[count])
+    assert len(places[2]) == 12 and len(places[3]) > 12
 
 
 def test_scenes_for_a_request_are_what_it_says_and_differ():
@@ -148,7 +150,19 @@ def test_scenes_for_a_request_are_what_it_says_and_differ():
         request = parse(text)
         scenes = [draw_scene_for(request, rng) for _ in range(30)]
         assert all(request.accepts(scene) for scene in scenes)
-        assert len({scene.names for scene in scenes}) > 3 and len({scene.background.seed for scene in scenes}) > 20
+        assert len({scene.names for scene in scenes}) >= 3 and len({scene.background.seed for scene in scenes}) > 20
+
+
+def test_prompts_are_of_held_out_and_trained_combinations_in_turn():
+    prompts = scene_prompts(40)
+    assert prompts == scene_prompts(40) and len({prompt.text for prompt in prompts}) > 35
+    for prompt in prompts:
+        assert parse(prompt.text) == prompt.request
+    assert [prompt.held_out for prompt in prompts[:4]] == [True, False, True, False]
+    named = [p for p in prompts if p.request.colour and all(term in OBJECTS for term in p.request.terms)]
+    trained = [p for p in named if not p.held_out]
+    assert trained and not any(held_out(p.request.terms, p.request.colour) for p in trained)
+    assert any(held_out(p.request.terms, p.request.colour) for p in named if p.held_out)
 
 
 def test_kinds_hold_known_objects_only():

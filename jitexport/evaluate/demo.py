@@ -68,6 +68,11 @@ class DemoData:
         """Names, colours, held-out pairs and the caption's form."""
         return json.loads((self.folder / "captions.json").read_text(encoding="utf-8"))
 
+    @property
+    def scenes(self) -> bool:
+        """Whether the model draws the scenes of `jitexport.evaluate.scenes`, and not one picture for a caption."""
+        return bool(self.captions.get("scenes"))
+
     @cached_property
     def sprites(self) -> dict[str, Image.Image]:
         """The objects, 128 x 128 RGBA, by name."""

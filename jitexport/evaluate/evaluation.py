@@ -17,6 +17,7 @@ from jitexport.evaluate import statistics
 from jitexport.evaluate.demo import DemoData
 from jitexport.evaluate.metrics import MEASURES, available
 from jitexport.evaluate.prompts import BUILT_IN, Prompt, PromptSet, prompt_set, read_prompts
+from jitexport.evaluate.scenes import scene_prompts
 from jitexport.evaluate.scoring import FeatureSpace, Picture, Scorer, Subject
 from jitexport.evaluate.sources import (
     Latency,
@@ -220,8 +221,9 @@ def chosen_prompts(path: Path | None, model: str, limit: int | None, seeds: int 
 
 
 def demo_prompts(count: int = DEMO_PROMPTS, seeds: int = 1) -> PromptSet:
-    """The demo model's captions, held-out and trained pairs in turn."""
-    chosen = DemoData().prompts(count)
+    """The demo model's captions, of held-out combinations and of trained ones in turn."""
+    data = DemoData()
+    chosen = scene_prompts(count) if data.scenes else data.prompts(count)
     return PromptSet(
         "demo captions", "t2i-compbench",
         tuple(Prompt(p.text, tuple(p.seed + 1000 * j for j in range(seeds))) for p in chosen),

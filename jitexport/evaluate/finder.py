@@ -2,9 +2,10 @@
 
 Objects are known pictures at unknown places, sizes and mirrorings, so they are found by matching:
 
-1. At 48 x 48 pixels, every object in nine sizes and both mirrorings is compared with the picture in all places at once
-   (by FFT): how much better than the background's colour does it explain what is inside its outline? A peak is where
-   the logarithm of the ratio of the squared deviations, times the root of the number of pixels, is largest.
+1. At 48 x 48 pixels, every object in five sizes, those of scenes and around them, and both mirrorings is compared with
+   the picture in all places at once (by FFT): how much better than the background's colour does it explain what is
+   inside its outline? A peak is where the logarithm of the ratio of the squared deviations, times the root of the
+   number of pixels, is largest.
 2. The peaks are placed more exactly at 64 x 64 pixels, over sizes and places around each.
 3. A peak is an object if its normalised correlation (all channels together) is at least LEAST_CORRELATION and the
    object explains at least LEAST_EXPLAINED of the squared deviation, inside its outline, from the median colour just
@@ -28,10 +29,10 @@ from scipy import fft, ndimage
 
 from jitexport.evaluate.demo import pixels
 from jitexport.evaluate.scene_words import COLOURS
-from jitexport.evaluate.scenes import SIDES, SIZE, Thing, accent
+from jitexport.evaluate.scenes import QUARTER, SIZE, Thing, accent
 
 COARSE, FINE, FULL = 48, 64, 128  # pixels a side at which objects are looked for, placed, and compared
-COARSE_SIDES = tuple(np.geomspace(SIDES[2][0], SIDES[0][1], 9))  # of canvases, in pixels of SIZE
+COARSE_SIDES = (0.9 * QUARTER, QUARTER, 1.1 * QUARTER, 0.9 * SIZE, SIZE)  # of canvases, in pixels of SIZE
 LEAST_CORRELATION = 0.7
 LEAST_EXPLAINED = 0.5
 COARSE_NOISE = 0.05  # in 0..1, of a channel: what a known picture that lies half a pixel off is wrong by

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from jitexport.errors import InputError, JitExportError
 from jitexport.evaluate.demo import DemoData, Judge
+from jitexport.evaluate.finder import Finder
 from jitexport.evaluate.pretrained import (
     ClipIqaScorer,
     ClipScorer,
@@ -28,6 +29,9 @@ from jitexport.evaluate.pretrained import (
     LpipsScorer,
     NiqeScorer,
 )
+from jitexport.evaluate.scene_scores import score
+from jitexport.evaluate.scene_words import OBJECTS
+from jitexport.evaluate.scenes import parse
 from jitexport.evaluate.scoring import FeatureSpace, Picture, Scorer, Subject, require
 
 #: PSNR of images that are equal, which is infinite.
@@ -87,6 +91,14 @@ MEASURES = {
     "background_right": Measure(
         "Background right", "higher", "the border's median colour is nearest to the prompted one", share=True
     ),
+    "right": Measure(
+        "All right", "higher", "what was asked for is there, in its number, on its background, and nothing else",
+        share=True,
+    ),
+    "objects": Measure("Objects found", "higher", "share of the objects asked for that the finder of objects sees"),
+    "count_right": Measure("Number right", "higher", "as many objects as were asked for", share=True),
+    "surroundings_right": Measure("Background as asked", "higher", "its colour and texture, if said", share=True),
+    "clean": Measure("Nothing else there", "higher", "no object and no blot that was not asked for", share=True),
     "demo_psnr": Measure(
         "PSNR to prompted picture, dB", "higher", "to the picture that the prompt means, at 128 x 128", digits=2
     ),
@@ -152,10 +164,12 @@ class DemoScorer(Scorer):
 
     names = ("name_right", "pair_right", "background_right", "demo_psnr", "sharpness")
 
+    @classmethod
+    def applies(cls, subject: Subject) -> bool:
+        return subject.manifest.model.name == "demo" and not DemoData().scenes
+
     def __init__(self, subject: Subject) -> None:
         self.data = DemoData()
-        if subject.manifest.model.name != "demo":
-            raise InputError("only for the demo model", found=subject.manifest.model.name)
         if unknown := [p.text for p in subject.prompts.prompts if self.data.parse(p.text) is None]:
             raise InputError("a prompt that is none of the demo model's captions", found=unknown[0])
         self.judge = Judge.of(self.data)
@@ -174,8 +188,36 @@ class DemoScorer(Scorer):
         }
 
 
+class SceneScorer(Scorer):
+    """Scores of a demo model that draws scenes: see `jitexport.evaluate.scene_scores`."""
+
+    names = ("right", "objects", "count_right", "surroundings_right", "clean")
+
+    @classmethod
+    def applies(cls, subject: Subject) -> bool:
+        return subject.manifest.model.name == "demo" and DemoData().scenes
+
+    def __init__(self, subject: Subject) -> None:
+        if unknown := [p.text for p in subject.prompts.prompts if parse(p.text) is None]:
+            raise InputError("a prompt that is no caption of a scene", found=unknown[0])
+        sprites = DemoData().sprites
+        self.finder = Finder({name: sprites[name] for name in OBJECTS})
+
+    def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
+        request = parse(prompt)
+        assert request is not None  # see `__init__`
+        found = score(self.finder, request, picture.image)
+        return {
+            "right": float(found.right),
+            "objects": found.objects,
+            "count_right": float(found.count_right),
+            "surroundings_right": float(found.background_right),
+            "clean": float(found.clean),
+        }
+
+
 SCORERS: tuple[type[Scorer], ...] = (
-    PixelScorer, VaeScorer, LpipsScorer, DemoScorer,
+    PixelScorer, VaeScorer, LpipsScorer, DemoScorer, SceneScorer,
     ClipScorer, ClipIqaScorer, NiqeScorer, ImageRewardScorer, HpsScorer,
 )  # fmt: skip
 FEATURES: tuple[type[FeatureSpace], ...] = (VaeFeatures, InceptionFeatures)
@@ -188,7 +230,7 @@ def available(
 ) -> tuple[list[Scorer], list[FeatureSpace], dict[str, str]]:
     """What can be measured here, and {name: what is missing and what to do} for the rest.
 
-    Demo scores are left out without a word for other models, as they would have no meaning.
+    What would mean nothing for the subject is left out without a word.
     """
     missing: dict[str, str] = {}
 
@@ -198,13 +240,13 @@ def available(
             try:
                 instances.append(cls(subject))
             except JitExportError as error:
-                if cls is not DemoScorer or subject.manifest.model.name == "demo":
-                    reason = error.message + (f"; {error.remedy}" if error.remedy else "")
-                    missing.update({name: reason for name in names(cls)})
+                reason = error.message + (f"; {error.remedy}" if error.remedy else "")
+                missing.update({name: reason for name in names(cls)})
             except (ImportError, OSError, RuntimeError, ValueError) as error:  # a library that is there but broken
                 reason = f"{cls.__name__} cannot be used: {type(error).__name__}: {error}"
                 missing.update({name: reason for name in names(cls)})
         return instances
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return made(scorers, lambda cls: cls.names), made(features, lambda cls: (cls.name,)), missing
+    meant = [cls for cls in scorers if cls.applies(subject)]
+    return made(meant, lambda cls: cls.names), made(features, lambda cls: (cls.name,)), missing

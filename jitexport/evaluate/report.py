@@ -24,8 +24,12 @@ COLOURS = {"reference": "#2b2f36", "dense": "#8a9099", "jit": "#1f6feb"}
 SPARE = ("#e8710a", "#188038", "#a142f4", "#d01884", "#129eaf", "#7a5c00")
 
 #: Measures of the curves, the first of them that were taken.
-CURVES = ("demo_psnr", "clip_score", "image_reward", "psnr", "lpips", "vae_distance", "sharpness", "ssim")
+CURVES = (
+    "right", "objects", "demo_psnr", "clip_score", "image_reward", "psnr", "lpips", "vae_distance", "sharpness", "ssim",
+)  # fmt: skip
 MOST_CURVES = 4
+#: Measures that say of an image that it is not what was asked for.
+RIGHT = ("pair_right", "right")
 
 SHEET_PROMPTS = 12
 THUMBNAIL = 144  # pixels
@@ -271,7 +275,7 @@ def worst_first(evaluation: Evaluation) -> list[int]:
             values = [min(row.values[name][i]) for row in evaluation.rows[1:] if name in row.values]
             return min(values, default=1.0)
 
-        return lowest("pair_right"), lowest("psnr")
+        return min(lowest(name) for name in RIGHT), lowest("psnr")
 
     return sorted(range(len(evaluation.prompts.prompts)), key=key)
 
@@ -286,7 +290,7 @@ def contact_sheet(evaluation: Evaluation, prompts: int, size: int) -> list[tuple
         lowest = min((v for v in psnr if v is not None), default=None)
         pictures = []
         for row, value in zip(evaluation.rows, psnr, strict=True):
-            wrong = "pair_right" in row.values and row.values["pair_right"][i][0] < 1
+            wrong = any(row.values[name][i][0] < 1 for name in RIGHT if name in row.values)
             pictures.append(
                 Picture(
                     uri=data_uri(thumbnail(evaluation.folder / row.label / path, size), "image/webp"),

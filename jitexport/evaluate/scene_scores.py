@@ -58,10 +58,14 @@ class SceneScore:
         return self.objects == 1
 
     @property
+    def background_right(self) -> bool:
+        """Whether nothing that was said of the background is wrong."""
+        return self.colour_right is not False and self.texture_right is not False
+
+    @property
     def right(self) -> bool:
         """Whether all of it is right."""
-        background = self.colour_right is not False and self.texture_right is not False
-        return self.objects_right and self.count_right and background and self.clean
+        return self.objects_right and self.count_right and self.background_right and self.clean
 
 
 def score(finder: Finder, request: Request, picture: Image.Image) -> SceneScore:

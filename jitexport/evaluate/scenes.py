@@ -1,7 +1,8 @@
 """The scenes that the demo model is about, and what captions say of them.
 
-A scene is one to three objects, none over another, at free places, sizes and mirrorings, on a background of one of
-ten colours that is plain, striped, dotted, shaded or strewn with confetti. A caption says as much of it as one likes:
+A scene is one object that fills the picture, or two or three that each fill one of its quarters, mirrored or not, on
+a background of one of ten colours that is plain, striped, dotted, shaded or strewn with confetti. A caption says as
+much of it as one likes:
 
     fox and pizza on a blue background      something to eat
     two owls on a striped green background  a fruit on a red background
@@ -21,7 +22,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations, cycle, permutations
 from zlib import crc32
 
 import numpy as np
@@ -33,15 +34,15 @@ SIZE = 256  # pixels a side of a rendered scene, and the unit of places
 
 TEXTURE_SHARES = (0.4, 0.15, 0.15, 0.15, 0.15)
 COUNT_SHARES = (0.5, 0.35, 0.15)  # of one, two, three objects
-SIDES = ((116, 256), (102, 148), (92, 120))  # pixels, least and most, of an object's canvas among one, two, three
+QUARTER = SIZE // 2  # pixels a side of an object's canvas among others; one alone has SIZE
 
 HELD_OUT_SEED = 0
-MARGIN = 0.06  # share of its canvas that every object leaves free at each side
+PROMPTS_SEED = 17
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object in a scene: its square canvas, in pixels of SIZE, which may stand out of the picture by its margin."""
+    """An object in a scene, by its square canvas: pixels of SIZE."""
 
     name: str
     left: float
@@ -105,10 +106,10 @@ def fits(name: str, term: str) -> bool:
 
 
 def held_out_colours() -> dict[str, str]:
-    """The background colour that each object is never trained on; each colour for ten objects."""
-    colours = [colour for colour in COLOURS for _ in range(len(OBJECTS) // len(COLOURS))]
-    random.Random(HELD_OUT_SEED).shuffle(colours)
-    return dict(zip(OBJECTS, colours, strict=True))
+    """The background colour that each object is never trained on; each colour for two or three objects."""
+    order = random.Random(HELD_OUT_SEED).sample(OBJECTS, len(OBJECTS))
+    held_out = dict(zip(order, cycle(COLOURS), strict=False))
+    return {name: held_out[name] for name in OBJECTS}
 
 
 _HELD_OUT_COLOURS = held_out_colours()
@@ -149,8 +150,8 @@ def _arranged(names: Sequence[str], colour: str, texture: str | None, rng: np.ra
     background = Background(colour, texture, int(rng.integers(2**31)))
     places = draw_places(rng, len(names))
     things = [
-        Thing(name, float(left), float(top), float(side), bool(rng.random() < 0.5))
-        for name, (left, top, side) in zip(names, places, strict=True)
+        Thing(name, *place, bool(rng.random() < 0.5))
+        for name, place in zip(names, places, strict=True)
     ]
     return Scene(tuple(things), background)
 
@@ -171,20 +172,12 @@ def draw_names(rng: np.random.Generator, count: int) -> list[str]:
     return names
 
 
-def draw_places(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Canvases of `count` objects that lie in the picture and not over each other: [count, 3], left, top, side."""
-    least, most = SIDES[count - 1]
-    while True:
-        side = rng.uniform(least, most, (16, count))
-        free = SIZE - (1 - 2 * MARGIN) * side
-        corner = rng.random((16, count, 2)) * free[..., None]  # of the canvases without their margins
-        for corners, sides in zip(corner, side, strict=True):
-            inner = (1 - 2 * MARGIN) * sides
-            if all(
-                np.any(np.abs((corners[i] + inner[i] / 2) - (corners[j] + inner[j] / 2)) >= (inner[i] + inner[j]) / 2)
-                for i, j in combinations(range(count), 2)
-            ):
-                return np.column_stack([corners - MARGIN * sides[:, None], sides])
+def draw_places(rng: np.random.Generator, count: int) -> list[tuple[float, float, float]]:
+    """Canvases of `count` objects: left, top and side of each."""
+    if count == 1:
+        return [(0.0, 0.0, float(SIZE))]
+    quarters = rng.choice(4, count, replace=False)
+    return [(float(q % 2 * QUARTER), float(q // 2 * QUARTER), float(QUARTER)) for q in quarters]
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
@@ -246,6 +239,27 @@ def background_phrase(request: Request, preposition: str = "on") -> str:
     adjective = TEXTURES[request.texture] if request.texture and not confetti else None
     words = " ".join(word for word in (adjective, request.colour) if word)
     return f" {preposition} {article(words)} {words} background" + (" with confetti" if confetti else "")
+
+
+@dataclass(frozen=True)
+class ScenePrompt:
+    """A caption to evaluate with, what it means, whether it is of a held-out combination, and the image's seed."""
+
+    text: str
+    request: Request
+    held_out: bool
+    seed: int
+
+
+def scene_prompts(count: int) -> list[ScenePrompt]:
+    """`count` captions, of held-out combinations and of trained ones in turn; always the same ones."""
+    prompts = []
+    for index in range(count):
+        rng = np.random.default_rng((PROMPTS_SEED, index))
+        scene = draw_scene(rng, from_held_out=index % 2 == 0)
+        request = draw_request(scene, rng)
+        prompts.append(ScenePrompt(write_caption(request), request, index % 2 == 0, index))
+    return prompts
 
 
 _PLURALS = {plural(term): term for term in (*OBJECTS, *KINDS)}

@@ -76,6 +76,11 @@ class Scorer(ABC):
     names: tuple[str, ...]
     pairs = False
 
+    @classmethod
+    def applies(cls, subject: Subject) -> bool:
+        """Whether the scores mean anything for what is evaluated; where they do not, nobody misses them."""
+        return True
+
     @abstractmethod
     def __init__(self, subject: Subject) -> None: ...
 

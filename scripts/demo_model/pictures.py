@@ -10,7 +10,7 @@ from data import IMAGE_SIZE
 from diffusers import FluxPipeline
 from networks import GRID, SHIFT, Models
 from PIL import Image
-from velocity import Batch, empty_ids, grid_positions, guided_velocity, prompt_ids, velocity
+from velocity import Batch, all_positions, empty_ids, guided_velocity, prompt_ids, velocity
 
 GUIDANCE = 2.5  # what the pipeline is used with
 
@@ -27,18 +27,17 @@ def draw_pictures(
     models: Models,
     tables: tuple[torch.Tensor, torch.Tensor],
     prompts: Sequence[str],
-    side: int = GRID,
     steps: int = 25,
     guidance: float = GUIDANCE,
     distilled: bool = False,
 ) -> list[Image.Image]:
-    """Pictures of prompts, on `side` x `side` tokens, by true guidance or with `distilled` through the input."""
+    """Pictures of prompts, by true guidance or with `distilled` through the input."""
     device = tables[0].device
     t5_ids, clip_ids = prompt_ids(models, prompts, device)
     empty, scale = empty_ids(models, device), torch.full((len(prompts),), guidance, device=device)
-    noise = [torch.randn(side**2, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(len(prompts))]
+    noise = [torch.randn(GRID**2, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(len(prompts))]
     latents = torch.stack(noise).to(device)
-    active = grid_positions(side, device).expand(len(prompts), -1)
+    active = all_positions(device).expand(len(prompts), -1)
     levels = torch.linspace(1, 0, steps + 1)
     levels = SHIFT * levels / (1 + (SHIFT - 1) * levels)
     for level, following in pairwise(levels.tolist()):
@@ -50,8 +49,8 @@ def draw_pictures(
             else guided_velocity(models, tables, batch, scale, empty)
         )
         latents = latents + (following - level) * predicted
-    vae, pixels = models.vae, side * IMAGE_SIZE // GRID
-    unpacked = FluxPipeline._unpack_latents(latents, pixels, pixels, 4) / vae.config.scaling_factor
+    vae = models.vae
+    unpacked = FluxPipeline._unpack_latents(latents, IMAGE_SIZE, IMAGE_SIZE, 4) / vae.config.scaling_factor
     decoded = vae.decode(unpacked + vae.config.shift_factor).sample  # [B, 3, H, W]
     bytes_ = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in bytes_]

@@ -27,7 +27,7 @@ CAPTIONS_A_SCENE = 4
 SCENES_A_TASK = 32  # of a worker
 SHARDS_AHEAD = 2
 
-Key = tuple[int, int, int]  # of a shard: the stage's number, the shard's number in it, pixels a side
+Key = tuple[int, int]  # of a shard: the stage's number, the shard's number in it
 Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]  # RGB [S, H, W, 3], numbers of words for T5 and for CLIP [S, V, T]
 
 
@@ -57,11 +57,6 @@ def scene_and_captions(
     return scene, [write_caption(draw_request(scene, rng), rng) for _ in range(count)]
 
 
-def make_picture(scene: Scene, sprites: Mapping[str, Image.Image], pixels: int) -> np.ndarray:
-    """RGB of a scene in 0..255: [pixels, pixels, 3]."""
-    return np.array(render(scene, sprites).resize((pixels, pixels), Image.Resampling.BOX))
-
-
 def padding_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """What is inside of a tokenizer, set to captions of TEXT_TOKENS words: many times faster, and light to send."""
     fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -87,14 +82,13 @@ class Artist:
     def draw(
         self,
         keys: Sequence[tuple[int, ...]],
-        pixels: int,
         captions: int = CAPTIONS_A_SCENE,
         from_held_out: bool = False,
     ) -> Drawn:
-        """The scenes of some keys: pictures of `pixels` a side, and their captions."""
+        """The scenes of some keys: pictures and their captions."""
         drawn = [scene_and_captions(key, captions, from_held_out) for key in keys]
         texts = [captions for _, captions in drawn]
-        pictures = np.stack([make_picture(scene, self.sprites, pixels) for scene, _ in drawn])
+        pictures = np.stack([np.array(render(scene, self.sprites)) for scene, _ in drawn])
         return pictures, caption_ids(self.t5, texts), caption_ids(self.clip, texts)
 
 
@@ -106,8 +100,8 @@ def _start_worker(artist: Artist) -> None:
     _artists.append(artist)
 
 
-def _work(task: tuple[list[tuple[int, ...]], int]) -> Drawn:
-    return _artists[0].draw(*task)
+def _work(keys: list[tuple[int, ...]]) -> Drawn:
+    return _artists[0].draw(keys)
 
 
 # --- making -----------------------------------------------------------------------------------------------------------
@@ -136,13 +130,13 @@ class ShardMaker:
         """A shard, as soon as it is there; the last one is kept."""
         if self.made is None or self.made[0] != key:
             self.made = None  # not two in memory
-            stage, number, pixels = key
+            stage, number = key
             if self.pool is None:
-                self.made = key, self.encode(map(self._draw, self._tasks(key)))
+                self.made = key, self.encode(map(self.artist.draw, self._tasks(key)))
             else:
-                self.ordered = {other: shard for other, shard in self.ordered.items() if other[:2] >= key[:2]}
+                self.ordered = {other: shard for other, shard in self.ordered.items() if other >= key}
                 for following in range(number, number + 1 + SHARDS_AHEAD):
-                    self.order((stage, following, pixels))
+                    self.order((stage, following))
                 self.made = key, self.ordered.pop(key).result()
         return self.made[1]
 
@@ -162,13 +156,10 @@ class ShardMaker:
             self.pool.shutdown(wait=False, cancel_futures=True)
             self.thread.shutdown(wait=True, cancel_futures=True)
 
-    def _tasks(self, key: Key) -> list[tuple[list[tuple[int, ...]], int]]:
-        stage, number, pixels = key
+    def _tasks(self, key: Key) -> list[list[tuple[int, ...]]]:
+        stage, number = key
         keys = [(self.seed, stage, index) for index in range(number * self.size, (number + 1) * self.size)]
-        return [(keys[start : start + SCENES_A_TASK], pixels) for start in range(0, len(keys), SCENES_A_TASK)]
-
-    def _draw(self, task: tuple[list[tuple[int, ...]], int]) -> Drawn:
-        return self.artist.draw(*task)
+        return [keys[start : start + SCENES_A_TASK] for start in range(0, len(keys), SCENES_A_TASK)]
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------

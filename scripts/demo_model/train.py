@@ -11,24 +11,26 @@ draws depends on the seed and on how far the run is, so a run that was killed ha
 `--hours` ends this call, not the run. `sheet` draws pictures with the averaged weights of the last checkpoint, and
 `export` writes these in half precision.
 
-The run has four stages, whose lengths are numbers of pictures (STAGES in `training.py`; `--scale` multiplies them):
+The run has three stages, whose lengths are numbers of pictures (STAGES in `training.py`; `--scale` multiplies them):
 
-1. coarse: pictures of 128 x 128, which are 16 x 16 tokens, at every second position of the grid of 32 x 32;
-2. subsets: pictures of 256 x 256, of which the transformer sees a set of tokens at their true positions, with the loss
-   on them only, as the method this package exists for runs it;
-3. grids: most steps on all 32 x 32 tokens, the others on subsets of the sizes of JiT's stages;
-4. guidance: the guidance input learns what classifier-free guidance does. A frozen copy of the model is the teacher;
+1. subsets: of a picture the transformer sees a set of tokens at their true positions, with the loss on them only, as
+   the method this package exists for runs it;
+2. grids: most pictures with all 32 x 32 tokens, the others with subsets of the sizes of JiT's stages;
+3. guidance: the guidance input learns what classifier-free guidance does. A frozen copy of the model is the teacher;
    the target is its velocity without a caption plus the guidance times the difference that the caption makes. Until
    then the input is always NEUTRAL, one caption in ten is empty, and the model can be sampled with true guidance.
 
-What that takes. On two cores with AVX2 alone a step on 6,144 tokens takes 4.3 s: 5.6 coarse pictures a second, 4 with
-subsets, 1.4 whole ones. A pilot with one object in one place needed 49,500 coarse pictures for 61 objects on three
-backgrounds; here there are a hundred, in any place, on fifty kinds of background, so five times as many are planned:
-12 hours coarse, 5.5 for subsets, 4.5 for grids, 3 for guidance. Scenes are made and encoded as the run goes, each used
-a few times with other noise and another caption, which costs about a tenth of the time. On two cores of a Xeon with AMX
-(2026-11-27), in bfloat16 and with `--compile`: 20 to 25 coarse pictures a second, after a minute and a half of
-compiling; on one of them (OMP_NUM_THREADS=1) 12 to 15. A process beside it that wants the same cores takes nine tenths
-of that away, since threads wait for each other: give each its own cores.
+What that takes. On two cores with AVX2 alone: 5.8 pictures a second with subsets, 1.4 whole ones (2026-11-27). Scenes
+are made and encoded as the run goes, each used a few times with other noise and another caption, which costs about a
+tenth of the time. A process beside it that wants the same cores takes up to nine tenths of the speed away, since
+threads wait for each other: give each its own cores. glibc gives large blocks back to the system at each step unless
+told otherwise; `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592` saves a third of the time on whole
+grids (Xeon with AMX, 2026-11-27).
+
+Steps are small on a CPU (3,072 tokens), since the number of steps decides there: after three minutes of training the
+bundled model on scenes, the loss at noise 0.7 was 0.260 with 6,144 tokens a step, 0.252 with 3,072, 0.243 with 1,536
+(at 0.95: 0.444, 0.426, 0.446); Muon for the blocks' matrices in place of AdamW, whose steps take half a second longer,
+gave 0.269 with 6,144 (AVX2, 2026-11-27).
 
 A line of `WORK/losses.jsonl` for every evaluation holds the averaged weights' loss on scenes that are never trained
 on, at fixed noise levels and with fixed noise. The running loss says little: it depends on the levels drawn.
@@ -55,7 +57,7 @@ from pathlib import Path
 import torch
 from data import load_objects
 from export import write_folder
-from networks import GRID, Models, starting_models
+from networks import Models, starting_models
 from pictures import GUIDANCE, SHEET_PROMPTS, draw_pictures, save_sheet
 from training import Training, log, scaled
 from velocity import PerSamplePositions, rotary_tables
@@ -149,7 +151,7 @@ def sheet(args: argparse.Namespace) -> None:
     models.transformer.set_attn_processor(PerSamplePositions())
     tables = tuple(table.float() for table in rotary_tables(models.transformer))
     prompts = args.prompt or SHEET_PROMPTS
-    pictures = draw_pictures(models, tables, prompts, args.side, args.steps, args.guidance, args.distilled)
+    pictures = draw_pictures(models, tables, prompts, args.steps, args.guidance, args.distilled)
     save_sheet(pictures, args.out)
 
 
@@ -176,7 +178,7 @@ def main() -> None:
     length = verb.add_mutually_exclusive_group()
     length.add_argument("--scale", type=float, default=1.0, help="multiplies the pictures of all stages")
     length.add_argument("--minutes", type=float, help="what all stages together take, by time and not by pictures")
-    verb.add_argument("--device", default="cpu", help="cpu, or cuda (no step has been made there yet)")
+    verb.add_argument("--device", default="cpu", help="cpu, or cuda")
     verb.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
     verb.add_argument("--compile", action="store_true", help="compile the blocks")
     verb.add_argument("--workers", type=int, help="processes that make scenes ahead; for cuda all cores but 4, else 0")
@@ -188,7 +190,6 @@ def main() -> None:
     verb = add_verb("sheet", sheet)
     verb.add_argument("--out", type=Path, required=True, help="PNG file to write")
     verb.add_argument("--prompt", action="append", help="repeat for several; pictures to watch the run by without it")
-    verb.add_argument("--side", type=int, default=GRID, choices=(GRID // 2, GRID), help="tokens a side")
     verb.add_argument("--steps", type=int, default=25)
     verb.add_argument("--guidance", type=float, default=GUIDANCE)
     verb.add_argument("--distilled", action="store_true", help="guide through the model's input: after the last stage")

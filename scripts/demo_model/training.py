@@ -6,12 +6,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 
 import torch
-from data import IMAGE_SIZE
 from networks import GRID, Models, averaged_copy
 from pictures import SHEET_PROMPTS, draw_pictures, save_sheet
 from PIL import Image
@@ -21,14 +20,15 @@ from velocity import (
     NEUTRAL,
     Batch,
     PerSamplePositions,
+    all_positions,
     draw_batch,
     empty_ids,
-    grid_positions,
     guided_velocity,
     rotary_tables,
     velocity,
 )
 
+TOKENS = GRID * GRID  # of a picture
 MOST_GUIDANCE = 5.0
 EMPTY_CAPTIONS = 0.1
 EVALUATION_SEED = 10**6
@@ -44,7 +44,6 @@ class Stage:
     Attributes:
         pictures: how many it trains on, before `--scale`.
         time: its share of the time of a run with `--minutes`.
-        pixels: a picture's side; 128 makes 16 x 16 tokens at every second position.
         whole: share of pictures of which all tokens are seen.
         ratios: sizes of the subsets of the others, as shares of all tokens.
         uses: how often a scene is used.
@@ -54,31 +53,24 @@ class Stage:
     name: str
     pictures: int
     time: float
-    pixels: int = IMAGE_SIZE
     whole: float = 1.0
     ratios: tuple[float, ...] = ()
     uses: int = 4
     distil: bool = False
 
     @property
-    def side(self) -> int:
-        """Tokens a side."""
-        return self.pixels * GRID // IMAGE_SIZE
-
-    @property
     def work(self) -> float:
         """Tokens that the stage runs through the transformer; the teacher's two forward passes are two thirds more."""
         subset = sum(self.ratios) / len(self.ratios) if self.ratios else 0.0
         share = self.whole + (1 - self.whole) * subset
-        return self.pictures * self.side**2 * share * (5 / 3 if self.distil else 1)
+        return self.pictures * TOKENS * share * (5 / 3 if self.distil else 1)
 
 
 JIT_RATIOS = (0.32, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.62, 0.65)
 STAGES = (
-    Stage("coarse", 240_000, 0.4, pixels=128),
-    Stage("subsets", 75_000, 0.15, whole=0.05, ratios=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5)),
-    Stage("grids", 28_000, 0.25, whole=0.6, ratios=JIT_RATIOS),
-    Stage("guidance", 12_000, 0.2, whole=0.5, ratios=JIT_RATIOS, distil=True),
+    Stage("subsets", 60_000, 0.5, whole=0.05, ratios=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5), uses=6),
+    Stage("grids", 16_000, 0.3, whole=0.6, ratios=JIT_RATIOS),
+    Stage("guidance", 6_000, 0.2, whole=0.5, ratios=JIT_RATIOS, distil=True),
 )
 
 
@@ -91,7 +83,7 @@ class Sizes:
     encoded: int
 
 
-SIZES = {"cpu": Sizes(6144, 384, 8), "cuda": Sizes(32768, 2048, 32)}
+SIZES = {"cpu": Sizes(3072, 384, 8), "cuda": Sizes(32768, 2048, 32)}
 
 
 def scaled(scale: float) -> list[Stage]:
@@ -170,7 +162,6 @@ class Training:
         models.transformer.set_attn_processor(PerSamplePositions())
         self.average = averaged_copy(models)
         self.teacher: Models | None = None
-        self.evaluated: tuple[int, dict[str, Shard]] | None = None  # by pixels
         self.tables = tuple(table.float().to(self.device) for table in rotary_tables(models.transformer))
         self.empty = empty_ids(models, self.device)
         if compiled:
@@ -242,7 +233,7 @@ class Training:
             self._shard(self.stage)
         if self.minutes is not None and self.make_shard.pool is not None:
             for number in range(self.stage + 1, len(self.stages)):
-                self.make_shard.order((number, self._wanted(number), self.stages[number].pixels))
+                self.make_shard.order((number, self._wanted(number)))
 
     def _wanted(self, number: int) -> int:
         """Number of the shard that a stage has come to, by the pictures that it has seen."""
@@ -252,15 +243,15 @@ class Training:
         """What a stage draws from now. With `minutes`, a shard stays in use while the next one is not there yet."""
         stage = self.stages[number]
         if self.minutes is None:
-            return self.make_shard((number, self._wanted(number), stage.pixels))
+            return self.make_shard((number, self._wanted(number)))
         if self.in_use is None or self.in_use[0] != number:
             self.in_use, self.drawn = (number, self._wanted(number)), 0
         elif self.drawn >= self.sizes.shard * stage.uses:
-            if self.make_shard.ready((number, self.in_use[1] + 1, stage.pixels)):
+            if self.make_shard.ready((number, self.in_use[1] + 1)):
                 self.in_use, self.drawn = (number, self.in_use[1] + 1), 0
             else:
                 self.late += 1
-        return self.make_shard((*self.in_use, stage.pixels))
+        return self.make_shard(self.in_use)
 
     def step(self) -> torch.Tensor:
         """Train on one batch and return its loss, without waiting for the device.
@@ -269,7 +260,7 @@ class Training:
         """
         number, stage = self.stage, self.stages[self.stage]
         torch.manual_seed(self.seed * 1_000_003 + self.progress.steps)
-        count = stage.side**2
+        count = TOKENS
         if torch.rand(()) >= stage.whole:
             count = int(count * stage.ratios[int(torch.randint(len(stage.ratios), ()))])
         size = max(1, self.sizes.tokens // count)
@@ -289,7 +280,7 @@ class Training:
         # The average reaches back further as the run gets longer, up to 1000 steps.
         averaged = list(self.average.trained.parameters())
         loss = loss.detach()
-        kind = f"{stage.name} {'whole' if count == stage.side**2 else 'subset'}"
+        kind = f"{stage.name} {'whole' if count == TOKENS else 'subset'}"
         with torch.no_grad():
             torch._foreach_lerp_(averaged, self.parameters, max(0.001, 1 / (1 + self.progress.steps / 10)))
             self.losses[kind] = self.losses.get(kind, loss).lerp(loss, 0.02)
@@ -307,17 +298,17 @@ class Training:
         return guided_velocity(self.teacher, self.tables, batch, guidance, self.empty), guidance
 
     @torch.no_grad()
-    def evaluate(self, stage: Stage) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """The averaged weights' loss on scenes of trained and of held-out combinations, by noise level."""
         losses = {}
-        for kind, shard in self._evaluation_shards(stage.pixels).items():
+        for kind, shard in self.evaluated.items():
             for sigma in EVALUATED_SIGMAS:
                 torch.manual_seed(int(1000 * sigma))
                 total = 0.0
                 for start in range(0, len(shard.latents), EVALUATED_AT_ONCE):
                     clean = shard.latents[start : start + EVALUATED_AT_ONCE]
                     noise, level = torch.randn_like(clean), torch.full((len(clean),), sigma, device=self.device)
-                    active = grid_positions(stage.side, self.device).expand(len(clean), -1)
+                    active = all_positions(self.device).expand(len(clean), -1)
                     part = slice(start, start + len(clean))
                     batch = Batch(clean, noise, level, active, shard.t5_ids[part, 0], shard.clip_ids[part, 0])
                     with self.autocast():
@@ -326,27 +317,25 @@ class Training:
                 losses[f"{kind} {sigma:g}"] = round(total / len(shard.latents), 5)
         return losses
 
-    def _evaluation_shards(self, pixels: int) -> dict[str, Shard]:
+    @cached_property
+    def evaluated(self) -> dict[str, Shard]:
         """Fixed scenes, by whether they hold a combination that is held out of training."""
-        if self.evaluated is None or self.evaluated[0] != pixels:
-            shards = {}
-            for kind, from_held_out in (("seen", False), ("held out", True)):
-                keys = [(EVALUATION_SEED, from_held_out, i) for i in range(EVALUATED_SCENES)]
-                shards[kind] = self.encode([self.artist.draw(keys, pixels, 1, from_held_out)])
-            self.evaluated = pixels, shards
-        return self.evaluated[1]
+        shards = {}
+        for kind, from_held_out in (("seen", False), ("held out", True)):
+            keys = [(EVALUATION_SEED, from_held_out, i) for i in range(EVALUATED_SCENES)]
+            shards[kind] = self.encode([self.artist.draw(keys, 1, from_held_out)])
+        return shards
 
     def log_evaluation(self, stage: Stage) -> None:
-        """Add a line to WORK/losses.jsonl, on pictures as a stage has them."""
+        """Add a line to WORK/losses.jsonl."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "steps": self.progress.steps,
             "stage": stage.name,
-            "tokens": stage.side**2,
             "pictures": self.progress.pictures,
             "hours": round(self.progress.seconds / 3600, 3),
             "done": round(self.elapsed, 4),
-            "losses": self.evaluate(stage),
+            "losses": self.evaluate(),
         }
         with (self.folder / "losses.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -356,6 +345,6 @@ class Training:
         """Sheets of pictures by true guidance, and by the guidance input in the stage that trains it."""
         for distilled in (False, True) if stage.distil else (False,):
             with self.autocast():
-                pictures = draw_pictures(self.average, self.tables, SHEET_PROMPTS, stage.side, distilled=distilled)
+                pictures = draw_pictures(self.average, self.tables, SHEET_PROMPTS, distilled=distilled)
             name = f"sample-{self.progress.steps:06}{'-distilled' if distilled else ''}.png"
             save_sheet(pictures, self.folder / name)
