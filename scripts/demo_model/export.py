@@ -41,6 +41,7 @@ def write_folder(models: Models, folder: Path, data: Path) -> None:
     write_json(defaults, folder / "jitexport.json")
     captions = {
         "caption": CAPTION.replace("{name}", "<name>").replace("{colour}", "<colour>"),
+        "scenes": True,
         "names": OBJECTS,
         "colours": COLOURS,
         "held_out": list(held_out_colours().items()),
