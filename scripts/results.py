@@ -81,10 +81,12 @@ def _profile(bundle: str) -> Result:
     )  # fmt: skip
 
 
-def _quality(name: str, shows: str, options: str, code: tuple[str, ...] = (*_QUALITY, *_ENGINES)) -> Result:
+def _quality(
+    name: str, shows: str, options: str, code: tuple[str, ...] = (*_QUALITY, *_ENGINES), cpu_class: str | None = None
+) -> Result:
     file = f"results/quality-{name}.json"
-    command = f"python scripts/demo_model/quality.py {options} --json docs/{file}"
-    return Result(f"quality-{name}", (file,), f"counts of right pictures: {shows}", code, (command,))
+    commands = (f"python scripts/demo_model/quality.py {options} --json docs/{file}",)
+    return Result(f"quality-{name}", (file,), f"counts of right pictures: {shows}", code, commands, cpu_class=cpu_class)
 
 
 RESULTS = (
@@ -108,8 +110,8 @@ RESULTS = (
     Result(
         "in-turns-avx2", ("results/in-turns-avx2.txt",), "the same on a CPU without AVX-512", _SPEED,
         (
-            "jitexport profile engines/demo-4x engines/demo-7x engines/demo-7x-int8 --against diffusers,eager "
-            "--repeats 5",
+            "jitexport profile engines/demo-4x engines/demo-7x engines/demo-4x-int8 engines/demo-7x-int8 "
+            "--against diffusers,eager --repeats 5",
         ),
         stdout="results/in-turns-avx2.txt", cpu_class="AVX2",
     ),
@@ -129,6 +131,12 @@ RESULTS = (
         "peers-amx", ("results/peers-amx.json", "results/peers-amx.md", "results/peers-amx.png"),
         "the same on a CPU with AMX, temporal methods among them, with what is closest at equal latency", _SPEED,
         (f"python scripts/bench/peers.py --prompts 6 --out {SCRATCH}/peers --report docs/results --name peers-amx",),
+    ),
+    Result(
+        "peers-avx2", ("results/peers-avx2.json", "results/peers-avx2.md", "results/peers-avx2.png"),
+        "the same on a CPU without AVX-512, OpenVINO among them", _SPEED,
+        (f"python scripts/bench/peers.py --prompts 6 --out {SCRATCH}/peers --report docs/results --name peers-avx2",),
+        cpu_class="AVX2",
     ),
     Result(
         "kernels", ("results/kernels.txt",), "the C++ kernels beside PyTorch's own ways", ("jitexport/kernels",),
@@ -170,6 +178,11 @@ RESULTS = (
     _quality(
         "10x", "7x and 10x, and 10x with forecasts, of 96",
         "--bundle engines/demo-7x --bundle engines/demo-10x --bundle engines/demo-10x-taylor --prompts 96",
+    ),
+    _quality(
+        "int8-avx2", "fp32 and int8 on a CPU without AVX-512, of 100",
+        "--bundle engines/demo-7x --bundle engines/demo-7x-int8 --bundle engines/demo-4x --bundle engines/demo-4x-int8 "
+        "--prompts 100", cpu_class="AVX2",
     ),
     _quality("int8", "the same in int8, of 200", "--bundle engines/demo-4x-int8 --bundle engines/demo-7x-int8"),
     Result(
