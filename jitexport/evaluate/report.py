@@ -131,8 +131,8 @@ def best(evaluation: Evaluation) -> dict[str, str]:
 
 
 def markdown_table(evaluation: Evaluation, measures: Sequence[str] | None = None) -> str:
-    """A row a source: steps, TFLOPs, seconds, scores with intervals."""
-    names = list(measures or evaluation.measures)
+    """A row a source: steps, TFLOPs, seconds, scores with intervals; of `measures` those that were taken."""
+    names = [name for name in measures or MEASURES if name in evaluation.measures]
     head = ["", "steps", "GFLOP", "seconds", "times faster", *(MEASURES[n].title for n in names)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in evaluation.rows:

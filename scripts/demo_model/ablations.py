@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import torch
-from comparison import against_50_steps, signed, usual_arguments, write_results
+from comparison import QUALITY, against_50_steps, signed, usual_arguments, write_results
 from torch import Tensor
 
 from jitexport.building.reference import eager_pipeline
 from jitexport.choice import choose
 from jitexport.evaluate import Evaluation, write_report
+from jitexport.evaluate.metrics import MEASURES
 from jitexport.evaluate.report import markdown_table
 from jitexport.evaluate.sources import Source, quiet
 from jitexport.evaluate.statistics import Score
@@ -174,10 +175,11 @@ def differences(evaluation: Evaluation, measure: str) -> dict[str, Score]:
 def main() -> None:
     args = usual_arguments(__doc__, prompts=24).parse_args()
     evaluation = against_50_steps([source(v) for v in variants()], args)
-    quality, likeness = (differences(evaluation, m) for m in ("demo_psnr", "psnr"))
-    lines = ["| | PSNR to the prompted picture, dB | PSNR to the reference, dB |", "|---|---|---|"]
+    judged = next(m for m in QUALITY if m in evaluation.measures)
+    quality, likeness = (differences(evaluation, m) for m in (judged, "psnr"))
+    lines = [f"| | {MEASURES[judged].title} | {MEASURES['psnr'].title} |", "|---|---|---|"]
     lines += [f"| {label} | {signed(quality[label])} | {signed(likeness[label])} |" for label in quality]
-    measures = ["demo_psnr", "sharpness", "pair_right", "psnr", "ssim", "vae_distance"]
+    measures = [*QUALITY, "sharpness", "pair_right", "psnr", "ssim", "vae_distance"]
     write_results(
         args.output / "ablations",
         evaluation,
@@ -186,7 +188,7 @@ def main() -> None:
         + "\nChange against `full` of the same micro-flow and speed-up, prompt by prompt:\n\n"
         + "\n".join(lines) + "\n",
         command=f"python scripts/demo_model/ablations.py --prompts {args.prompts}",
-        extra={"change of demo_psnr": {label: asdict(score) for label, score in quality.items()}},
+        extra={f"change of {judged}": {label: asdict(score) for label, score in quality.items()}},
     )  # fmt: skip
     print(write_report(evaluation, args.folder / "ablations.html", title="JiT's ablations"))
 

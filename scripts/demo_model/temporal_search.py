@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 from ablations import BATCH, DTYPE
-from comparison import against_50_steps, usual_arguments, write_results
+from comparison import QUALITY, against_50_steps, usual_arguments, write_results
 
 from jitexport.building.reference import eager_pipeline
 from jitexport.evaluate.report import markdown_table
@@ -94,7 +94,7 @@ def main() -> None:
     evaluation = against_50_steps([source(c) for c in candidates()], args)
     write_results(
         args.output / "temporal-search", evaluation, title="Temporal methods and their part of a speed-up, demo model",
-        table=markdown_table(evaluation, ["psnr", "demo_psnr", "sharpness", "pair_right", "ssim"]),
+        table=markdown_table(evaluation, ["psnr", *QUALITY, "sharpness", "pair_right", "ssim"]),
         command=f"python scripts/demo_model/temporal_search.py --prompts {args.prompts}",
     )
 
