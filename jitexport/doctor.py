@@ -16,7 +16,7 @@ from jitexport.kernels import native
 from jitexport.specs import DTYPE_NAMES
 
 #: Releases of torch that the whole test suite has passed on.
-TESTED_TORCH = ("2.13.0",)
+TESTED_TORCH = ("2.13.0", "2.14.1")
 
 #: Optional libraries and the extra that brings them.
 _OPTIONAL = {

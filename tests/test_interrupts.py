@@ -16,15 +16,7 @@ from jitexport.interrupts import Interrupted, finishing, watched
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
-
-@pytest.fixture(autouse=True)
-def listening():
-    """Signals as a terminal's processes have them: whoever starts the tests in the background ignores some of them."""
-    defaults = dict.fromkeys(CODES, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+pytestmark = pytest.mark.usefixtures("listening")
 
 
 @pytest.mark.parametrize("number", CODES)

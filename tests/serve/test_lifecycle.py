@@ -18,6 +18,8 @@ from jitexport.plan import CustomSchedule
 
 PROMPT = "a red fox"
 
+pytestmark = pytest.mark.usefixtures("listening")
+
 
 def ask(server, seed, **further):
     """(status, image or error) of a request; None where the connection was refused or cut."""
