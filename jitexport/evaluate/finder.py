@@ -27,8 +27,8 @@ import numpy as np
 from PIL import Image
 from scipy import fft, ndimage
 
-from jitexport.evaluate.demo import pixels
-from jitexport.evaluate.scene_words import COLOURS
+from jitexport.evaluate.demo import DemoData, pixels
+from jitexport.evaluate.scene_words import COLOURS, OBJECTS
 from jitexport.evaluate.scenes import QUARTER, SIZE, Thing, accent
 
 COARSE, FINE, FULL = 48, 64, 128  # pixels a side at which objects are looked for, placed, and compared
@@ -273,6 +273,12 @@ class Finder:
         if texture == "confetti":
             other = ndimage.binary_opening(other, iterations=5)
         return colour, texture, float(other.mean())
+
+
+def scene_finder() -> Finder:
+    """A finder of the objects that scenes are made of."""
+    sprites = DemoData().sprites
+    return Finder({name: sprites[name] for name in OBJECTS})
 
 
 def significance(correlation: np.ndarray | float, values: np.ndarray | float) -> np.ndarray:

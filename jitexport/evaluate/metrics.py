@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jitexport.errors import InputError, JitExportError
 from jitexport.evaluate.demo import DemoData, Judge
-from jitexport.evaluate.finder import Finder
+from jitexport.evaluate.finder import scene_finder
 from jitexport.evaluate.pretrained import (
     ClipIqaScorer,
     ClipScorer,
@@ -30,7 +30,6 @@ from jitexport.evaluate.pretrained import (
     NiqeScorer,
 )
 from jitexport.evaluate.scene_scores import score
-from jitexport.evaluate.scene_words import OBJECTS
 from jitexport.evaluate.scenes import parse
 from jitexport.evaluate.scoring import FeatureSpace, Picture, Scorer, Subject, require
 
@@ -200,8 +199,7 @@ class SceneScorer(Scorer):
     def __init__(self, subject: Subject) -> None:
         if unknown := [p.text for p in subject.prompts.prompts if parse(p.text) is None]:
             raise InputError("a prompt that is no caption of a scene", found=unknown[0])
-        sprites = DemoData().sprites
-        self.finder = Finder({name: sprites[name] for name in OBJECTS})
+        self.finder = scene_finder()
 
     def __call__(self, picture: Picture, reference: Picture, prompt: str) -> dict[str, float]:
         request = parse(prompt)

@@ -36,15 +36,14 @@ from quality import Source, bundle_source, diffusers_source, make_pictures
 from scene_finder import PICTURES, through
 
 from jitexport.console import PlainConsole, Table
-from jitexport.evaluate.demo import DemoData
-from jitexport.evaluate.finder import Finder
+from jitexport.evaluate.finder import scene_finder
 from jitexport.evaluate.scene_scores import SceneFeatures, SceneScore, band_energies, diversity, score
 from jitexport.evaluate.scenes import (
-    OBJECTS,
     Scene,
     ScenePrompt,
     draw_scene,
     draw_scene_for,
+    parse,
     render,
     scene_prompts,
 )  # fmt: skip
@@ -67,20 +66,16 @@ class Truth:
     sprites: dict[str, Image.Image]
     vae: AutoencoderKL
 
-    def of(self, prompt: ScenePrompt, seed: int) -> Image.Image:
-        """One of a prompt."""
-        return self.seen(draw_scene_for(prompt.request, np.random.default_rng((TRUE_SEED, seed))))
-
     def seen(self, scene: Scene) -> Image.Image:
         """A scene's picture."""
         return through(self.vae, render(scene, self.sprites))
 
     def source(self) -> Source:
         """What makes a true scene of each prompt."""
-        known = {prompt.text: prompt for prompt in scene_prompts(1000)}
 
         def generate(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-            return [self.of(known[text], seed) for text, seed in zip(prompts, seeds, strict=True)]
+            draws = [np.random.default_rng((TRUE_SEED, seed)) for seed in seeds]
+            return [self.seen(draw_scene_for(parse(text), rng)) for text, rng in zip(prompts, draws, strict=True)]
 
         return Source(TRUE, generate, 8)
 
@@ -100,8 +95,7 @@ class Meter:
     """Measures sources."""
 
     def __init__(self, prompts: list[ScenePrompt], diverse: list[ScenePrompt], seeds: int) -> None:
-        sprites = DemoData().sprites
-        self.finder = Finder({name: sprites[name] for name in OBJECTS})
+        self.finder = scene_finder()
         self.features = SceneFeatures()
         self.prompts, self.diverse, self.seeds = prompts, diverse, seeds
 

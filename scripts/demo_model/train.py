@@ -20,10 +20,10 @@ The run has three stages, whose lengths are numbers of pictures (STAGES in `trai
    the target is its velocity without a caption plus the guidance times the difference that the caption makes. Until
    then the input is always NEUTRAL, one caption in ten is empty, and the model can be sampled with true guidance.
 
-What that takes. On two cores with AVX2 alone: 5.8 pictures a second with subsets, 1.4 whole ones (2026-11-27). Scenes
-are made and encoded as the run goes, each used a few times with other noise and another caption, which costs about a
-tenth of the time. A process beside it that wants the same cores takes up to nine tenths of the speed away, since
-threads wait for each other: give each its own cores. glibc gives large blocks back to the system at each step unless
+What that takes. On two cores with AVX2 alone: 4.5 to 5.8 pictures a second with subsets (2026-11-27), 1.4 whole ones
+(2026-11-25, with 6,144 tokens a step). Scenes are made and encoded as the run goes, each used a few times with other
+noise and another caption, which costs about a tenth of the time. A process beside it that wants the same cores takes up
+to nine tenths of the speed away, since threads wait for each other: give each its own cores. glibc gives large blocks back to the system at each step unless
 told otherwise; `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592` saves a third of the time on whole
 grids (Xeon with AMX, 2026-11-27).
 
@@ -178,7 +178,7 @@ def main() -> None:
     length = verb.add_mutually_exclusive_group()
     length.add_argument("--scale", type=float, default=1.0, help="multiplies the pictures of all stages")
     length.add_argument("--minutes", type=float, help="what all stages together take, by time and not by pictures")
-    verb.add_argument("--device", default="cpu", help="cpu, or cuda")
+    verb.add_argument("--device", default="cpu", help="cpu, or cuda (no step has been made there yet)")
     verb.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
     verb.add_argument("--compile", action="store_true", help="compile the blocks")
     verb.add_argument("--workers", type=int, help="processes that make scenes ahead; for cuda all cores but 4, else 0")
