@@ -19,6 +19,7 @@ which is the most that any sampler can reach. In the table:
 import argparse
 import datetime
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -161,12 +162,14 @@ def sheet(prompts: list[ScenePrompt], columns: dict[str, list[Image.Image]], sho
     """Sources side by side, prompts under each other in two halves; held-out combinations have a star."""
     count = min(shown, len(prompts))
     half, cell = (count + 1) // 2, SHEET_PICTURE + SHEET_LABEL
-    wide = len(columns) * (SHEET_PICTURE + 2) + 12
+    labels = [prompt.text + " *" * prompt.held_out for prompt in prompts[:count]]
+    longest = max(ImageFont.load_default(10).getlength(label) for label in labels)
+    wide = max(len(columns) * (SHEET_PICTURE + 2), math.ceil(longest)) + 12
     page = Image.new("RGB", (2 * wide, SHEET_HEAD + half * cell), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for index in range(count):
         left, top = index // half * wide, SHEET_HEAD + index % half * cell
-        draw.text((left, top), prompts[index].text + " *" * prompts[index].held_out, fill="black")
+        draw.text((left, top), labels[index], fill="black", font=ImageFont.load_default(10))
         for column, (title, pictures) in enumerate(columns.items()):
             x = left + column * (SHEET_PICTURE + 2)
             draw.text((x, 4), title, fill="black", font=font)

@@ -23,8 +23,9 @@ The run has three stages, whose lengths are numbers of pictures (STAGES in `trai
 What that takes. On two cores with AVX2 alone: 4.5 to 5.8 pictures a second with subsets (2026-11-27), 1.4 whole ones
 (2026-11-25, with 6,144 tokens a step). Scenes are made and encoded as the run goes, each used a few times with other
 noise and another caption, which costs about a tenth of the time. A process beside it that wants the same cores takes up
-to nine tenths of the speed away, since threads wait for each other: give each its own cores. glibc gives large blocks back to the system at each step unless
-told otherwise; `MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592` saves a third of the time on whole
+to nine tenths of the speed away, since threads wait for each other: give each its own cores.
+glibc gives large blocks back to the system at each step unless told otherwise;
+`MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592` saves a third of the time on whole
 grids (Xeon with AMX, 2026-11-27).
 
 Steps are small on a CPU (3,072 tokens), since the number of steps decides there: after three minutes of training the
