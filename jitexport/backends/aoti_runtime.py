@@ -2,6 +2,9 @@
 
 Torch puts the functions by which a library is opened and run into the code of each library. For a small graph they are
 most of what the C++ compiler does. Here they are compiled by themselves, kept in torch's cache, and linked.
+
+So are the members of the class that each library's model derives from: by one of them, which reads a device's name,
+every library would compile all that <regex> is made of, half of its source's time.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ import torch
 
 #: How the linker knows it: a name without a folder, since command lines are what torch finds its own cache by.
 NAME = "jitexport-runtime.o"
+#: The class that libraries take from the common part, and how they say so.
+BASE = "template class AOTInductorModelBase<AOTInductorModel>;"
+FROM_ELSEWHERE = f"namespace torch::aot_inductor {{ extern {BASE} }}\n"
 
 
 @contextmanager
@@ -32,9 +38,12 @@ def shared_runtime(device: torch.device) -> Iterator[Mapping[str, object]]:
         return
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
+    def write_interface_header(wrapper: CppWrapperCpu) -> None:
+        getattr(wrapper.header, "splice_aot", wrapper.header.splice)(FROM_ELSEWHERE)
+
     places = os.pathsep.join(filter(None, (str(folder), os.environ.get("LIBRARY_PATH"))))
     with (
-        mock.patch.object(CppWrapperCpu, "_write_aoti_interface_header", lambda self: None),
+        mock.patch.object(CppWrapperCpu, "_write_aoti_interface_header", write_interface_header),
         mock.patch.dict(os.environ, LIBRARY_PATH=places),
     ):
         yield {"aot_inductor.custom_op_libs": [f":{NAME}"]}
@@ -50,7 +59,10 @@ def runtime_folder() -> Path | None:
     known = hasattr(CppWrapperCpu, "_write_aoti_interface_header") and hasattr(config.aot_inductor, "custom_op_libs")
     if not known or not source.is_file() or config.aot_inductor.custom_op_libs:
         return None
-    text = f"#include <torch/csrc/inductor/aoti_include/cpu.h>\n{source.read_text(encoding='utf-8')}"
+    text = "\n".join((
+        "#include <torch/csrc/inductor/aoti_include/cpu.h>", source.read_text(encoding="utf-8"),
+        f"namespace torch::aot_inductor {{ {BASE} }}", "",
+    ))  # fmt: skip
     options = cpp_builder.CppTorchDeviceOptions(
         vec_isa=cpu_vec_isa.pick_vec_isa(), device_type="cpu", aot_mode=True, compile_only=True, min_optimize=True
     )
