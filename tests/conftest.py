@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import fcntl
+import hashlib
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -82,36 +84,54 @@ def listening() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the whole run: the same one in all processes that it tests in."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that the first process which needs it makes, while the others wait. Not to be changed."""
+    made = folder.with_name(f"{folder.name}.made")
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            make(folder)
+            made.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(run_folder: Path) -> Path:
     """A random FLUX pipeline in diffusers' format, with guidance; 48 x 32 pixels, 12 x 8 tokens."""
     from tests import tiny  # diffusers: only where it is needed
 
-    return tiny.save_flux(tmp_path_factory.mktemp("models") / "tiny-flux", guidance=True)
+    return once(run_folder / "tiny-flux", lambda folder: tiny.save_flux(folder, guidance=True))
 
 
 @pytest.fixture(scope="session")
-def tiny_schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_schnell(run_folder: Path) -> Path:
     """The same without guidance, with dynamic shifting; 4 steps as schnell."""
     from tests import tiny
 
-    return tiny.save_flux(tmp_path_factory.mktemp("models") / "tiny-schnell", guidance=False)
+    return once(run_folder / "tiny-schnell", lambda folder: tiny.save_flux(folder, guidance=False))
 
 
 @pytest.fixture(scope="session")
-def make_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_flux: Path, tiny_schnell: Path) -> Callable[..., Path]:
-    """Builds a bundle of a tiny model, eager and in fp32 unless told otherwise, once a session. Not to be changed."""
-    root = tmp_path_factory.mktemp("bundles")
+def make_bundle(run_folder: Path, tiny_flux: Path, tiny_schnell: Path) -> Callable[..., Path]:
+    """Builds a bundle of a tiny model, eager and in fp32 unless told otherwise, once a run. Not to be changed."""
     models = {"tiny-flux": tiny_flux, "tiny-schnell": tiny_schnell}
-    built: dict[str, Path] = {}
 
     def make(model: str = "tiny-flux", **options: Any) -> Path:
         from jitexport.build import build
 
         options = {"backend": "eager", "dtype": "fp32"} | options
-        key = f"{model} {sorted(options.items(), key=str)}"
-        if key not in built:
-            built[key] = build(str(models.get(model, model)), output=root / f"bundle-{len(built)}", **options).path
-        return built[key]
+        key = hashlib.sha256(f"{model} {sorted(options.items(), key=str)}".encode()).hexdigest()
+        source = str(models.get(model, model))
+        return once(run_folder / f"tiny-{key[:5]}", lambda folder: build(source, output=folder, **options))
 
     return make
 

@@ -100,7 +100,8 @@ def _milliseconds(timing: Timing) -> tuple[str, str]:
 
 
 def _totals(profiles: Sequence[Profile]) -> Table:
-    title = f"{profiles[0].repeats} rounds; times faster: within a round, median over rounds"
+    rounds = profiles[0].repeats
+    title = f"{rounds} round{'s' if rounds != 1 else ''}; times faster: within a round, median over rounds"
     table = Table("prompt to PNG", "median s", "p90 s", "times faster", "least to most", title=title)
     for p in profiles:
         faster = (f"{p.ratio.median:.2f}", f"{p.ratio.least:.2f} to {p.ratio.most:.2f}")
