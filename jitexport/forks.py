@@ -66,18 +66,19 @@ def _renew_locks() -> None:
 
 def _ending() -> bool:
     """Whether threads that Python does not know run: some may be about to end, others are helpers of OpenMP's."""
-    known = {thread.native_id for thread in threading.enumerate()}
-    for task in os.listdir("/proc/self/task"):
-        if int(task) in known:
-            continue
-        try:
-            with open(f"/proc/self/task/{task}/stat", encoding="utf-8", errors="replace") as file:
-                state = file.read().rpartition(")")[2].split()[0]
-        except OSError:
-            continue  # it has ended
-        if state != "S":
-            return True
-    return False
+    known = {str(thread.native_id) for thread in threading.enumerate()}
+    try:
+        return any(_runs(task) for task in os.listdir("/proc/self/task") if task not in known)
+    except OSError:  # no /proc here any more, or no file may be opened: then nobody can tell
+        return False
+
+
+def _runs(task: str) -> bool:
+    try:
+        with open(f"/proc/self/task/{task}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] != "S"
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # it has ended
 
 
 def _let_threads_end() -> None:
