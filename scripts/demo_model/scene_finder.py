@@ -18,8 +18,7 @@ from data import load_objects
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from jitexport.evaluate.demo import DemoData
-from jitexport.evaluate.finder import Finder
+from jitexport.evaluate.finder import Finder, scene_finder
 from jitexport.evaluate.scene_scores import MOST_UNEXPLAINED, score_seen
 from jitexport.evaluate.scenes import Request, Scene, draw_scene, render
 from jitexport.models.sources import DEMO_FOLDER
@@ -80,7 +79,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=PICTURES, help="folder for the npm packages")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     args = parser.parse_args()
-    sprites, finder = load_objects(args.data), Finder(DemoData().sprites)
+    sprites, finder = load_objects(args.data), scene_finder()
     vae = AutoencoderKL.from_pretrained(DEMO_FOLDER / "vae").float().eval()
     counts = {"true scenes": Counts(), "through the autoencoder": Counts()}
     began = time.process_time()
