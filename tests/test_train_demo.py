@@ -161,6 +161,31 @@ def test_new_words_take_their_embeddings_from_old_ones(demo):
     assert new.t5_tokenizer("two owls").input_ids == [vocabulary["two"], vocabulary["owls"], vocabulary["<eos>"]]
 
 
+def test_windows_are_squares_of_which_most_are_quarters(demo):
+    torch.manual_seed(0)
+    grid, side = demo.networks.GRID, demo.velocity.WINDOW
+    windows = demo.velocity.draw_windows(400, torch.device("cpu"))
+    row, column = windows // grid, windows % grid
+    for place in (row, column):
+        assert place.min() == 0 and place.max() == grid - 1
+    row, column = row - row[:, :1], column - column[:, :1]
+    assert (row == torch.arange(side).repeat_interleave(side)).all()
+    assert (column == torch.arange(side).repeat(side)).all()
+    corners = windows[:, 0]
+    quarters = [0, side, grid * side, grid * side + side]
+    assert 0.63 < torch.isin(corners, torch.tensor(quarters)).float().mean() < 0.8
+    assert set(quarters) <= set(corners.tolist()) and len(set(corners.tolist())) > 50
+
+
+def test_a_window_has_the_tokens_of_its_places(demo, start):
+    training = start()
+    shard = training.make_shard((0, 0))
+    torch.manual_seed(0)
+    batch = demo.velocity.draw_batch(shard, demo.velocity.WINDOW**2, 3, training.empty, 0.0, window=True)
+    assert all(any(torch.equal(clean, scene[active]) for scene in shard.latents)
+               for clean, active in zip(batch.clean, batch.active, strict=True))  # fmt: skip
+
+
 def test_true_guidance_of_one_is_the_caption_and_of_none_is_the_empty_one(demo, start):
     training = start()
     shard = training.make_shard((0, 0))

@@ -18,6 +18,7 @@ from shards import Artist, Shard, ShardMaker, encode_shard, padding_tokenizer
 from torch import nn
 from velocity import (
     NEUTRAL,
+    WINDOW,
     Batch,
     PerSamplePositions,
     all_positions,
@@ -44,8 +45,9 @@ class Stage:
     Attributes:
         pictures: how many it trains on, before `--scale`.
         time: its share of the time of a run with `--minutes`.
-        whole: share of pictures of which all tokens are seen.
-        ratios: sizes of the subsets of the others, as shares of all tokens.
+        whole: share of batches that see all tokens of their pictures.
+        windows: share of the others that see a square of them.
+        ratios: sizes of the subsets that the rest see, as shares of all tokens.
         uses: how often a scene is used.
         distil: whether the target comes from the teacher.
     """
@@ -54,6 +56,7 @@ class Stage:
     pictures: int
     time: float
     whole: float = 1.0
+    windows: float = 0.0
     ratios: tuple[float, ...] = ()
     uses: int = 4
     distil: bool = False
@@ -62,13 +65,14 @@ class Stage:
     def work(self) -> float:
         """Tokens that the stage runs through the transformer; the teacher's two forward passes are two thirds more."""
         subset = sum(self.ratios) / len(self.ratios) if self.ratios else 0.0
-        share = self.whole + (1 - self.whole) * subset
+        part = self.windows * WINDOW**2 / TOKENS + (1 - self.windows) * subset
+        share = self.whole + (1 - self.whole) * part
         return self.pictures * TOKENS * share * (5 / 3 if self.distil else 1)
 
 
 JIT_RATIOS = (0.32, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.62, 0.65)
 STAGES = (
-    Stage("subsets", 60_000, 0.5, whole=0.05, ratios=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5), uses=6),
+    Stage("subsets", 60_000, 0.5, whole=0.05, windows=0.75, ratios=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5), uses=6),
     Stage("grids", 16_000, 0.3, whole=0.6, ratios=JIT_RATIOS),
     Stage("guidance", 6_000, 0.2, whole=0.5, ratios=JIT_RATIOS, distil=True),
 )
@@ -260,11 +264,14 @@ class Training:
         """
         number, stage = self.stage, self.stages[self.stage]
         torch.manual_seed(self.seed * 1_000_003 + self.progress.steps)
-        count = TOKENS
+        count, seen = TOKENS, "whole"
         if torch.rand(()) >= stage.whole:
-            count = int(count * stage.ratios[int(torch.randint(len(stage.ratios), ()))])
+            seen = "window" if torch.rand(()) < stage.windows else "subset"
+            ratio = stage.ratios[int(torch.randint(len(stage.ratios), ()))]
+            count = WINDOW**2 if seen == "window" else int(TOKENS * ratio)
         size = max(1, self.sizes.tokens // count)
-        batch = draw_batch(self._shard(number), count, size, self.empty, 0.0 if stage.distil else EMPTY_CAPTIONS)
+        dropped = 0.0 if stage.distil else EMPTY_CAPTIONS
+        batch = draw_batch(self._shard(number), count, size, self.empty, dropped, window=seen == "window")
         with self.autocast():
             target, guidance = self._target(batch, stage)
             loss = (velocity(self.models, self.tables, batch, guidance) - target).square().mean()
@@ -280,7 +287,7 @@ class Training:
         # The average reaches back further as the run gets longer, up to 1000 steps.
         averaged = list(self.average.trained.parameters())
         loss = loss.detach()
-        kind = f"{stage.name} {'whole' if count == TOKENS else 'subset'}"
+        kind = f"{stage.name} {seen}"
         with torch.no_grad():
             torch._foreach_lerp_(averaged, self.parameters, max(0.001, 1 / (1 + self.progress.steps / 10)))
             self.losses[kind] = self.losses.get(kind, loss).lerp(loss, 0.02)
