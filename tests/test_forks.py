@@ -91,6 +91,12 @@ def test_threads_that_end_as_the_process_forks():
         assert in_fork(in_a_thread, seconds=20) == (True, None)
 
 
+AMX = torch.cpu.get_capabilities().get("amx_tile", False)
+
+
+# Seen there on 2026-11-26, before forks waited for threads that end, and not run there since: when it has passed on
+# such a CPU, this mark goes.
+@pytest.mark.xfail(AMX, strict=False, reason="on a CPU with AMX it hung before forks waited for threads that end")
 def test_threads_and_forks_of_a_forked_process(pipe):
     def work():
         images = []
