@@ -131,7 +131,7 @@ def make_bundle(run_folder: Path, tiny_flux: Path, tiny_schnell: Path) -> Callab
         options = {"backend": "eager", "dtype": "fp32"} | options
         key = hashlib.sha256(f"{model} {sorted(options.items(), key=str)}".encode()).hexdigest()
         source = str(models.get(model, model))
-        return once(run_folder / f"tiny-{key[:5]}", lambda folder: build(source, output=folder, **options))
+        return once(run_folder / key[:8], lambda folder: build(source, output=folder, **options))
 
     return make
 

@@ -264,11 +264,12 @@ class Training:
         """
         number, stage = self.stage, self.stages[self.stage]
         torch.manual_seed(self.seed * 1_000_003 + self.progress.steps)
-        count, seen = TOKENS, "whole"
-        if torch.rand(()) >= stage.whole:
-            seen = "window" if torch.rand(()) < stage.windows else "subset"
-            ratio = stage.ratios[int(torch.randint(len(stage.ratios), ()))]
-            count = WINDOW**2 if seen == "window" else int(TOKENS * ratio)
+        if torch.rand(()) < stage.whole:
+            seen, count = "whole", TOKENS
+        elif torch.rand(()) < stage.windows:
+            seen, count = "window", WINDOW**2
+        else:
+            seen, count = "subset", int(TOKENS * stage.ratios[int(torch.randint(len(stage.ratios), ()))])
         size = max(1, self.sizes.tokens // count)
         dropped = 0.0 if stage.distil else EMPTY_CAPTIONS
         batch = draw_batch(self._shard(number), count, size, self.empty, dropped, window=seen == "window")

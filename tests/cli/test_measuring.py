@@ -30,7 +30,7 @@ def test_every_bundle_is_shown(run, bundle, other, model_at_hand, quick, tmp_pat
     assert code == 0, err
     assert "times faster" in out and "least to most" in out and "1 round;" in out and "few-step" not in out
     for path in paths:
-        assert out.count(f"{path.name}: jit, eager") == 2  # among the totals, and above its phases
+        assert out.count(f"{path.name}: jit, eager fp32") == 2  # among the totals, and above its phases
     assert out.count("of denoising") == out.count("realised") == 2
     assert out.count("of memory in the process") == 1  # the first bundle's, which was there alone
     assert (tmp_path / "t.png").is_file() and json.loads((tmp_path / "t.json").read_text())
