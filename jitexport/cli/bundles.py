@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jitexport.cli.options import Bundle, Json, ReplaceBundle
-from jitexport.cli.wording import frames, tera
+from jitexport.cli.wording import count, frames, tera
 from jitexport.console import Table, echo, err, out, quiet_libraries
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _cache(manifest: Manifest) -> str:
     schedule = manifest.schedule.schedule()
     said = ", ".join(f"{k} {v}" for k, v in manifest.cache.options.items() if k != "computed")
     evidence = manifest.cache.evidence
-    seen = "" if evidence is None else f", by calibration over {evidence['prompts']} images"
+    seen = "" if evidence is None else f", by calibration over {count(evidence['prompts'], 'image')}"
     steps = ", ".join(map(str, schedule.computed))
     return f"{manifest.cache.name} ({said}): of {schedule.nfe} steps these are computed{seen}: {steps}"
 

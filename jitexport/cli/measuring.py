@@ -12,7 +12,7 @@ import typer
 
 from jitexport.cli.options import Json
 from jitexport.cli.progress import EvaluationProgress
-from jitexport.cli.wording import example_prompt, tera
+from jitexport.cli.wording import count, example_prompt, tera
 from jitexport.console import Table, echo, err, out, quiet_libraries
 from jitexport.files import check_writable, write_file
 
@@ -100,8 +100,7 @@ def _milliseconds(timing: Timing) -> tuple[str, str]:
 
 
 def _totals(profiles: Sequence[Profile]) -> Table:
-    rounds = profiles[0].repeats
-    title = f"{rounds} round{'s' if rounds != 1 else ''}; times faster: within a round, median over rounds"
+    title = f"{count(profiles[0].repeats, 'round')}; times faster: within a round, median over rounds"
     table = Table("prompt to PNG", "median s", "p90 s", "times faster", "least to most", title=title)
     for p in profiles:
         faster = (f"{p.ratio.median:.2f}", f"{p.ratio.least:.2f} to {p.ratio.most:.2f}")
@@ -110,7 +109,7 @@ def _totals(profiles: Sequence[Profile]) -> Table:
 
 
 def _phases(one: Profile) -> Table:
-    table = Table(one.label, "median ms", "p90 ms", "share", title=f"phases, {one.repeats} images")
+    table = Table(one.label, "median ms", "p90 ms", "share", title=f"phases, {count(one.repeats, 'image')}")
     for name, timing in one.phases.items():
         if name != "denoise":
             table.add_row(name, *_milliseconds(timing), f"{timing.median / one.total.median:.1%}")

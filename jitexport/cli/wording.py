@@ -15,6 +15,11 @@ def tera(tflops: float) -> str:
     return f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.3g}"
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things whose plural ends in s: 1 round, 3 rounds."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def frames(geometry: ModelGeometry | GeometryEntry) -> str:
     """How many frames a video has, for what follows; nothing of an image."""
     return "" if geometry.frames is None else f"{geometry.frames} frames, "

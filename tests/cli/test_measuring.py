@@ -29,6 +29,7 @@ def test_every_bundle_is_shown(run, bundle, other, model_at_hand, quick, tmp_pat
     code, out, err = run(*argv, "--timeline", tmp_path / "t.png", "--trace", tmp_path / "t.json")
     assert code == 0, err
     assert "times faster" in out and "least to most" in out and "1 round;" in out and "few-step" not in out
+    assert "phases, 1 image " in out
     for path in paths:
         assert out.count(f"{path.name}: jit, eager fp32") == 2  # among the totals, and above its phases
     assert out.count("of denoising") == out.count("realised") == 2
