@@ -79,9 +79,16 @@ class CUDARecorder:
                     work()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # thread_local: other threads of a server may allocate meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                output = work()
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            state = generator.clone_state()
+            try:
+                # thread_local: other threads of a server may allocate meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    output = work()
+            except RuntimeError:
+                # A capture that fails leaves the generator as within a capture, where it draws no more numbers.
+                generator.graphsafe_set_state(state)
+                raise
         return graph.replay, output
 
     def before(self) -> None:

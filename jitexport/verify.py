@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from jitexport import machine
-from jitexport.building.comparing import TOLERANCE, compare
+from jitexport.building.comparing import compare, tolerance
 from jitexport.bundle import EngineBundle
 from jitexport.bundle.entries import EngineEntry
 from jitexport.bundle.golden import read_golden
@@ -100,19 +100,19 @@ def verify(
 
 
 def _replay(bundle: EngineBundle, opener: EngineOpener, entry: EngineEntry) -> Replay:
-    tolerance, started = TOLERANCE[bundle.manifest.dtype], time.perf_counter()
+    allowed, started = tolerance(bundle.manifest.dtype, opener.device), time.perf_counter()
     try:
         inputs, stored = read_golden(bundle.path, entry)
         engine = opener.open(entry)
         outputs = [t.cpu() for t in engine(*(t.to(opener.device) for t in inputs))]
     except JitExportError as error:
         nan = float("nan")
-        return Replay(entry.name, False, nan, nan, tolerance, time.perf_counter() - started, error.message)
+        return Replay(entry.name, False, nan, nan, allowed, time.perf_counter() - started, error.message)
     seconds = time.perf_counter() - started
     shapes = [(t.shape, t.dtype) for t in outputs], [(t.shape, t.dtype) for t in stored]
     if shapes[0] != shapes[1]:
         problem = f"gives {shapes[0]}, stored are {shapes[1]}"
-        return Replay(entry.name, False, float("nan"), float("nan"), tolerance, seconds, problem)
+        return Replay(entry.name, False, float("nan"), float("nan"), allowed, seconds, problem)
     relative, largest = compare(outputs, stored)
     exact = all(torch.equal(a, b) for a, b in zip(outputs, stored, strict=True))
-    return Replay(entry.name, exact, relative, largest, tolerance, seconds)
+    return Replay(entry.name, exact, relative, largest, allowed, seconds)

@@ -186,7 +186,7 @@ RESULTS = (
     ),
     _quality("int8", "the same in int8, of 200", "--bundle engines/demo-4x-int8 --bundle engines/demo-7x-int8"),
     Result(
-        "gpu", ("results/gpu.md",), "FLUX.1-dev's ceilings and diffusers' loop on an H200, and what failed there",
+        "gpu", ("results/gpu-h100.json", "results/gpu.md"), "FLUX.1-dev's configuration on an H100, and what failed",
         (*_SPEED, "jitexport/graphs.py"), by_hand="written by hand from `python scripts/gpu_report.py` on a GPU",
     ),
     Result(

@@ -30,5 +30,5 @@ def compiled_engines(
         backend.build(spec, adapter.module(spec.name), inputs, directory)
         raw = backend.load(spec, directory, weights, partial(adapter.module, spec.name), pipe.device)
         engines[spec.name] = Engine(spec, raw, pipe.device)
-        verify_engine(spec, engines[spec.name], pipe.engines[spec.name], inputs, tolerance("fp32", None))
+        verify_engine(spec, engines[spec.name], pipe.engines[spec.name], inputs, tolerance("fp32", pipe.device))
     return engines

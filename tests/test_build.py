@@ -347,8 +347,11 @@ def test_an_engine_that_disagrees_is_refused(change, allowed):
     assert "kernels" not in str(refusal.value)
 
 
-def test_8_bit_layers_may_differ_more():
-    assert tolerance("fp32", None) < tolerance("fp32", "int8") == tolerance("bf16", "int8")
+def test_8_bit_layers_may_differ_more_and_tf32_a_little():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert tolerance("fp32", cpu) < tolerance("fp32", cuda) < tolerance("bf16", cuda) == tolerance("bf16", cpu)
+    for device in (cpu, cuda):
+        assert tolerance("fp32", device, "int8") == tolerance("bf16", device, "int8") > tolerance("fp32", device)
 
 
 @pytest.mark.parametrize("change", [lambda x: x[:1], lambda x: x.double(), lambda x: x.T])

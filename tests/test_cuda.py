@@ -16,6 +16,7 @@ from PIL import Image
 import jitexport
 from jitexport import quant
 from jitexport.choice import choose
+from jitexport.kernels.linear import product_8bit
 from jitexport.plan import CustomSchedule
 from jitexport.verify import verify
 from tests.parity import seeded
@@ -134,6 +135,17 @@ def test_layers_in_8_bits(kind, make_bundle):
     assert 1e-4 < error(latents(eager), expected) < 0.2
     assert error(latents(compiled), expected) < 0.2
     assert compiled.graph.level == eager.graph.level == "loop"
+
+
+@pytest.mark.parametrize("rows", [1, 10, 16, 17, 33])
+@pytest.mark.parametrize("kind", sorted(quant.KINDS))
+def test_8_bit_products_of_any_number_of_rows(kind, rows):
+    if kind not in quant.available(CUDA):
+        pytest.skip(f"no {kind} on {torch.cuda.get_device_name()}")
+    x, (weight, scale) = torch.randn(rows, 64), quant.quantize(torch.randn(48, 64), kind)
+    exact = x @ (weight.float() * scale).T
+    found = product_8bit(x.to(CUDA), weight.to(CUDA), scale[:, 0].to(CUDA)).cpu()
+    assert found.shape == exact.shape and error(found, exact) < (0.01 if kind == "int8" else 0.05)
 
 
 def test_what_is_left_to_the_machine():

@@ -369,3 +369,15 @@ def test_work_that_waits_for_the_device_is_not_recorded(caplog):
     named = {name: value.to(device) for name, value in loop_inputs(0).items()}
     torch.testing.assert_close(graph(named), waits(named, {}))
     assert graph.level == "stages"  # of which there are none: the loop runs as it is
+
+
+@pytest.mark.gpu
+def test_random_numbers_go_on_after_a_recording_that_failed():
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    expected = torch.randn(2, 8, device=device)
+    torch.manual_seed(0)
+    first = torch.randn(8, device=device)
+    with pytest.raises(RuntimeError):
+        CUDARecorder(device).record(lambda: torch.ones(1, device=device) * first.sum().item())
+    assert torch.equal(torch.stack([first, torch.randn(8, device=device)]), expected)

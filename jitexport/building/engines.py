@@ -69,7 +69,7 @@ def build_engines(
         VerificationError: an engine disagrees with the eager module.
     """
     entries = []
-    allowed = tolerance(DTYPE_NAMES[reference.dtype], adapter.settings().get("quantization"))
+    allowed = tolerance(DTYPE_NAMES[reference.dtype], device, adapter.settings().get("quantization"))
     probes = {spec.name: inputs for spec, inputs in probe_inputs(reference)}
     begun = []
     for group in backend.groups([engine.spec for engine in reference.engines.values()]):

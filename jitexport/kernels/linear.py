@@ -28,6 +28,9 @@ def gelu_tanh(y: Tensor) -> Tensor:
 KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 
+#: PyTorch's product of 8-bit integers on CUDA wants more than 16 rows.
+LEAST_ROWS = 32
+
 #: Of a layer with 8-bit weights: sums of more products may not fit into 32 bits (tiles.h).
 MOST_INPUTS = 16384
 
@@ -89,7 +92,10 @@ def product_8bit(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x [R, K] weight^T in 8 bits, fp32."""
     if weight.dtype == torch.int8:
         rows, its = quantize(x, "int8")
-        return torch._int_mm(rows, weight.t()).float() * its * scale
+        count = len(rows)
+        if rows.is_cuda and count < LEAST_ROWS:  # a condition's single row
+            rows = F.pad(rows, (0, 0, 0, LEAST_ROWS - count))
+        return torch._int_mm(rows, weight.t())[:count].float() * its * scale
     rows, its = quantize(x, "fp8")
     return torch._scaled_mm(
         rows, weight.t(), scale_a=its, scale_b=scale[None], out_dtype=torch.bfloat16, use_fast_accum=True

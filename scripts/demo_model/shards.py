@@ -119,9 +119,10 @@ class ShardMaker:
         self.artist, self.encode, self.seed, self.size = artist, encode, seed, size
         self.pool: ProcessPoolExecutor | None = None
         if workers:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(workers, context, _start_worker, (artist,))
-            self.pool.submit(os.getpid)  # starts them: they import the libraries while other things are prepared
+            # Forked, before the device is used: a process that imports the libraries itself takes up to a minute where
+            # many do so at once. Drawing needs numpy, Pillow and tokenizers alone.
+            self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (artist,))
+            self.pool.submit(os.getpid)  # starts them all
         self.thread = ThreadPoolExecutor(1)
         self.ordered: dict[Key, Future[Shard]] = {}
         self.made: tuple[Key, Shard] | None = None

@@ -72,8 +72,8 @@ class Stage:
 
 JIT_RATIOS = (0.32, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.62, 0.65)
 STAGES = (
-    Stage("subsets", 60_000, 0.5, whole=0.05, windows=0.75, ratios=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5), uses=6),
-    Stage("grids", 16_000, 0.3, whole=0.6, ratios=JIT_RATIOS),
+    Stage("subsets", 60_000, 0.3, whole=0.05, windows=0.75, ratios=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5), uses=6),
+    Stage("grids", 16_000, 0.5, whole=0.6, ratios=JIT_RATIOS),
     Stage("guidance", 6_000, 0.2, whole=0.5, ratios=JIT_RATIOS, distil=True),
 )
 
@@ -164,6 +164,9 @@ class Training:
         models.vae.requires_grad_(False).to(self.device)
         self.trained = models.trained.to(self.device).train()
         models.transformer.set_attn_processor(PerSamplePositions())
+        if self.device.type == "cuda":  # sixteen words: no use for a kernel, whose way back has to know T5's bias
+            for encoder in (models.t5, models.clip):
+                encoder.set_attn_implementation("eager")
         self.average = averaged_copy(models)
         self.teacher: Models | None = None
         self.tables = tuple(table.float().to(self.device) for table in rotary_tables(models.transformer))
@@ -171,7 +174,7 @@ class Training:
         if compiled:
             torch._dynamo.config.recompile_limit = 64
             for block in (*models.transformer.transformer_blocks, *models.transformer.single_transformer_blocks):
-                block.compile()
+                block.compile(dynamic=True)  # the sets of tokens have many sizes
         self.parameters = list(self.trained.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         self.progress = Progress(pictures=[0] * len(self.stages))

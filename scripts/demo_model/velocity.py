@@ -106,8 +106,9 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm over the last dimension, by elementwise steps.
 
-    On an H200 with torch 2.11 the first step of a run ended in an illegal memory access. PyTorch's fused norm is under
-    suspicion, which takes another way back where rows are more than 65,536, as they are here and in no other test.
+    On an H200 with torch 2.11 the first step of a run ended in an illegal memory access; without PyTorch's fused norm
+    (which takes another way back where rows are more than 65,536, as they are here), without cuDNN's attention and
+    without a fused kernel for the text encoders' attention, runs go well. Which of the three it was is not known.
     """
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
