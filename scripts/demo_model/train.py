@@ -48,8 +48,8 @@ A shard of scenes that is used up stays in use until the next one is there; the 
 a run can go on from its checkpoint, but two of them differ.
 
 `--device cuda` uses bfloat16 and batches of 32,768 tokens, and scenes are drawn ahead by `--workers` processes. A step
-never waits for the device. On an H100 beside tests and a compiler (2026-11-28, torch 2.11): about 10 steps a second,
-1,200 pictures by squares and subsets, 500 mostly whole, 380 with the teacher. The first two stages, 170 seconds, brought
+never waits for the device. On an H100 beside tests and a compiler (2026-11-28, torch 2.11): about 10 steps a second, or
+1,200 pictures by squares and subsets, 500 mostly whole, 380 with the teacher. The first two stages, 170 seconds, took
 the bundled model's losses from 0.264, 0.343, 0.545, 0.666 and 0.764, by noise level as above, to 0.112, 0.094, 0.104,
 0.125 and 0.215. `--compile` had made no step after 70 seconds there.
 """
