@@ -116,7 +116,7 @@ def contender(name, colour, calls, fails_at=None):
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "matmul_rate", lambda *a: 1e11)
-    prompts = peers.DemoData().prompts(2)
+    prompts = peers.demo_prompts(2)
     setting = peers.Setting(Path(), tmp_path)
     results = peers.Results(tmp_path)
     return prompts, lambda c, seconds=60.0: peers.measure(c, setting, prompts, results, harness.Pieces(seconds))
@@ -127,10 +127,10 @@ def test_peers_are_measured_in_pieces(bench, tmp_path):
     calls = []
     blue = contender("blue", "blue", calls)
     assert not measure(blue, seconds=-1) and len(calls) == 1  # the warm-up
-    assert measure(blue) and [p for _, p in calls[2:]] == [p.text for p in prompts]
+    assert measure(blue) and [p for _, p in calls[2:]] == [text for text, _, _ in prompts]
     assert measure(blue) and len(calls) == 4  # nothing is left to do
     result = json.loads((tmp_path / "blue.json").read_text())
-    assert set(result["seconds"]) == {p.text for p in prompts} and len(result["rates"]) >= 2
+    assert set(result["seconds"]) == {path for _, _, path in prompts} and len(result["rates"]) >= 2
 
 
 def test_a_peer_that_fails_is_a_result(bench, tmp_path):
@@ -150,19 +150,36 @@ def test_report_compares_with_the_reference(bench, tmp_path):
     rows = {r["name"]: r for r in json.loads((tmp_path / "peers.json").read_text())["rows"]}
     expected = 10 * np.log10(255**2 / (10**2 / 3))
     assert rows["ours-red"]["psnr"] == pytest.approx(expected, abs=0.01)
-    low, high = rows["ours-red"]["psnr_interval"]
-    assert low <= rows["ours-red"]["psnr"] <= high
+    assert rows["ours-red"]["judged"] == rows["ours-red"]["psnr"]
+    low, high = rows["ours-red"]["judged_interval"]
+    assert low <= rows["ours-red"]["judged"] <= high
     assert rows["ours-red"]["images"] == 2 and rows["ours-red"]["median"] <= rows["ours-red"]["p90"]
     page = (tmp_path / "peers.md").read_text()
     assert "| the ours-red |" in page and "- the ours-broken: RuntimeError: out of paint" in page
     assert (tmp_path / "peers.png").is_file()
 
 
+@pytest.mark.usefixtures("bench")
+def test_ways_to_draw_scenes_are_compared_by_the_objects_found(tmp_path, monkeypatch):
+    """Pictures without anything: of what was asked for nothing is there, and of what was not, nothing either."""
+    monkeypatch.setattr(peers.DemoData, "scenes", True)
+    prompts = peers.demo_prompts(4)
+    chosen = [contender(peers.REFERENCE, "white", []), contender("ours-white", "white", [])]
+    setting, results = peers.Setting(Path(), tmp_path), peers.Results(tmp_path)
+    assert all(peers.measure(c, setting, prompts, results, harness.Pieces(60.0)) for c in chosen)
+    peers.report(chosen, prompts, results, tmp_path, "peers")
+    for row in json.loads((tmp_path / "peers.json").read_text())["rows"]:
+        assert row["judged"] == row["scores"]["objects"] == 0 and row["judged_interval"] == [0, 0]
+        assert row["scores"]["clean"] == 1 and row["scores"]["right"] == 0
+    page = (tmp_path / "peers.md").read_text()
+    assert "## At equal latency: Objects found" in page and "0.00 (0.00 to 0.00): ours-white" in page
+
+
 def test_what_is_compared_takes_about_as_long():
     made = [("diffusers-50-bf16", 4.0, 60), ("diffusers-11-bf16", 1.0, 40), ("compile-11-bf16", 0.9, 41),
             ("cache-dit-fast", 1.05, 38), ("ours-dense-5x", 1.0, 39), ("ours-dense-5x-taylor", 1.0, 48),
             ("ours-jit-5x-taylor", 0.3, 37), ("ours-aoti-bf16-4x", 1.1, 36), ("taylorseer-5", 0.8, 30)]  # fmt: skip
-    rows = [{"name": n, "median": s, "psnr": p, "psnr_interval": [p - 1, p + 1]} for n, s, p in made]
+    rows = [{"name": n, "median": s, "judged": p, "judged_interval": [p - 1, p + 1], "scores": {}} for n, s, p in made]
     header, _, *bands = peers.at_equal_latency(rows, base=8.0)
     names = [word.strip() for word in header.strip("|").split("|")]
     first = dict(zip(names, (word.strip() for word in bands[0].strip("|").split("|")), strict=True))
@@ -174,7 +191,7 @@ def test_what_is_compared_takes_about_as_long():
 
 def test_every_contender_has_a_place_in_the_table():
     for name in (c.name for c in peers.contenders([Path("engines/x")])):
-        row = {"name": name, "median": 1.0, "psnr": 40.0, "psnr_interval": [39.0, 41.0]}
+        row = {"name": name, "median": 1.0, "judged": 40.0, "judged_interval": [39.0, 41.0], "scores": {}}
         ordinary = name.split("-")[0] in ("diffusers", "compile", "openvino") and "-50" in name
         assert (f": {name}, 1.00 s" in peers.at_equal_latency([row], base=8.0)[-1]) == (not ordinary)
 

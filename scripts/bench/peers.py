@@ -9,7 +9,7 @@ and calibrating fall into it). When nothing is left, the report is written: JSON
 
 - seconds: from prompt to PNG, one image, median and 90th percentile;
 - PSNR to 50 steps: to the picture of 50 ordinary fp32 steps of the same seed (median), at 256 x 256;
-- PSNR to data, name, pair, background, sharpness: against the data, see jitexport/evaluate/demo.py;
+- the other scores: means over the prompts of what `jitexport evaluate` measures on the demo model's pictures;
 - machine: rate of fp32 matrix products beside the contender's own parts, relative to the median over all contenders;
   a contender far from 1 was measured on a machine that was faster or slower than usual, and is marked.
 """
@@ -19,7 +19,9 @@ import math
 import statistics
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,12 @@ from harness import CPU, Facts, Pieces, facts, parser, write
 from PIL import Image
 
 from jitexport.console import Table, err, out
-from jitexport.evaluate.demo import DemoData, DemoPrompt, Judge
+from jitexport.evaluate.demo import DemoData
+from jitexport.evaluate.evaluation import demo_prompts
+from jitexport.evaluate.metrics import MEASURES, DemoScorer, SceneScorer
+from jitexport.evaluate.prompts import PromptSet
 from jitexport.evaluate.report import spread_labels
+from jitexport.evaluate.scoring import Picture, Scorer
 from jitexport.models.sources import DEMO_FOLDER
 from jitexport.png import encode_png
 from jitexport.profile.measure import Timing, matmul_rate
@@ -54,33 +60,31 @@ class Results:
     def write(self, name: str, result: dict[str, Any]) -> None:
         write(self.out, name, result)
 
-    def picture(self, name: str, prompt: DemoPrompt) -> Path:
-        return self.out / name / f"{prompt.text.replace(' ', '-')}.png"
+    def picture(self, name: str, path: str) -> Path:
+        return self.out / name / path
 
 
-def measure(
-    contender: Contender, setting: Setting, prompts: list[DemoPrompt], results: Results, pieces: Pieces
-) -> bool:
+def measure(contender: Contender, setting: Setting, prompts: PromptSet, results: Results, pieces: Pieces) -> bool:
     """Make pictures until all are there (True) or time is up; an error is noted as the contender's result."""
     result = results.read(contender.name)
-    missing = [p for p in prompts if p.text not in result["seconds"]]
+    missing = [(text, seed, path) for text, seed, path in prompts if path not in result["seconds"]]
     if result["error"] or not missing:
         return True
-    err.print(f"{contender.name}: {len(missing)} of {len(prompts)} left")
+    err.print(f"{contender.name}: {len(missing)} of {prompts.images} left")
     try:
         make = contender.open(setting)
         encode_png(make(setting.warmup_prompt, 0))
         result["rates"].append(matmul_rate(torch.float32, CPU))
-        for prompt in missing:
+        for text, seed, path in missing:
             if pieces.left < 0:
                 return False
             start = time.perf_counter()
-            data = encode_png(make(prompt.text, prompt.seed))
+            data = encode_png(make(text, seed))
             seconds = time.perf_counter() - start
-            path = results.picture(contender.name, prompt)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            result["seconds"][prompt.text] = seconds
+            file = results.picture(contender.name, path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+            result["seconds"][path] = seconds
             results.write(contender.name, result)
     except Exception as error:  # a peer that does not run here is a result, not the end of the comparison
         traceback.print_exc()
@@ -99,34 +103,45 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return 10 * math.log10(255**2 / max(error, 1e-2))
 
 
-def likeness(values: list[float]) -> dict[str, Any]:
-    """The median, and the 95% interval that drawing as many prompts again and again gives."""
+def interval(values: list[float], statistic: Callable[..., np.ndarray]) -> list[float]:
+    """The 95% interval of a statistic that drawing as many prompts again and again gives."""
     drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
-    return {"psnr": statistics.median(values), "psnr_interval": [float(low), float(high)]}
+    return [float(bound) for bound in np.percentile(statistic(drawn, axis=1), (2.5, 97.5))]
+
+
+def demo_scorer(prompts: PromptSet) -> Scorer:
+    """What `jitexport evaluate` measures on the demo model's pictures."""
+    return (SceneScorer if DemoData().scenes else DemoScorer)(SimpleNamespace(prompts=prompts))
 
 
 def summarise(
-    contender: Contender, result: dict[str, Any], prompts: list[DemoPrompt], results: Results, judge: Judge
+    contender: Contender, result: dict[str, Any], prompts: PromptSet, results: Results, scorer: Scorer
 ) -> dict[str, Any]:
-    """One row of the report."""
+    """One row of the report.
+
+    `judged` is what ways that take as long are compared by, with its interval: the objects found where the model draws
+    scenes, which it may place anywhere, and the likeness to 50 steps where a prompt means one picture.
+    """
     row: dict[str, Any] = {"name": contender.name, "what": contender.what, "error": result["error"]}
     if result["error"]:
         return row
-    pictures = {p: Image.open(results.picture(contender.name, p)).convert("RGB") for p in prompts}
-    scores = [judge.score(p.name, p.colour, picture) for p, picture in pictures.items()]
-    wanted = [Image.open(results.picture(REFERENCE, p)).convert("RGB") for p in prompts]
-    timing = Timing.of([result["seconds"][p.text] for p in prompts])
+    pictures = {path: Image.open(results.picture(contender.name, path)).convert("RGB") for _, _, path in prompts}
+    wanted = {path: Image.open(results.picture(REFERENCE, path)).convert("RGB") for path in pictures}
+    decibels = [psnr(pictures[path], wanted[path]) for path in pictures]
+    scores = [scorer(Picture(pictures[path]), Picture(wanted[path]), text) for text, _, path in prompts]
+    timing = Timing.of([result["seconds"][path] for path in pictures])
+    objects = [one["objects"] for one in scores if "objects" in one]
+    judged = (statistics.mean(objects), interval(objects, np.mean)) if objects else (
+        statistics.median(decibels), interval(decibels, np.median)
+    )  # fmt: skip
     return row | {
-        "images": len(prompts),
+        "images": prompts.images,
         "median": timing.median,
         "p90": timing.p90,
-        **likeness([psnr(a, b) for a, b in zip(pictures.values(), wanted, strict=True)]),
-        "psnr_data": statistics.median(s.psnr for s in scores),
-        "name_right": sum(s.name_right for s in scores),
-        "pair_right": sum(s.pair_right for s in scores),
-        "background_right": sum(s.background_right for s in scores),
-        "sharpness": statistics.median(s.sharpness for s in scores),
+        "psnr": statistics.median(decibels),
+        "scores": {name: statistics.mean(one[name] for one in scores) for name in scorer.names},
+        "judged": judged[0],
+        "judged_interval": judged[1],
         "rate": statistics.median(result["rates"]),
     }
 
@@ -136,39 +151,49 @@ def markdown(rows: list[dict[str, Any]], known: Facts) -> str:
     base = next(r["median"] for r in rows if r["name"] == REFERENCE)
     done = sorted((r for r in rows if not r["error"]), key=lambda r: -r["median"])
     usual = statistics.median(r["rate"] for r in done)
+    names = list(done[0]["scores"])
+    titles = [MEASURES[name].title for name in names]
     lines = [
         "# The demo model made faster in different ways",
         "",
-        f"{done[0]['images']} prompts, one seed each, 256 x 256, batch 1, prompt to PNG. "
-        "The first PSNR is to the picture of 50 ordinary fp32 steps of the same seed, the second to the data's picture "
-        "of what was asked for; in brackets the 95% interval of the median; names, pairs and backgrounds are counts of "
-        "prompts that were answered (see "
-        "`jitexport/evaluate/demo.py`); machine is the rate of matrix products beside the contender's runs, relative "
-        f"to the median over all: more than {UNSTEADY:.0%} off is marked with !.",
+        f"{done[0]['images']} prompts, one seed each, 256 x 256, batch 1, prompt to PNG. PSNR is to the picture of 50 "
+        "ordinary fp32 steps of the same seed (median); the scores after it are means over the prompts; in brackets, "
+        "for what is compared below, the 95% interval; machine is the rate of matrix products beside the contender's "
+        f"runs, relative to the median over all: more than {UNSTEADY:.0%} off is marked with !.",
         "",
-        "| | median s | p90 s | times faster | dB to 50 steps | dB to data | name | pair | background | sharpness "
-        "| machine |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| | median s | p90 s | times faster | {judged_title(done)} | PSNR, dB | {' | '.join(titles)} | machine |",
+        "|---" * (len(names) + 7) + "|",
     ]
     for r in done:
         machine = r["rate"] / usual
         mark = "!" if abs(machine - 1) > UNSTEADY else ""
+        reference = r["name"] == REFERENCE
+        cells = [f"{r['scores'][name]:.{max(MEASURES[name].digits, 2)}f}" for name in names]
         lines.append(
             f"| {r['what']} | {r['median']:.3f} | {r['p90']:.3f} | {base / r['median']:.2f} "
-            f"| {'' if r['name'] == REFERENCE else decibels(r)} | {r['psnr_data']:.1f} "
-            f"| {r['name_right']} | {r['pair_right']} | {r['background_right']} | {r['sharpness']:.2f} "
-            f"| {machine:.2f}{mark} |"
+            f"| {'' if reference and not by_objects(r) else judgement(r)} "
+            f"| {'' if reference else format(r['psnr'], '.1f')} | {' | '.join(cells)} | {machine:.2f}{mark} |"
         )
-    lines += ["", "## At equal latency", "", *at_equal_latency(done, base)]
+    lines += ["", f"## At equal latency: {judged_title(done)}", "", *at_equal_latency(done, base)]
     failed = [f"- {r['what']}: {r['error']}" for r in rows if r["error"]]
     lines += ["", "Did not run:", "", *failed] if failed else []
     lines += ["", *(f"- {k}: {v}" for k, v in known.items() if v is not None), ""]
     return "\n".join(lines)
 
 
-def decibels(row: dict[str, Any]) -> str:
-    low, high = row["psnr_interval"]
-    return f"{row['psnr']:.1f} ({low:.1f} to {high:.1f})"
+def by_objects(row: dict[str, Any]) -> bool:
+    """Whether ways are compared by the objects found, and not by likeness to 50 steps."""
+    return "objects" in row["scores"]
+
+
+def judged_title(rows: list[dict[str, Any]]) -> str:
+    return MEASURES["objects"].title if by_objects(rows[0]) else "PSNR to 50 steps, dB"
+
+
+def judgement(row: dict[str, Any]) -> str:
+    digits = 2 if by_objects(row) else 1
+    value, low, high = (f"{x:.{digits}f}" for x in (row["judged"], *row["judged_interval"]))
+    return f"{value} ({low} to {high})"
 
 
 #: Ways of one kind, by the beginnings of their names; the first that fits.
@@ -184,19 +209,19 @@ WIDTH = 1.5  # of a band of latencies: the longest over the shortest
 
 
 def at_equal_latency(rows: list[dict[str, Any]], base: float) -> list[str]:
-    """A table of what is closest to 50 steps among the ways of one kind that take about as long."""
+    """A table of what is best among the ways of one kind that take about as long."""
     found: dict[int, dict[str, dict[str, Any]]] = {}
     for row in rows:
         if "-50-" not in f"{row['name']}-":  # 50 steps are what others are measured by
             kind = next(g for g, starts in GROUPS.items() if f"{row['name']} ".startswith(starts))
             band = found.setdefault(math.floor(math.log(row["median"], WIDTH)), {})
-            if kind not in band or band[kind]["psnr"] < row["psnr"]:
+            if kind not in band or band[kind]["judged"] < row["judged"]:
                 band[kind] = row
     lines = [f"| seconds | times faster | {' | '.join(GROUPS)} |", "|---" * (len(GROUPS) + 2) + "|"]
     for band, best in sorted(found.items(), reverse=True):
         low, high = WIDTH**band, WIDTH ** (band + 1)
         cells = [
-            f"{decibels(row)}: {row['name']}, {row['median']:.2f} s" if (row := best.get(group)) else ""
+            f"{judgement(row)}: {row['name']}, {row['median']:.2f} s" if (row := best.get(group)) else ""
             for group in GROUPS
         ]
         lines.append(f"| {low:.2f} to {high:.2f} | {base / high:.1f} to {base / low:.1f} | {' | '.join(cells)} |")
@@ -204,7 +229,7 @@ def at_equal_latency(rows: list[dict[str, Any]], base: float) -> list[str]:
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Latency against likeness to the 50-step picture."""
+    """Latency against what the ways are compared by."""
     import matplotlib.pyplot as plt
     from matplotlib import ticker
 
@@ -216,9 +241,9 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         if r["error"] or r["name"] == REFERENCE:
             continue
         colour = groups[r["name"].split("-")[0]]
-        axis.plot([r["median"], r["p90"]], [r["psnr"]] * 2, color=colour, linewidth=1)
-        axis.plot(r["median"], r["psnr"], "o", color=colour)
-        axis.annotate(r["name"], (r["median"], r["psnr"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axis.plot([r["median"], r["p90"]], [r["judged"]] * 2, color=colour, linewidth=1)
+        axis.plot(r["median"], r["judged"], "o", color=colour)
+        axis.annotate(r["name"], (r["median"], r["judged"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
@@ -226,22 +251,23 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     axis.margins(x=0.12)
     axis.grid(alpha=0.3)
     axis.set_xlabel("s from prompt to PNG, median (line: to the 90th percentile)")
-    axis.set_ylabel("PSNR to the picture of 50 ordinary fp32 steps, dB")
+    axis.set_ylabel(judged_title([r for r in rows if not r["error"]]))
     figure.draw_without_rendering()  # where labels are is known only then
     spread_labels(axis)
     figure.savefig(path, dpi=110)
 
 
-def report(chosen: list[Contender], prompts: list[DemoPrompt], results: Results, folder: Path, name: str) -> None:
+def report(chosen: list[Contender], prompts: PromptSet, results: Results, folder: Path, name: str) -> None:
     """NAME.json, NAME.md and NAME.png in a folder."""
-    judge = Judge.of(DemoData())
-    rows = [summarise(c, results.read(c.name), prompts, results, judge) for c in chosen]
+    scorer = demo_scorer(prompts)
+    rows = [summarise(c, results.read(c.name), prompts, results, scorer) for c in chosen]
     known = facts("diffusers", "transformers", "cache-dit", "openvino", "onnxruntime")
     write(folder, name, {"conditions": known, "rows": rows}, markdown(rows, known))
     picture(rows, folder / f"{name}.png")
-    table = Table("", "median s", "p90 s", "PSNR dB", "pair")
-    for r in sorted((r for r in rows if not r["error"]), key=lambda r: -r["median"]):
-        table.add_row(r["what"], f"{r['median']:.3f}", f"{r['p90']:.3f}", f"{r['psnr']:.1f}", str(r["pair_right"]))
+    done = sorted((r for r in rows if not r["error"]), key=lambda r: -r["median"])
+    table = Table("", "median s", "p90 s", judged_title(done), "PSNR dB")
+    for r in done:
+        table.add_row(r["what"], f"{r['median']:.3f}", f"{r['p90']:.3f}", judgement(r), f"{r['psnr']:.1f}")
     out.print(table)
     err.print(f"wrote {folder}/{name}.json, {name}.md and {name}.png")
 
@@ -268,7 +294,7 @@ def main() -> None:
         arguments.error(f"no such contender: {', '.join(sorted(unknown))}; see --list")
     chosen = [c for c in every if not args.only or c.name in args.only or c.name == REFERENCE]
 
-    prompts = DemoData().prompts(args.prompts)
+    prompts = demo_prompts(args.prompts)
     defaults = json.loads((DEMO_FOLDER / "jitexport.json").read_text(encoding="utf-8"))
     args.out.mkdir(parents=True, exist_ok=True)
     setting = Setting(DEMO_FOLDER, args.out, defaults)

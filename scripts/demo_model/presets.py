@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from quality import Source, generators, make_pictures, score, summarise
+from quality import score, summarise
+from sources import Source, generators, make_pictures
 
 import jitexport
 from jitexport.console import PlainConsole, Table

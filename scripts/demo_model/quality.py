@@ -18,34 +18,22 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from sources import Source, bundle_source, diffusers_source, make_pictures
 
-from jitexport.console import PlainConsole, Table, track
+from jitexport.console import PlainConsole, Table
 from jitexport.evaluate.demo import DemoData, DemoPrompt, DemoScore, Judge
 from jitexport.evaluate.statistics import wilson
 from jitexport.models.sources import DEMO_FOLDER
 from jitexport.profile import conditions
 
 SHEET_PROMPTS, SHEET_COLUMNS, SHEET_PICTURE, SHEET_LABEL = 48, 8, 160, 14
-
-# Prompts and one seed each -> pictures.
-Generate = Callable[[list[str], list[int]], list[Image.Image]]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Something that makes pictures."""
-
-    label: str
-    generate: Generate
-    batch: int
-
 
 @dataclass(frozen=True)
 class Score(DemoScore):
@@ -73,50 +61,6 @@ def summarise(scores: list[Score]) -> dict:
     for measure in ("sharpness", "psnr"):
         summary[measure] = round(statistics.median(getattr(score, measure) for score in scores), 3)
     return summary
-
-
-# --- sources ----------------------------------------------------------------------------------------------------------
-
-
-def generators(seeds: list[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def diffusers_source(folder: Path, steps: int, dtype: str, batch: int) -> Source:
-    """The model's folder in diffusers' own pipeline."""
-    from diffusers import FluxPipeline
-
-    defaults = json.loads((folder / "jitexport.json").read_text(encoding="utf-8"))
-    pipeline = FluxPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
-    pipeline.set_progress_bar_config(disable=True)
-
-    def generate(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-        settings = {**defaults, "num_inference_steps": steps}
-        return pipeline(prompts, generator=generators(seeds), **settings).images
-
-    return Source(f"diffusers, {steps} steps, {dtype}", generate, batch)
-
-
-def bundle_source(path: Path) -> Source:
-    """An engine bundle."""
-    import jitexport
-
-    pipeline = jitexport.load(path)
-
-    def generate(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-        return pipeline(prompts, generator=generators(seeds)).images
-
-    return Source(path.name, generate, pipeline.batch_size)
-
-
-def make_pictures(source: Source, prompts: list[DemoPrompt]) -> list[Image.Image]:
-    """One picture a prompt, in batches, with a progress bar."""
-    pictures: list[Image.Image] = []
-    starts = range(0, len(prompts), source.batch)
-    for start in track(starts, source.label):
-        chunk = prompts[start : start + source.batch]
-        pictures += source.generate([prompt.text for prompt in chunk], [prompt.seed for prompt in chunk])
-    return pictures
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------

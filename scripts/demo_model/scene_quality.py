@@ -33,8 +33,8 @@ import numpy as np
 from data import load_objects
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw, ImageFont
-from quality import Source, bundle_source, diffusers_source, make_pictures
 from scene_finder import PICTURES, through
+from sources import Source, bundle_source, diffusers_source, make_pictures
 
 from jitexport.console import PlainConsole, Table
 from jitexport.evaluate.finder import scene_finder
