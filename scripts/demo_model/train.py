@@ -3,13 +3,14 @@
     python scripts/demo_model/train.py train
     python scripts/demo_model/train.py sheet  --out sheet.png
     python scripts/demo_model/train.py export --out FOLDER
+    python scripts/demo_model/train.py weights --out FILE
 
 `train` starts from a diffusers folder (`--init`): its autoencoder is used as it is, its transformer and text encoders
 are trained on, or trained from nothing with `--from-scratch`. It writes a checkpoint to `--work` every few minutes and
 goes on from it when called again, after an interruption or on another day, as if nothing had been between: what a step
 draws depends on the seed and on how far the run is, so a run that was killed has the same losses as one that was not.
 `--hours` ends this call, not the run. `sheet` draws pictures with the averaged weights of the last checkpoint, and
-`export` writes these in half precision.
+`export` writes these in half precision, as `weights` does without anything else, for another run's `--weights`.
 
 The run has three stages, whose lengths are numbers of pictures (STAGES in `training.py`; `--scale` multiplies them):
 
@@ -68,6 +69,7 @@ from data import load_objects
 from export import write_folder
 from networks import Models, starting_models
 from pictures import GUIDANCE, SHEET_PROMPTS, draw_pictures, save_sheet
+from safetensors.torch import load_model, save_model
 from training import Training, log, scaled
 from velocity import PerSamplePositions, rotary_tables
 
@@ -84,7 +86,7 @@ def train(args: argparse.Namespace) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # see `velocity.rms_norm`
     spare = max(1, (os.cpu_count() or 1) - 4)  # cores that the training itself leaves
     training = Training(
-        starting_models(args.init, args.from_scratch),
+        first_models(args),
         load_objects(args.data),
         args.work,
         stages=scaled(args.scale),
@@ -143,9 +145,17 @@ def run_training(training: Training, args: argparse.Namespace) -> None:
     log(f"stopped: {json.dumps(asdict(progress))}")
 
 
+def first_models(args: argparse.Namespace) -> Models:
+    """The networks of `--init`, with the weights of `--weights` if it is given."""
+    models = starting_models(args.init, args.from_scratch)
+    if args.weights:
+        load_model(models.trained, args.weights)
+    return models
+
+
 def checkpoint_models(args: argparse.Namespace) -> Models:
-    """The networks of `--init`, with the averaged weights of the checkpoint in `--work` if there is one."""
-    models, checkpoint = starting_models(args.init, args.from_scratch), args.work / "checkpoint.pt"
+    """The same, with the averaged weights of the checkpoint in `--work` if there is one."""
+    models, checkpoint = first_models(args), args.work / "checkpoint.pt"
     if checkpoint.is_file():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         models.trained.load_state_dict(state["average"])
@@ -169,6 +179,13 @@ def export(args: argparse.Namespace) -> None:
     write_folder(checkpoint_models(args), args.out, args.data)
 
 
+def weights(args: argparse.Namespace) -> None:
+    """Write the averaged weights of the last checkpoint alone, in half precision."""
+    trained = checkpoint_models(args).trained.half()
+    save_model(trained, args.out)
+    args.out.chmod(0o644)  # the library writes for the owner only
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
@@ -178,6 +195,7 @@ def main() -> None:
         verb.set_defaults(run=run)
         verb.add_argument("--init", type=Path, default=DEMO_FOLDER, help="diffusers folder to start from")
         verb.add_argument("--from-scratch", action="store_true", help="take only the autoencoder from --init")
+        verb.add_argument("--weights", type=Path, help="file of weights that replace those of --init")
         verb.add_argument("--data", type=Path, default=WORK / "pictures", help="folder for the npm packages")
         verb.add_argument("--work", type=Path, default=WORK, help="folder of checkpoint, losses and sample sheets")
         return verb
@@ -205,6 +223,9 @@ def main() -> None:
 
     verb = add_verb("export", export)
     verb.add_argument("--out", type=Path, required=True, help="diffusers folder to write")
+
+    verb = add_verb("weights", weights)
+    verb.add_argument("--out", type=Path, required=True, help="safetensors file to write")
 
     args = parser.parse_args()
     args.run(args)
