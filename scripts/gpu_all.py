@@ -6,7 +6,8 @@ For a machine that is there for a quarter of an hour. First the tests, beside th
 report measures; then training, alone; then the report, alone. Each part is stopped when its time is over, so that the
 next one has its own, and `--out` holds what it has done by then: the parts' logs, gpu.json and gpu.md of the report,
 losses, sheets and the averaged weights (weights.safetensors) of the training, and the compiled engines, from which a
-second call goes on. A training that does not run is tried once more without PyTorch's fused attention.
+second call goes on. A training whose compiled blocks make no step in time is run without compiling, and one that does
+not run at all without PyTorch's fused attention.
 
 Parts run in turns because they disturb each other: on an H100, beside tests and a compiler, training made 10 steps of
 32,768 tokens a second and the report's figures would have been worth nothing.
@@ -37,6 +38,14 @@ PLAIN = (
     "torch.backends.cuda.enable_mem_efficient_sdp(False); sys.path.insert(0, 'scripts/demo_model'); "
     f"runpy.run_path('{TRAIN}', run_name='__main__')"
 )
+#: Ways to train, until one makes steps: a log's name, how to start, further options.
+ATTEMPTS = (
+    ("training-compiled", [TRAIN], "--compile"),
+    ("training", [TRAIN]),
+    ("training-plain", ["-c", PLAIN]),
+)
+#: Seconds within which a training must have made steps.
+FIRST_STEPS = 80
 
 
 class Job:
@@ -70,22 +79,33 @@ def run(jobs: Sequence[Job], seconds: float) -> list[int]:
     return codes
 
 
+def begins(job: Job, seconds: float) -> bool:
+    """Whether a training makes steps within a time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and job.process.poll() is None:
+        if "steps/s" in job.log.read_text(errors="replace"):
+            return True
+        time.sleep(0.5)
+    return False
+
+
 def train(args: argparse.Namespace, seconds: float) -> None:
     """The demo's training for so long, and what it has learnt; what it needs before its first step is taken off."""
-    for attempt, start in (("training", [TRAIN]), ("training-plain", ["-c", PLAIN])):
-        began, work = time.monotonic(), args.out / attempt
+    for name, start, *more in ATTEMPTS:
+        began, work = time.monotonic(), args.out / name
         options = ["--device", "cuda", "--minutes", f"{(seconds - 35) / 60:.2f}", "--checkpoint-minutes", "1"]
         options += ["--evaluation-minutes", "1.5", "--sample-minutes", "60", "--data", args.data, "--work", work]
-        if args.weights:
-            options += ["--weights", args.weights]
-        [code] = run([Job(args.out / f"{attempt}.log", [*start, "train", *options])], seconds)
+        options += ["--weights", args.weights] if args.weights else []
+        job = Job(args.out / f"{name}.log", [*start, "train", *options, *more])
+        patience = min(seconds, FIRST_STEPS)
+        run([job], seconds - patience if begins(job, patience) else 0)
         if (work / "checkpoint.pt").is_file():
-            run([Job(args.out / "weights.log", [TRAIN, "weights", "--work", work, "--out",
-                                                args.out / "weights.safetensors"])], 60)  # fmt: skip
+            write = [TRAIN, "weights", "--work", work, "--out", args.out / "weights.safetensors"]
+            run([Job(args.out / "weights.log", write)], 60)
             (work / "checkpoint.pt").unlink()  # 200 MB, which nobody wants to carry
             return
         seconds -= time.monotonic() - began
-        if code == 0 or seconds < 60:
+        if seconds < 60:
             return
 
 

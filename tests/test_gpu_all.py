@@ -17,17 +17,20 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
 time.sleep(600)
 """
-#: Stands for train.py: fails where PyTorch's fused attention is used, and else leaves a checkpoint.
+#: Stands for train.py: waits where it is to compile, fails where PyTorch's fused attention is used, and else leaves a
+#: checkpoint.
 TRAIN = """
-import sys, torch
+import sys, time, torch
 from pathlib import Path
 options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 if sys.argv[1] == "weights":
     Path(options["--out"]).write_text("weights")
+elif "--compile" in sys.argv:
+    time.sleep(600)
 elif torch.backends.cuda.flash_sdp_enabled():
     sys.exit("an illegal memory access was encountered")
 else:
-    print({name: options[name] for name in ("--device", "--minutes", "--weights")})
+    print({name: options[name] for name in ("--device", "--minutes", "--weights")}, "10 steps/s", flush=True)
     work = Path(options["--work"])
     work.mkdir()
     (work / "checkpoint.pt").write_text("state")
@@ -58,19 +61,24 @@ def test_jobs_end_in_time_with_what_they_began(tmp_path, capsys):
     assert "long: exit code -9" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seconds", [120, 50])
-def test_a_training_that_does_not_run_is_tried_without_fused_attention(tmp_path, monkeypatch, seconds):
+@pytest.mark.parametrize("seconds", [300, 50])
+def test_a_training_that_does_not_run_is_tried_in_other_ways(tmp_path, monkeypatch, seconds):
     stands_for = tmp_path / "train.py"
     stands_for.write_text(TRAIN)
-    monkeypatch.setattr(gpu_all, "TRAIN", str(stands_for))
-    monkeypatch.setattr(gpu_all, "PLAIN", gpu_all.PLAIN.replace("scripts/demo_model/train.py", str(stands_for)))
+    plain = gpu_all.PLAIN.replace(gpu_all.TRAIN, str(stands_for))
+    starts = {"training-compiled": [stands_for], "training": [stands_for], "training-plain": ["-c", plain]}
+    attempts = [(name, starts[name], *more) for name, _, *more in gpu_all.ATTEMPTS]
+    monkeypatch.setattr(gpu_all, "ATTEMPTS", attempts)
+    monkeypatch.setattr(gpu_all, "TRAIN", stands_for)
+    monkeypatch.setattr(gpu_all, "FIRST_STEPS", 15)
     weights = tmp_path / "first.safetensors"
     gpu_all.train(Namespace(out=tmp_path, data=tmp_path, weights=weights), seconds)
-    assert "illegal memory access" in (tmp_path / "training.log").read_text()
-    again = (tmp_path / "weights.safetensors").is_file()
-    assert again == (tmp_path / "training-plain").is_dir() == (seconds == 120)
-    if again:
-        assert [path.name for path in (tmp_path / "training-plain").iterdir()] == ["losses.jsonl"]
+    assert (tmp_path / "training-compiled.log").read_text() == ""
+    again = tmp_path / "training-plain"
+    assert (tmp_path / "weights.safetensors").is_file() == again.is_dir() == (seconds == 300)
+    if seconds == 300:
+        assert "illegal memory access" in (tmp_path / "training.log").read_text()
+        assert [path.name for path in again.iterdir()] == ["losses.jsonl"]
         said = (tmp_path / "training-plain.log").read_text()
         assert f"'--weights': '{weights}'" in said and "'--device': 'cuda'" in said
 
