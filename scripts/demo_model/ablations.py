@@ -56,7 +56,7 @@ class RandomActivation(JiT):
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the ablations: what differs from the preset `paper` at 4x."""
+    """A row of the ablations: what differs from the preset `paper` at 4x, or another preset as a whole."""
 
     label: str
     table: str
@@ -70,10 +70,13 @@ class Variant:
     noise: str = "fresh"
     importance: str = "velocity"
     least_blur: float | None = None
+    preset: str | None = None
 
     @property
     def options(self) -> dict[str, object]:
         """As `JiT` takes them."""
+        if self.preset is not None:
+            return JiT.options(self.preset)
         return JiT.options("paper") | {
             "timesteps": dict(self.timesteps), "microflow": self.microflow, "relax_steps": self.relax_steps,
             "noise": self.noise, "importance": self.importance,
@@ -115,6 +118,8 @@ def variants() -> list[Variant]:
             Variant(f"and ITA on clean, {name}", DEFAULT, f"{said}, ITA on the clean prediction", **clean, **speed),
             Variant(f"and blur, {name}", DEFAULT, "the preset `default`: and a blur of at least 1 token",
                     least_blur=1.0, **clean, **speed),
+            Variant(f"released, {name}", DEFAULT, "the preset `released`: relaxed, Beta(1.4, 0.425), that blur, tokens "
+                    "in the order in which they came", microflow="relaxed", preset="released", **speed),
             Variant(f"all tokens, {name}", DEFAULT, "as many steps at the same noise levels", **dense),
         ]  # fmt: skip
     rows += [Variant(f"full, {flow}, 7x", DEFAULT, "the preset `paper` at 7x", microflow=flow, **SEVEN)
