@@ -28,6 +28,7 @@ from jitexport.console import err
 
 ROOT = Path(__file__).parents[1]
 TRAIN = "scripts/demo_model/train.py"
+WEIGHTS = ROOT / "scripts/demo_model/scenes.safetensors"
 REPORT = "scripts/gpu_report.py"
 GRAPHS = ("ours-4x-graph", "ours-7x-graph", "ours-4x-fp8-graph", "ours-7x-fp8-graph")
 #: Of the report.
@@ -95,7 +96,7 @@ def train(args: argparse.Namespace, seconds: float) -> None:
         began, work = time.monotonic(), args.out / name
         options = ["--device", "cuda", "--minutes", f"{(seconds - 35) / 60:.2f}", "--checkpoint-minutes", "1"]
         options += ["--evaluation-minutes", "1.5", "--sample-minutes", "60", "--data", args.data, "--work", work]
-        options += ["--weights", args.weights] if args.weights else []
+        options += ["--weights", args.weights]
         job = Job(args.out / f"{name}.log", [*start, "train", *options, *more])
         patience = min(seconds, FIRST_STEPS)
         run([job], seconds - patience if begins(job, patience) else 0)
@@ -115,12 +116,11 @@ def main() -> None:
     arguments.add_argument("--train-minutes", type=float, default=5, help="of them for training; 0 for none")
     arguments.add_argument("--test-minutes", type=float, default=3, help="for tests and compiling; 0 for neither")
     arguments.add_argument("--data", type=Path, required=True, help="train.py's --data, where it has no network")
-    arguments.add_argument("--weights", type=Path, help="what training starts from: train.py's --weights")
+    arguments.add_argument("--weights", type=Path, default=WEIGHTS, help="what training starts from, see train.py")
     arguments.add_argument("--out", type=Path, default=Path("out/gpu-all"))
     args = arguments.parse_args()
     for name in ("data", "weights", "out"):
-        if (path := getattr(args, name)) is not None:
-            setattr(args, name, path.resolve())
+        setattr(args, name, getattr(args, name).resolve())
     args.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + 60 * args.minutes
     engines = ["--engines", args.out / "engines"]

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 from shards import TEXT_TOKENS
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from jitexport.evaluate.scenes import caption_words, plural
+from jitexport.kernels.linear import quantize
 
 GRID = 32  # tokens a side: 256 pixels / 4 (autoencoder) / 2 (packing)
 SHIFT = 2.0  # moves noise levels up, in training and in the scheduler alike: s -> SHIFT * s / (1 + (SHIFT - 1) * s)
 SPECIAL_TOKENS = {"<pad>": 0, "<eos>": 1, "<bos>": 2}
 UNKNOWN = "<unk>"
+SCALE = ":scale"  # after the name of a tensor in 8 bits
 
 TRANSFORMER_CONFIG = {
     "patch_size": 1,
@@ -164,6 +167,32 @@ def with_words(models: Models, words: Sequence[str]) -> Models:
         t5_tokenizer=make_tokenizer([*known, *new], "$A <eos>"),
         clip_tokenizer=make_tokenizer([*known, *new], "<bos> $A <eos>"),
     )
+
+
+def save_weights(trained: nn.Module, path: Path) -> None:
+    """Write weights for a run to start from: matrices in 8 bits with a scale for each row, the rest in half precision.
+
+    A file of half the size, for a start that training goes on from.
+    """
+    tensors = {}
+    for name, value in trained.state_dict().items():
+        if value.dim() < 2:
+            tensors[name] = value.half()
+        else:
+            rows, scales = quantize(value.flatten(1), "int8")
+            tensors[name], tensors[f"{name}{SCALE}"] = rows.view(value.shape), scales[:, 0]
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(0o644)  # the library writes for the owner only
+
+
+def load_weights(trained: nn.Module, path: Path) -> None:
+    """Read what `save_weights` wrote."""
+    tensors = load_file(path)
+    scales = {name: tensors.pop(f"{name}{SCALE}") for name in list(tensors) if f"{name}{SCALE}" in tensors}
+    for name, scale in scales.items():
+        rows = tensors[name].flatten(1).float() * scale[:, None]
+        tensors[name] = rows.view(tensors[name].shape)
+    trained.load_state_dict(tensors)
 
 
 def averaged_copy(models: Models) -> Models:
