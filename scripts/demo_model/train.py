@@ -54,8 +54,8 @@ never waits for the device. On an H100 beside tests and a compiler (2026-11-28, 
 the bundled model's losses from 0.264, 0.343, 0.545, 0.666 and 0.764, by noise level as above, to 0.112, 0.094, 0.104,
 0.125 and 0.215. `--compile` had made no step after 70 seconds there.
 
-`scenes.safetensors` beside this script is what that run had learnt after its last stage: an object alone comes out well,
-objects among others are still mixtures. That is no model to ship yet; the next run starts from it (`--weights`). Two
+`scenes.safetensors` beside this script is what that run had learnt at its end: an object alone comes out well, and
+objects among others are mixtures still. That is no model to ship yet; the next run starts from it (`--weights`). Two
 cores with AVX2 do not get far from there: half an hour (8,000 pictures in steps of 3,072 tokens, a learning rate of
 3e-4) left all five losses where they were.
 """
