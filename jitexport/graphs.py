@@ -81,12 +81,14 @@ class CUDARecorder:
             graph = torch.cuda.CUDAGraph()
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             state = generator.clone_state()
+            # thread_local: other threads of a server may allocate meanwhile.
+            capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
             try:
-                # thread_local: other threads of a server may allocate meanwhile.
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                # A capture that fails leaves its stream as the current one, and the generator as within a capture,
+                # where it draws no more numbers.
+                with torch.cuda.stream(self._stream), capture:
                     output = work()
             except RuntimeError:
-                # A capture that fails leaves the generator as within a capture, where it draws no more numbers.
                 generator.graphsafe_set_state(state)
                 raise
         return graph.replay, output

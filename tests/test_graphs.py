@@ -372,12 +372,14 @@ def test_work_that_waits_for_the_device_is_not_recorded(caplog):
 
 
 @pytest.mark.gpu
-def test_random_numbers_go_on_after_a_recording_that_failed():
+def test_a_recording_that_failed_leaves_generator_and_stream_as_they_were():
     device = torch.device("cuda")
+    stream = torch.cuda.current_stream()
     torch.manual_seed(0)
-    expected = torch.randn(2, 8, device=device)
+    expected = [torch.randn(8, device=device) for _ in range(2)]
     torch.manual_seed(0)
     first = torch.randn(8, device=device)
     with pytest.raises(RuntimeError):
         CUDARecorder(device).record(lambda: torch.ones(1, device=device) * first.sum().item())
-    assert torch.equal(torch.stack([first, torch.randn(8, device=device)]), expected)
+    assert torch.cuda.current_stream() == stream
+    assert torch.equal(torch.stack([first, torch.randn(8, device=device)]), torch.stack(expected))
