@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.harness import parser
@@ -61,6 +61,10 @@ class Job:
                 start_new_session=True,
             )  # fmt: skip
 
+    def said(self) -> str:
+        """What it has written so far."""
+        return self.log.read_text(errors="replace")
+
     def end(self) -> int:
         """Stop it, with the processes that it began, if it still runs; its exit code, negative if it was stopped."""
         if self.process.poll() is None:
@@ -68,26 +72,28 @@ class Job:
         return self.process.wait()
 
 
+def wait(seconds: float, over: Callable[[], bool]) -> bool:
+    """Wait for something, for at most so long; whether it came."""
+    until = time.monotonic() + seconds
+    while not (came := over()) and time.monotonic() < until:
+        time.sleep(0.5)
+    return came
+
+
 def run(jobs: Sequence[Job], seconds: float) -> list[int]:
     """Wait until jobs end, for at most so long; their exit codes."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and any(job.process.poll() is None for job in jobs):
-        time.sleep(0.5)
+    wait(seconds, lambda: all(job.process.poll() is not None for job in jobs))
     codes = [job.end() for job in jobs]
     for job, code in zip(jobs, codes, strict=True):
-        lines = job.log.read_text(errors="replace").splitlines()
+        lines = job.said().splitlines()
         err.print(f"{job.log.stem}: exit code {code}; {lines[-1][:160] if lines else 'nothing said'}")
     return codes
 
 
 def begins(job: Job, seconds: float) -> bool:
     """Whether a training makes steps within a time."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and job.process.poll() is None:
-        if "steps/s" in job.log.read_text(errors="replace"):
-            return True
-        time.sleep(0.5)
-    return False
+    wait(seconds, lambda: "steps/s" in job.said() or job.process.poll() is not None)
+    return "steps/s" in job.said()
 
 
 def train(args: argparse.Namespace, seconds: float) -> None:
