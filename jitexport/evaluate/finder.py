@@ -33,8 +33,8 @@ from jitexport.evaluate.scenes import QUARTER, SIZE, Thing, accent
 
 COARSE, FINE, FULL = 48, 64, 128  # pixels a side at which objects are looked for, placed, and compared
 COARSE_SIDES = (0.9 * QUARTER, QUARTER, 1.1 * QUARTER, 0.9 * SIZE, SIZE)  # of canvases, in pixels of SIZE
-LEAST_CORRELATION = 0.7
-LEAST_EXPLAINED = 0.5
+LEAST_CORRELATION = 0.9
+LEAST_EXPLAINED = 0.8
 COARSE_NOISE = 0.05  # in 0..1, of a channel: what a known picture that lies half a pixel off is wrong by
 LEAST_PEAK = 2.0
 PEAKS, PEAKS_AN_OBJECT = 120, 4
@@ -267,12 +267,7 @@ class Finder:
         colour = max(share, key=share.__getitem__)
         where, distance = tones[colour]
         of_it = free & (distance < TOLERANCE)
-        other = free & ~of_it
-        texture = tell_texture(where, of_it, other, float(free.sum()))
-        # Confetti is many small pieces; anything larger is something else.
-        if texture == "confetti":
-            other = ndimage.binary_opening(other, iterations=5)
-        return colour, texture, float(other.mean())
+        return colour, tell_texture(where, of_it), float((free & ~of_it).mean())
 
 
 def scene_finder() -> Finder:
@@ -300,29 +295,22 @@ def _allowed(mask: np.ndarray) -> np.ndarray:
 
 def tone(rgb: np.ndarray, colour: str) -> tuple[np.ndarray, np.ndarray]:
     """Where pixels lie between a background's base, 0, and the end of its gradient, 1; and how far off that line."""
-    base, end = np.array(COLOURS[colour], dtype=np.float32), accent(colour, 0.34)
+    base, end = np.array(COLOURS[colour], dtype=np.float32), accent(colour)
     along = np.clip((rgb - base) @ (end - base) / np.square(end - base).sum(), 0, 1)
     return along, np.linalg.norm(rgb - base - along[..., None] * (end - base), axis=-1)
 
 
-def tell_texture(where: np.ndarray, of_it: np.ndarray, other: np.ndarray, free: float) -> str:
+def tell_texture(where: np.ndarray, of_it: np.ndarray) -> str:
     """The texture of a background.
 
     Args:
         where: place of each pixel between the background's tones, [H, W].
         of_it: pixels of the background.
-        other: pixels that are neither background nor object.
-        free: number of pixels outside of objects.
     """
-    small = other & ~ndimage.binary_opening(other, iterations=5)
-    if small.sum() > 0.04 * free and ndimage.label(ndimage.binary_opening(small))[1] >= 6:
-        return "confetti"
     values = where[of_it]
     if len(values) < 50 or values.std() < 0.08:
         return "plain"
     row, column = np.nonzero(of_it)
     plane = np.column_stack([row, column, np.ones(len(row))])
     rest = values - plane @ np.linalg.lstsq(plane, values, rcond=None)[0]
-    if 1 - rest.var() / values.var() > 0.8:
-        return "gradient"
-    return "stripes" if (values > 0.26).mean() > 0.375 else "dots"
+    return "gradient" if rest.var() < 0.2 * values.var() else "plain"

@@ -35,20 +35,16 @@ KINDS: dict[str, tuple[str, ...]] = {
     "animal": (*_BIRDS, "fox", "frog", "panda", "cat face", "octopus", "crab"),
     "flower": ("rose", "sunflower"),
     "vehicle": ("rocket", "automobile", "sailboat"),
-    "thing": OBJECTS,
 }
 
-#: The word a caption uses for each texture; confetti comes after the background.
+#: The word a caption uses for each texture.
 TEXTURES: dict[str, str] = {
     "plain": "plain",
-    "stripes": "striped",
-    "dots": "dotted",
     "gradient": "shaded",
-    "confetti": "with confetti",
 }
 
 COUNT_WORDS = {2: "two", 3: "three"}
-OPEN_WORDS = {"thing": "something", "food": "something to eat"}  # besides "a thing", "a food", which nobody says
+OPEN_WORDS = {"food": "something to eat"}  # besides "a food", which nobody says
 
 
 def article(text: str) -> str:

@@ -1,11 +1,12 @@
 """The scenes that the demo model is about, and what captions say of them.
 
 A scene is one object that fills the picture, or two or three that each fill one of its quarters, mirrored or not, on
-a background of one of ten colours that is plain, striped, dotted, shaded or strewn with confetti. A caption says as
-much of it as one likes:
+a background of one of ten colours, plain or shaded. A caption says as much of it as one likes:
 
-    fox and pizza on a blue background      something to eat
-    two owls on a striped green background  a fruit on a red background
+    fox on a blue background                something to eat
+    two owls on a shaded green background   a fruit on a red background
+
+Training draws scenes of one object (COUNT_SHARES), as many as two cores can teach: see `scripts/demo_model/train.py`.
 
 What it leaves out is free. `Request` is what a caption means; `parse` reads it from the text. A request names every
 object, be it by a word as wide as "something": what it does not name is not there.
@@ -26,14 +27,15 @@ from itertools import combinations, cycle, permutations
 from zlib import crc32
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from jitexport.evaluate.scene_words import COLOURS, COUNT_WORDS, KINDS, OBJECTS, OPEN_WORDS, TEXTURES, article, plural
 
 SIZE = 256  # pixels a side of a rendered scene, and the unit of places
 
-TEXTURE_SHARES = (0.4, 0.15, 0.15, 0.15, 0.15)
-COUNT_SHARES = (0.5, 0.35, 0.15)  # of one, two, three objects
+TEXTURE_SHARES = (0.6, 0.4)
+COUNT_SHARES = (1.0, 0.0, 0.0)  # of one, two, three objects
+MOST_OBJECTS = len(COUNT_SHARES)
 QUARTER = SIZE // 2  # pixels a side of an object's canvas among others; one alone has SIZE
 
 HELD_OUT_SEED = 0
@@ -136,7 +138,7 @@ def draw_scene(rng: np.random.Generator, *, from_held_out: bool = False, count: 
     Args:
         count: number of objects; drawn by COUNT_SHARES if None.
     """
-    count = int(rng.choice(3, p=COUNT_SHARES)) + 1 if count is None else count
+    count = int(rng.choice(MOST_OBJECTS, p=COUNT_SHARES)) + 1 if count is None else count
     while True:
         names, colour = draw_names(rng, count), str(rng.choice(list(COLOURS)))
         if held_out(names, colour) == from_held_out:
@@ -184,15 +186,12 @@ def draw_places(rng: np.random.Generator, count: int) -> list[tuple[float, float
 
 
 def draw_request(scene: Scene, rng: np.random.Generator) -> Request:
-    """What a caption may say of a scene: seven names of ten, kinds for the others, the background in part or whole."""
+    """What a caption may say of a scene: six names of ten, kinds for the others, the background in part or whole."""
 
     def term(name: str) -> str:
-        draw = rng.random()
-        if draw < 0.7:
+        if rng.random() < 0.6:
             return name
-        if draw < 0.78:
-            return "thing"
-        kinds = [kind for kind, names in KINDS.items() if name in names and kind != "thing"]
+        kinds = [kind for kind, names in KINDS.items() if name in names]
         return str(rng.choice(kinds)) if kinds else name
 
     terms = {name: term(name) for name in scene.names}  # the same word for the same object: "two owls"
@@ -233,12 +232,9 @@ def background_phrase(request: Request, preposition: str = "on") -> str:
     """What a caption says of the background, with the space before it; nothing if it says nothing."""
     if request.colour is None and request.texture is None:
         return ""
-    confetti = request.texture == "confetti"
-    if confetti and request.colour is None:
-        return " with confetti"
-    adjective = TEXTURES[request.texture] if request.texture and not confetti else None
+    adjective = TEXTURES[request.texture] if request.texture else None
     words = " ".join(word for word in (adjective, request.colour) if word)
-    return f" {preposition} {article(words)} {words} background" + (" with confetti" if confetti else "")
+    return f" {preposition} {article(words)} {words} background"
 
 
 @dataclass(frozen=True)
@@ -264,10 +260,10 @@ def scene_prompts(count: int) -> list[ScenePrompt]:
 
 _PLURALS = {plural(term): term for term in (*OBJECTS, *KINDS)}
 _OPEN = {text: term for term, text in OPEN_WORDS.items()}
+_TEXTURE_OF = {word: texture for texture, word in TEXTURES.items()}
 _BACKGROUND = re.compile(
     r"(?P<objects>.+?)"
-    rf"(?: (?:on|with) an? (?P<texture>plain|striped|dotted|shaded)? ?(?P<colour>{'|'.join(COLOURS)})? ?background)?"
-    r"(?P<confetti> with confetti)?"
+    rf"(?: (?:on|with) an? (?P<texture>{'|'.join(_TEXTURE_OF)})? ?(?P<colour>{'|'.join(COLOURS)})? ?background)?"
 )
 
 
@@ -282,11 +278,9 @@ def parse(text: str) -> Request | None:
         if read is None:
             return None
         terms += read
-    if len(terms) > 3 or (found["texture"] and found["confetti"]):
+    if len(terms) > MOST_OBJECTS:
         return None
-    textures = {word: texture for texture, word in TEXTURES.items()}
-    texture = "confetti" if found["confetti"] else textures[found["texture"]] if found["texture"] else None
-    return Request(tuple(sorted(terms)), found["colour"], texture)
+    return Request(tuple(sorted(terms)), found["colour"], _TEXTURE_OF.get(found["texture"]))
 
 
 def _parse_phrase(text: str) -> list[str] | None:
@@ -328,7 +322,7 @@ def placed(thing: Thing, sprite: Image.Image) -> tuple[Image.Image, int, int]:
     return sprite, round(thing.left), round(thing.top)
 
 
-def accent(colour: str, strength: float = 0.18) -> np.ndarray:
+def accent(colour: str, strength: float = 0.34) -> np.ndarray:
     """The second tone of a background: darker, of black lighter. RGB [3] in 0..255."""
     rgb = np.array(COLOURS[colour], dtype=np.float32)
     return rgb + strength * (255 - rgb) if colour == "black" else rgb * (1 - strength)
@@ -340,11 +334,8 @@ def render_background(background: Background) -> Image.Image:
     base = np.array(COLOURS[background.colour], dtype=np.float32)
     if background.texture == "plain":
         return Image.new("RGB", (SIZE, SIZE), COLOURS[background.colour])
-    if background.texture == "confetti":
-        return render_confetti(background.colour, rng)
-    strength = 0.34 if background.texture == "gradient" else 0.18
-    mask = {"stripes": stripes, "dots": dots, "gradient": ramp}[background.texture](rng)  # [H, W] in 0..1
-    change = accent(background.colour, strength) - base
+    mask = ramp(rng)  # [H, W] in 0..1
+    change = accent(background.colour) - base
     rgb = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
     for channel in range(3):  # one by one: loops over an axis of three are slow
         rgb[..., channel] = base[channel] + mask * change[channel] + np.float32(0.5)
@@ -354,44 +345,8 @@ def render_background(background: Background) -> Image.Image:
 _ROW, _COLUMN = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
 
 
-def stripes(rng: np.random.Generator) -> np.ndarray:
-    """Stripes in one of eight directions at a random phase: [SIZE, SIZE] in 0..1, smooth over a pixel."""
-    angle, period, phase = rng.integers(8) * math.pi / 8, rng.uniform(24, 48), rng.random()
-    along = (_COLUMN * math.cos(angle) + _ROW * math.sin(angle)) / period + phase
-    return np.clip((0.25 - np.abs(along % 1 - 0.5)) * period + 0.5, 0, 1)
-
-
-def dots(rng: np.random.Generator) -> np.ndarray:
-    """Dots in rows, every second of them moved by half a step, at a random phase: [SIZE, SIZE] in 0..1."""
-    step = rng.uniform(28, 44)
-    left, top = rng.random(2) * 2 * step
-    distance = np.full((SIZE, SIZE), np.inf, dtype=np.float32)
-    for shift in (0.0, step):  # two rectangular lattices
-        across = np.abs((_COLUMN[:1] - left + shift) % (2 * step) - step)  # [1, SIZE]
-        down = np.abs((_ROW[:, :1] - top + shift) % (2 * step) - step)  # [SIZE, 1]
-        distance = np.minimum(distance, np.hypot(across, down))
-    return np.clip(0.4 * step - distance + 0.5, 0, 1)
-
-
 def ramp(rng: np.random.Generator) -> np.ndarray:
     """A ramp from 0 to 1 across the picture in a random direction: [SIZE, SIZE]."""
     angle = rng.uniform(0, 2 * math.pi)
     along = _COLUMN * math.cos(angle) + _ROW * math.sin(angle)
     return (along - along.min()) / (along.max() - along.min())
-
-
-def render_confetti(colour: str, rng: np.random.Generator) -> Image.Image:
-    """Rectangles in the other colours, one in each field of a 6 x 6 grid, at random places and angles."""
-    scale, fields = 2, 6
-    picture = Image.new("RGB", (scale * SIZE, scale * SIZE), COLOURS[colour])
-    draw = ImageDraw.Draw(picture)
-    others = [rgb for name, rgb in COLOURS.items() if name != colour]
-    pitch = SIZE / fields
-    for index in range(fields * fields):
-        row, column = divmod(index, fields)
-        x, y = (column + rng.random()) * pitch, (row + rng.random()) * pitch
-        angle, long, wide = rng.uniform(0, math.pi), rng.uniform(13, 17) / 2, rng.uniform(8, 10) / 2
-        u, v = np.array([math.cos(angle), math.sin(angle)]) * long, np.array([-math.sin(angle), math.cos(angle)]) * wide
-        corners = [np.array([x, y]) + a * u + b * v for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
-        draw.polygon([tuple(scale * corner) for corner in corners], fill=others[int(rng.integers(len(others)))])
-    return picture.resize((SIZE, SIZE), Image.Resampling.BOX)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from shards import TEXT_TOKENS
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -136,10 +137,19 @@ def load_models(folder: Path) -> Models:
     )
 
 
-def starting_models(init: Path, from_scratch: bool) -> Models:
-    """The networks of a folder; of these only the autoencoder is trained already with `from_scratch`."""
+def starting_models(init: Path, from_scratch: bool = False, weights: Path | None = None) -> Models:
+    """The networks of a folder, for captions of today.
+
+    Args:
+        from_scratch: only the autoencoder is trained already.
+        weights: file that `save_weights` wrote, whose weights replace the folder's.
+    """
     models = load_models(init)
-    return make_models(caption_words(), models.vae) if from_scratch else with_words(models, caption_words())
+    if from_scratch:
+        return make_models(caption_words(), models.vae)
+    if weights:
+        models = load_weights(models, weights)
+    return with_words(models, caption_words())
 
 
 def with_words(models: Models, words: Sequence[str]) -> Models:
@@ -152,7 +162,7 @@ def with_words(models: Models, words: Sequence[str]) -> Models:
     new = [word for word in words if word not in old]
     singular = {plural(word): word for word in words if word in old}
     sources = [old[singular.get(word, UNKNOWN)] for word in new]
-    known = [word for word in sorted(old, key=old.get) if word not in SPECIAL_TOKENS]
+    known = words_of(models)
 
     def grow(encoder: nn.Module) -> None:
         rows = encoder.get_input_embeddings().weight.detach()[sources].clone()
@@ -162,37 +172,54 @@ def with_words(models: Models, words: Sequence[str]) -> Models:
 
     grow(models.t5)
     grow(models.clip)
+    return tokenized(models, [*known, *new])
+
+
+def tokenized(models: Models, words: Sequence[str]) -> Models:
+    """The same networks with tokenizers for other words, in the order of their numbers."""
     return replace(
         models,
-        t5_tokenizer=make_tokenizer([*known, *new], "$A <eos>"),
-        clip_tokenizer=make_tokenizer([*known, *new], "<bos> $A <eos>"),
+        t5_tokenizer=make_tokenizer(words, "$A <eos>"),
+        clip_tokenizer=make_tokenizer(words, "<bos> $A <eos>"),
     )
 
 
-def save_weights(trained: nn.Module, path: Path) -> None:
+def words_of(models: Models) -> list[str]:
+    """The words of the vocabulary in the order of their numbers, the unknown word among them."""
+    numbers = models.t5_tokenizer.get_vocab()
+    return [word for word in sorted(numbers, key=numbers.get) if word not in SPECIAL_TOKENS]
+
+
+def save_weights(models: Models, path: Path) -> None:
     """Write weights for a run to start from: matrices in 8 bits with a scale for each row, the rest in half precision.
 
-    A file of half the size, for a start that training goes on from.
+    A file of half the size, for a start that training goes on from. It says which words the embeddings are for.
     """
     tensors = {}
-    for name, value in trained.state_dict().items():
+    for name, value in models.trained.state_dict().items():
         if value.dim() < 2:
             tensors[name] = value.half()
         else:
             rows, scales = quantize(value.flatten(1), "int8")
             tensors[name], tensors[f"{name}{SCALE}"] = rows.view(value.shape), scales[:, 0]
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"words": " ".join(words_of(models))})
     path.chmod(0o644)  # the library writes for the owner only
 
 
-def load_weights(trained: nn.Module, path: Path) -> None:
-    """Read what `save_weights` wrote."""
+def load_weights(models: Models, path: Path) -> Models:
+    """The networks with the weights and the words that `save_weights` wrote."""
+    with safe_open(path, "pt") as file:
+        models = tokenized(models, file.metadata()["words"].split())
+    for encoder in (models.t5, models.clip):
+        encoder.resize_token_embeddings(len(models.t5_tokenizer), mean_resizing=False)
     tensors = load_file(path)
     scales = {name: tensors.pop(f"{name}{SCALE}") for name in list(tensors) if f"{name}{SCALE}" in tensors}
     for name, scale in scales.items():
         rows = tensors[name].flatten(1).float() * scale[:, None]
         tensors[name] = rows.view(tensors[name].shape)
-    trained.load_state_dict(tensors)
+    models.trained.load_state_dict(tensors)
+    return models
 
 
 def averaged_copy(models: Models) -> Models:

@@ -16,9 +16,9 @@ GUIDANCE = 2.5  # what the pipeline is used with
 
 SHEET_PROMPTS = (
     *("fox on a blue background", "hamburger on a plain yellow background", "something to eat", "an animal"),
-    *("two owls on a striped green background", "fox and pizza on a blue background", "two fruits", "rocket and star"),
-    *("a fruit on a red background", "something on a dotted pink background", "cat face with confetti"),
-    "penguin, guitar and rose on a white background",
+    *("owl on a shaded green background", "sailboat", "a fruit", "rocket on a white background"),
+    *("a fruit on a red background", "a vehicle on a pink background", "cat face on a shaded purple background"),
+    "a flower on a shaded green background",
 )
 
 

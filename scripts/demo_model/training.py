@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from networks import GRID, Models, averaged_copy
+from networks import GRID, SHIFT, Models, averaged_copy
 from pictures import SHEET_PROMPTS, draw_pictures, save_sheet
 from PIL import Image
 from shards import Artist, Shard, ShardMaker, encode_shard, padding_tokenizer
@@ -49,6 +49,7 @@ class Stage:
         windows: share of the others that see a square of them.
         ratios: sizes of the subsets that the rest see, as shares of all tokens.
         uses: how often a scene is used.
+        shift: of its noise levels, see `draw_sigma`.
         distil: whether the target comes from the teacher.
     """
 
@@ -59,6 +60,7 @@ class Stage:
     windows: float = 0.0
     ratios: tuple[float, ...] = ()
     uses: int = 4
+    shift: float = 2 * SHIFT
     distil: bool = False
 
     @property
@@ -72,9 +74,11 @@ class Stage:
 
 JIT_RATIOS = (0.32, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.62, 0.65)
 STAGES = (
-    Stage("subsets", 60_000, 0.3, whole=0.05, windows=0.75, ratios=(0.2, 0.25, 0.3, 0.35, 0.4, 0.5), uses=6),
-    Stage("grids", 16_000, 0.5, whole=0.6, ratios=JIT_RATIOS),
-    Stage("guidance", 6_000, 0.2, whole=0.5, ratios=JIT_RATIOS, distil=True),
+    Stage(
+        "subsets", 60_000, 0.5, whole=0.05, windows=0.15, ratios=(0.1, 0.15, 0.2, 0.25, 0.3), uses=6, shift=5 * SHIFT
+    ),
+    Stage("grids", 16_000, 0.33, whole=0.5, ratios=JIT_RATIOS),
+    Stage("guidance", 6_000, 0.17, whole=0.5, ratios=JIT_RATIOS, distil=True),
 )
 
 
@@ -275,7 +279,9 @@ class Training:
             seen, count = "subset", int(TOKENS * stage.ratios[int(torch.randint(len(stage.ratios), ()))])
         size = max(1, self.sizes.tokens // count)
         dropped = 0.0 if stage.distil else EMPTY_CAPTIONS
-        batch = draw_batch(self._shard(number), count, size, self.empty, dropped, window=seen == "window")
+        batch = draw_batch(
+            self._shard(number), count, size, self.empty, dropped, window=seen == "window", shift=stage.shift
+        )
         with self.autocast():
             target, guidance = self._target(batch, stage)
             loss = (velocity(self.models, self.tables, batch, guidance) - target).square().mean()

@@ -165,13 +165,14 @@ class Batch:
         return torch.lerp(self.clean, self.noise, self.sigma[:, None, None])
 
 
-def draw_sigma(count: int, device: torch.device) -> torch.Tensor:
-    """Noise levels: logit-normal, shifted twice as far as the sampler's.
+def draw_sigma(count: int, device: torch.device, shift: float) -> torch.Tensor:
+    """Noise levels: logit-normal, then s -> shift * s / (1 + (shift - 1) * s).
 
-    What a caption leaves open is decided at high levels, and there the model is slowest to learn.
+    What a caption leaves open is decided at high levels, and there the model is slowest to learn: a training shifts
+    further than its sampler.
     """
     sigma = torch.randn(count, device=device).sigmoid()
-    return 2 * SHIFT * sigma / (1 + (2 * SHIFT - 1) * sigma)
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def all_positions(device: torch.device) -> torch.Tensor:
@@ -195,7 +196,14 @@ def prompt_ids(models: Models, prompts: Sequence[str], device: torch.device) -> 
 
 
 def draw_batch(
-    shard: Shard, count: int, size: int, empty: tuple[torch.Tensor, torch.Tensor], drop: float, *, window: bool = False
+    shard: Shard,
+    count: int,
+    size: int,
+    empty: tuple[torch.Tensor, torch.Tensor],
+    drop: float,
+    *,
+    window: bool = False,
+    shift: float = 2 * SHIFT,
 ) -> Batch:
     """`size` scenes of a shard, `count` tokens of each, or a square; the caption is empty with chance `drop`."""
     device, tokens = shard.latents.device, shard.latents.shape[1]
@@ -211,7 +219,7 @@ def draw_batch(
     return Batch(
         clean,
         torch.randn_like(clean),
-        draw_sigma(size, device),
+        draw_sigma(size, device, shift),
         active,
         torch.where(kept, shard.t5_ids[index, variant], empty[0]),
         torch.where(kept, shard.clip_ids[index, variant], empty[1]),
