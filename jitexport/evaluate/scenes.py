@@ -9,7 +9,7 @@ a background of one of ten colours, plain or shaded. A caption says as much of i
 Training draws scenes of one object (COUNT_SHARES), as many as two cores can teach: see `scripts/demo_model/train.py`.
 
 What it leaves out is free. `Request` is what a caption means; `parse` reads it from the text. A request names every
-object, be it by a word as wide as "something": what it does not name is not there.
+object, be it by a word as wide as "animal": what it does not name is not there.
 
 Everything is drawn from a NumPy generator that the caller gives, so that the same seed makes the same scenes. Drawing
 a scene needs no pictures; `render` does, and takes them as RGBA squares of any size.
@@ -55,7 +55,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Background:
-    """A background; `seed` decides phases, directions and where confetti lies."""
+    """A background; `seed` decides the direction in which it is shaded."""
 
     colour: str
     texture: str
