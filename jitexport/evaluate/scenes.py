@@ -34,6 +34,7 @@ from jitexport.evaluate.scene_words import COLOURS, COUNT_WORDS, KINDS, OBJECTS,
 SIZE = 256  # pixels a side of a rendered scene, and the unit of places
 
 TEXTURE_SHARES = (0.6, 0.4)
+SHADE = 0.34  # how far a shaded background's end is from its colour
 COUNT_SHARES = (1.0, 0.0, 0.0)  # of one, two, three objects
 MOST_OBJECTS = len(COUNT_SHARES)
 QUARTER = SIZE // 2  # pixels a side of an object's canvas among others; one alone has SIZE
@@ -322,10 +323,10 @@ def placed(thing: Thing, sprite: Image.Image) -> tuple[Image.Image, int, int]:
     return sprite, round(thing.left), round(thing.top)
 
 
-def accent(colour: str, strength: float = 0.34) -> np.ndarray:
-    """The second tone of a background: darker, of black lighter. RGB [3] in 0..255."""
+def accent(colour: str) -> np.ndarray:
+    """The tone that a shaded background ends with: darker, of black lighter. RGB [3] in 0..255."""
     rgb = np.array(COLOURS[colour], dtype=np.float32)
-    return rgb + strength * (255 - rgb) if colour == "black" else rgb * (1 - strength)
+    return rgb + SHADE * (255 - rgb) if colour == "black" else rgb * (1 - SHADE)
 
 
 def render_background(background: Background) -> Image.Image:

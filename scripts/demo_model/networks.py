@@ -18,7 +18,7 @@ from jitexport.evaluate.scenes import caption_words, plural
 from jitexport.kernels.linear import quantize
 
 GRID = 32  # tokens a side: 256 pixels / 4 (autoencoder) / 2 (packing)
-SHIFT = 2.0  # moves noise levels up, in training and in the scheduler alike: s -> SHIFT * s / (1 + (SHIFT - 1) * s)
+SHIFT = 2.0  # of the scheduler's noise levels, see `shifted`
 SPECIAL_TOKENS = {"<pad>": 0, "<eos>": 1, "<bos>": 2}
 UNKNOWN = "<unk>"
 SCALE = ":scale"  # after the name of a tensor in 8 bits
@@ -51,6 +51,11 @@ CLIP_CONFIG = {
     "num_attention_heads": 4,
     "max_position_embeddings": TEXT_TOKENS,
 }
+
+
+def shifted(sigma: torch.Tensor, shift: float) -> torch.Tensor:
+    """Noise levels moved up, as the scheduler moves them: s -> shift * s / (1 + (shift - 1) * s)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from data import IMAGE_SIZE
 from diffusers import FluxPipeline
-from networks import GRID, SHIFT, Models
+from networks import GRID, SHIFT, Models, shifted
 from PIL import Image
 from velocity import Batch, all_positions, empty_ids, guided_velocity, prompt_ids, velocity
 
@@ -38,8 +38,7 @@ def draw_pictures(
     noise = [torch.randn(GRID**2, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(len(prompts))]
     latents = torch.stack(noise).to(device)
     active = all_positions(device).expand(len(prompts), -1)
-    levels = torch.linspace(1, 0, steps + 1)
-    levels = SHIFT * levels / (1 + (SHIFT - 1) * levels)
+    levels = shifted(torch.linspace(1, 0, steps + 1), SHIFT)
     for level, following in pairwise(levels.tolist()):
         sigma = torch.full((len(prompts),), level, device=device)
         batch = Batch(latents, latents, sigma, active, t5_ids, clip_ids)

@@ -18,6 +18,7 @@ from shards import Artist, Shard, ShardMaker, encode_shard, padding_tokenizer
 from torch import nn
 from velocity import (
     NEUTRAL,
+    TRAINED_SHIFT,
     WINDOW,
     Batch,
     PerSamplePositions,
@@ -60,7 +61,7 @@ class Stage:
     windows: float = 0.0
     ratios: tuple[float, ...] = ()
     uses: int = 4
-    shift: float = 2 * SHIFT
+    shift: float = TRAINED_SHIFT
     distil: bool = False
 
     @property

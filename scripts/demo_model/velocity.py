@@ -7,11 +7,12 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
-from networks import GRID, SHIFT, Models
+from networks import GRID, SHIFT, Models, shifted
 from shards import TEXT_TOKENS, Shard, caption_ids, padding_tokenizer
 from torch import nn
 
 NEUTRAL = 1.0  # the guidance input where it guides nothing
+TRAINED_SHIFT = 2 * SHIFT  # of noise levels, unless a stage says otherwise
 WINDOW = GRID // 2  # tokens a side of the squares that some batches see
 
 # --- sparse token sets ------------------------------------------------------------------------------------------------
@@ -166,13 +167,12 @@ class Batch:
 
 
 def draw_sigma(count: int, device: torch.device, shift: float) -> torch.Tensor:
-    """Noise levels: logit-normal, then s -> shift * s / (1 + (shift - 1) * s).
+    """Noise levels: logit-normal, shifted.
 
     What a caption leaves open is decided at high levels, and there the model is slowest to learn: a training shifts
     further than its sampler.
     """
-    sigma = torch.randn(count, device=device).sigmoid()
-    return shift * sigma / (1 + (shift - 1) * sigma)
+    return shifted(torch.randn(count, device=device).sigmoid(), shift)
 
 
 def all_positions(device: torch.device) -> torch.Tensor:
@@ -203,7 +203,7 @@ def draw_batch(
     drop: float,
     *,
     window: bool = False,
-    shift: float = 2 * SHIFT,
+    shift: float = TRAINED_SHIFT,
 ) -> Batch:
     """`size` scenes of a shard, `count` tokens of each, or a square; the caption is empty with chance `drop`."""
     device, tokens = shard.latents.device, shard.latents.shape[1]
