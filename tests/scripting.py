@@ -11,9 +11,10 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 def script(path: str) -> ModuleType:
     """A script by its path in scripts/, without .py; its folder stays in the path, for what it imports later.
 
-    "bench.gpu" is bench/gpu.py as a script at the top imports it.
+    So does the top folder: "bench.gpu" is bench/gpu.py as a script there imports it, and its own imports begin there.
     """
     file = SCRIPTS / path
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
+    for folder in (SCRIPTS, file.parent):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
     return importlib.import_module(file.name)
